@@ -1,0 +1,155 @@
+"""How a table of parameters is read, in both directions.
+
+A table is a list of `Row`s: one leaf of our model, its einops pattern, and its key in each layout of the outside world.
+A key with `{i}` stands for a stack: the leading axis of our leaf is the block index, and every block has a key of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Layout = Literal["diffusers", "original"]
+
+LINEAR = "o i -> i o"
+CONV2D = "o i y x -> y x i o"
+CONV3D = "o i t y x -> t y x i o"
+HEADS_IN = "(h k) d -> d h k"
+HEADS_IN_BIAS = "(h k) -> h k"
+HEADS_OUT = "d (h k) -> h k d"
+SAME = "... -> ..."
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [start, stop) along the first axis of an outside tensor that holds `total` of them (a fused projection)."""
+
+    start: int
+    stop: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One leaf of ours and where it lives outside.
+
+    ours      path of the leaf in the model, dots between attributes: `blocks.attn1.q.kernel`
+    pattern   einops pattern from the outside tensor (left) to ours (right), for one block
+    diffusers key in diffusers/transformers layout, `original` in the authors' own; "" where that layout lacks it
+    sizes     axis sizes that the pattern needs when our side groups axes
+    parts     the slice of a fused outside tensor, by layout
+    """
+
+    ours: str
+    pattern: str = SAME
+    diffusers: str = ""
+    original: str = ""
+    sizes: dict[str, int] = field(default_factory=dict, hash=False)
+    parts: dict[str, Part] = field(default_factory=dict, hash=False)
+
+    @cached_property
+    def reverse(self) -> str:
+        left, right = self.pattern.split("->")
+        return f"{right.strip()} -> {left.strip()}"
+
+    def key(self, layout: Layout, block: int | None = None) -> str:
+        name: str = getattr(self, layout)
+        return name if block is None else name.replace("{i}", str(block))
+
+    def stacked(self, layout: Layout) -> bool:
+        return "{i}" in getattr(self, layout)
+
+    def outside_shape(self, ours: Sequence[int], layout: Layout) -> tuple[int, ...]:
+        """Shape of the outside tensor for one block, given our leaf's shape without the stack axis."""
+        shape = _shape_after(self.reverse, ours, self.sizes)
+        part = self.parts.get(layout)
+        return (part.total, *shape[1:]) if part else shape
+
+    def to_ours(self, tensor: np.ndarray, ours: Sequence[int], layout: Layout) -> np.ndarray:
+        """Our leaf (one block, a view where the pattern allows) from the outside tensor."""
+        part = self.parts.get(layout)
+        if part:
+            tensor = tensor[part.start : part.stop]
+        if self.pattern == SAME:
+            return tensor
+        return einops.rearrange(tensor, self.pattern, **(_sizes(self.pattern, ours) | self.sizes))
+
+    def to_outside(self, leaf: np.ndarray) -> np.ndarray:
+        """The outside tensor (or this row's part of it) from our leaf of one block."""
+        if self.pattern == SAME:
+            return leaf
+        return np.ascontiguousarray(einops.rearrange(leaf, self.reverse, **self.sizes))
+
+
+def _terms(side: str) -> list[list[str]]:
+    """`(h k) d` -> [[h, k], [d]]; `1` stays as it is."""
+    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", side)]
+
+
+def _sizes(pattern: str, ours: Sequence[int]) -> dict[str, int]:
+    right = _terms(pattern.split("->")[1])
+    return {names[0]: size for names, size in zip(right, ours, strict=True) if len(names) == 1 and names[0] != "1"}
+
+
+def _shape_after(reverse: str, ours: Sequence[int], sizes: dict[str, int]) -> tuple[int, ...]:
+    if reverse == SAME:
+        return tuple(ours)
+    zeros = np.broadcast_to(np.zeros((), np.int8), tuple(ours))
+    return einops.rearrange(zeros, reverse, **sizes).shape
+
+
+def assign(model, rows: Sequence[Row], tensors, layout: Layout = "diffusers"):
+    """A copy of `model` whose leaves are read from `tensors` (a mapping key -> array), for small models held in memory.
+
+    Raises KeyError or ValueError naming the key when a tensor is missing, left over or misshapen.
+    """
+    leaves = dict(named_leaves(model))
+    unread = set(tensors)
+    values = {}
+    for row in rows:
+        shape = leaves.pop(row.ours).shape
+        blocks = range(shape[0]) if row.stacked(layout) else [None]
+        per_block = []
+        for block in blocks:
+            key = row.key(layout, block)
+            if key not in tensors:
+                raise KeyError(f"{key} is missing; expected shape {row.outside_shape(_own(shape, block), layout)}")
+            tensor = np.asarray(tensors[key])
+            expected = row.outside_shape(_own(shape, block), layout)
+            if tensor.shape != expected:
+                raise ValueError(f"{key}: expected shape {expected}, found {tensor.shape}")
+            unread.discard(key)
+            per_block.append(row.to_ours(tensor, _own(shape, block), layout))
+        values[row.ours] = np.stack(per_block) if row.stacked(layout) else per_block[0]
+    if leaves:
+        raise KeyError(f"no table row fills {sorted(leaves)[:10]}")
+    if unread:
+        raise KeyError(f"unexpected tensors {sorted(unread)[:10]}")
+    return with_leaves(model, values)
+
+
+def named_leaves(model) -> list[tuple[str, jax.Array]]:
+    """(dotted path, array) of every parameter, in the order of the tree."""
+    return [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model)]
+
+
+def leaf_name(path) -> str:
+    """The dotted path of a leaf of an NNX module: `blocks.attn1.q.kernel`."""
+    return ".".join(str(getattr(p, "name", getattr(p, "key", getattr(p, "idx", "")))) for p in path).removesuffix(".value")
+
+
+def with_leaves(model, values):
+    """`model` with every leaf replaced by the array of the same dotted path."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(values[leaf_name(path)]), model)
+
+
+def _own(shape: Sequence[int], block: int | None) -> tuple[int, ...]:
+    return tuple(shape) if block is None else tuple(shape[1:])

@@ -1,0 +1,125 @@
+"""A diffusion transformer as tokenizer → trunk → head, whichever backbone it is.
+
+Shapes: B batch rows (guidance branches included), N tokens, M padded tokens, P channels of a patch row, D width, G blocks,
+T Y X latent grid, C latent channels. Latents are channels last and in raster order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.ops import mesh as meshes
+from dit_jax.ops.attention import attend
+from dit_jax.ops.rope import Rope
+
+TPU_TOKENS = 128
+Patch = tuple[int, int, int]
+
+
+class Tokens(NamedTuple):
+    """Patch rows [B, M, P], their positions in token units [B, M, 3] (t, y, x), and which rows are real [B, M] (None: all)."""
+
+    rows: jax.Array
+    positions: jax.Array
+    valid: jax.Array | None
+
+
+class Place(NamedTuple):
+    """What self-attention knows of its tokens besides their features: rotation table and validity (None: all real)."""
+
+    rope: Rope
+    valid: jax.Array | None
+
+
+class Conditioning(NamedTuple):
+    """Text embeddings [B, L, E] and, for image-to-video, the image encoder's hidden states [B, I, E']."""
+
+    text: jax.Array
+    image: jax.Array | None = None
+
+
+class Strategy(Protocol):
+    """How a block's self-attention runs: which tokens are projected, what they attend, what is kept for later steps."""
+
+    def __call__(self, attention, x_BMD: jax.Array, place: Place, block: jax.Array, cache: Any, aux: Any) -> tuple: ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every token is projected and attends every valid token."""
+
+    def __call__(self, attention, x_BMD, place, block, cache, aux):
+        q, k, v = attention.qkv(x_BMD, place.rope)
+        return attention.out(attend(q, k, v, place.valid)), cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCall:
+    """The static part of what a step may vary; part of a program's key."""
+
+    attention: Strategy = Dense()
+    remat: bool = False
+
+
+def grid(latents_shape, patch: Patch) -> tuple[int, int, int]:
+    """Token grid (T, Y, X) of latents [B, T, Y, X, C]."""
+    return tuple(size // step for size, step in zip(latents_shape[1:4], patch, strict=True))  # type: ignore[return-value]
+
+
+def padded_length(tokens: int) -> int:
+    """Tokens with the padding that the mesh in force needs: an even split, and on TPU whole lanes a shard."""
+    multiple = meshes.token_multiple(meshes.current_mesh()) * (TPU_TOKENS if meshes.platform() == "tpu" else 1)
+    return math.ceil(tokens / multiple) * multiple
+
+
+def layout(latents_BTYXC: jax.Array, patch: Patch) -> Tokens:
+    """Latents in patch rows of `patch` (t, y, x) latent cells, row channels ordered (t y x c), padded for the mesh in force."""
+    batch, (t, y, x) = latents_BTYXC.shape[0], grid(latents_BTYXC.shape, patch)
+    rows = einops.rearrange(
+        latents_BTYXC, "b (t pt) (y py) (x px) c -> b (t y x) (pt py px c)", pt=patch[0], py=patch[1], px=patch[2]
+    )
+    positions = np.stack(np.meshgrid(np.arange(t), np.arange(y), np.arange(x), indexing="ij"), -1).reshape(-1, 3)
+    count = t * y * x
+    pad = padded_length(count) - count
+    rows = meshes.constrain_tokens(jnp.pad(rows, ((0, 0), (0, pad), (0, 0))))
+    positions = np.pad(positions, ((0, pad), (0, 0))).astype(np.float32)
+    valid = jnp.broadcast_to(np.arange(count + pad) < count, (batch, count + pad)) if pad else None
+    return Tokens(rows, jnp.broadcast_to(positions, (batch, *positions.shape)), valid)
+
+
+def unlayout(rows_BMP: jax.Array, latents_shape, patch: Patch) -> jax.Array:
+    """Latent-shaped [B, T, Y, X, C'] array from patch rows; the padding is dropped."""
+    t, y, x = grid(latents_shape, patch)
+    return einops.rearrange(
+        rows_BMP[:, : t * y * x],
+        "b (t y x) (pt py px c) -> b (t pt) (y py) (x px) c",
+        t=t, y=y, x=x, pt=patch[0], py=patch[1], px=patch[2],
+    )  # fmt: skip
+
+
+def network(model, call: NetworkCall, tokens: Tokens, t_B, conditioning: Conditioning, state=None, aux=None):
+    """One evaluation of a backbone: (velocity rows [B, M, P] in fp32, state).
+
+    `t_B` is the model's timestep in [0, 1000]; `state` is what the attention strategy keeps between steps, `aux` its arrays.
+    """
+    signal = model.signal(t_B, conditioning)
+    x_BMD = meshes.constrain_tokens(model.embed(tokens.rows))
+    place = Place(model.rope(tokens.positions), tokens.valid)
+
+    def step(carry, block_and_index):
+        x, cache = carry
+        block, index = block_and_index
+        x, cache = block(x, signal, place, call.attention, index, cache, aux)
+        return (meshes.constrain_tokens(x), cache), None
+
+    step = jax.checkpoint(step) if call.remat else step
+    count = jax.tree.leaves(model.blocks)[0].shape[0]
+    (x_BMD, state), _ = jax.lax.scan(step, (x_BMD, state), (model.blocks, jnp.arange(count)))
+    return model.head(x_BMD, signal).astype(jnp.float32), state

@@ -1,0 +1,242 @@
+"""The Wan 2.1 video diffusion transformer, text-to-video and image-to-video (Wan team, arXiv 2503.20314).
+
+Shapes: B batch rows, N tokens, L text tokens, I image tokens, D width, H heads, K head width, F MLP width, G blocks, P row channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dit_jax.models.network import Conditioning, Patch, Place
+from dit_jax.ops.attention import attend
+from dit_jax.ops.linear import Linear, LinearGeneral
+from dit_jax.ops.norms import layer_norm, rms_norm
+from dit_jax.ops.rope import Rope, rope_table, rotate
+
+TEXT_TOKENS_WITH_IMAGE = 512  # image-to-video was trained on text padded to this length, behind the image tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """Sizes of a Wan transformer; `image_width` is set for image-to-video with an image branch, None otherwise."""
+
+    blocks: int = 40
+    width: int = 5120
+    heads: int = 40
+    head_width: int = 128
+    mlp_width: int = 13824
+    in_channels: int = 16
+    out_channels: int = 16
+    text_width: int = 4096
+    time_frequencies: int = 256
+    patch: Patch = (1, 2, 2)
+    epsilon: float = 1e-6
+    image_width: int | None = None
+    image_positions: int | None = None
+
+    @property
+    def rope_widths(self) -> tuple[int, int, int]:
+        """Head channels rotated by t, y and x."""
+        space = 2 * (self.head_width // 6)
+        return self.head_width - 2 * space, space, space
+
+
+WAN_14B = WanConfig()
+WAN_1_3B = replace(WAN_14B, blocks=30, width=1536, heads=12, mlp_width=8960)
+PRESETS = {
+    "wan2.1-t2v-1.3b": WAN_1_3B,
+    "wan2.1-t2v-14b": WAN_14B,
+    "wan2.1-i2v-14b": replace(WAN_14B, in_channels=36, image_width=1280),
+}
+
+# Leaves that stay in fp32 when the weights are cast: dotted prefixes, as diffusers keeps them.
+FP32_LEAVES = ("time.", "modulation", "blocks.modulation", "blocks.cross_norm", "image.norm1", "image.norm2")
+
+
+class Signal(NamedTuple):
+    """What every block is told: time embedding [B, D], modulation [B, 6, D] in fp32, text [B, L, D], image [B, I, D]."""
+
+    time: jax.Array
+    modulation: jax.Array
+    text: jax.Array
+    image: jax.Array | None
+
+
+class Norm(nnx.Module):
+    """Layer norm with scale and bias."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+
+
+class HeadProjection(nnx.Module):
+    """Projection to heads, RMS-normalised over the full inner width (queries and keys)."""
+
+    def __init__(self, inputs: int, config: WanConfig, rngs: nnx.Rngs):
+        self.linear = LinearGeneral(inputs, (config.heads, config.head_width), rngs=rngs)
+        self.norm = nnx.Param(jnp.ones((config.heads, config.head_width)))
+        self.epsilon = config.epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        projected = self.linear(x)
+        return rms_norm(projected, self.norm[...], self.epsilon, axes=(-2, -1)).astype(projected.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with RMS-normalised queries and keys: of the tokens themselves, or of a context."""
+
+    def __init__(self, config: WanConfig, image: bool, rngs: nnx.Rngs):
+        width, heads = config.width, (config.heads, config.head_width)
+        self.q = HeadProjection(width, config, rngs)
+        self.k = HeadProjection(width, config, rngs)
+        self.v = LinearGeneral(width, heads, rngs=rngs)
+        self.o = LinearGeneral(heads, width, axis=(-2, -1), rngs=rngs)
+        self.image_k = nnx.data(HeadProjection(width, config, rngs) if image else None)
+        self.image_v = nnx.data(LinearGeneral(width, heads, rngs=rngs) if image else None)
+
+    def qkv(self, x_BND: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries and keys, and values, of the tokens given: [B, N, H, K] each."""
+        return rotate(self.q(x_BND), rope), rotate(self.k(x_BND), rope), self.v(x_BND)
+
+    def out(self, y_BNHK: jax.Array) -> jax.Array:
+        """Output projection, [B, N, D]."""
+        return self.o(y_BNHK)
+
+    def cross(self, x_BND: jax.Array, text_BLD: jax.Array, image_BID: jax.Array | None) -> jax.Array:
+        """Cross-attention to the text, plus that to the image where there is one."""
+        q = self.q(x_BND)
+        y = attend(q, self.k(text_BLD), self.v(text_BLD))
+        if image_BID is not None:
+            y = y + attend(q, self.image_k(image_BID), self.image_v(image_BID))
+        return self.o(y)
+
+
+def gelu_exact(x: jax.Array) -> jax.Array:
+    """GELU by the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class Mlp(nnx.Module):
+    """Two linear maps with an activation between (by default the tanh form of GELU)."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, rngs: nnx.Rngs, activation=jax.nn.gelu):
+        self.up = Linear(inputs, hidden, rngs=rngs)
+        self.down = Linear(hidden, outputs, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.activation(self.up(x)))
+
+
+class WanBlock(nnx.Module):
+    """Self-attention, cross-attention and MLP on one residual stream; the first and last are modulated by time."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs):
+        self.attn1 = Attention(config, image=False, rngs=rngs)
+        self.cross_norm = Norm(config.width, config.epsilon)
+        self.attn2 = Attention(config, image=config.image_width is not None, rngs=rngs)
+        self.mlp = Mlp(config.width, config.mlp_width, config.width, rngs)
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, config.width)) / config.width**0.5)
+        self.epsilon = config.epsilon
+
+    def __call__(self, x_BND: jax.Array, signal: Signal, place: Place, strategy, index: jax.Array, cache, aux):
+        table = self.modulation[...].astype(jnp.float32) + signal.modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
+        dtype = x_BND.dtype
+
+        def modulated(x, scale, shift):
+            return (layer_norm(x, epsilon=self.epsilon) * (1 + scale) + shift).astype(dtype)
+
+        attended, cache = strategy(self.attn1, modulated(x_BND, scale1, shift1), place, index, cache, aux)
+        x = (x_BND + attended.astype(jnp.float32) * gate1).astype(dtype)
+        x = x + self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image).astype(dtype)
+        update = self.mlp(modulated(x, scale2, shift2))
+        return (x + update.astype(jnp.float32) * gate2).astype(dtype), cache
+
+
+class ImageProjection(nnx.Module):
+    """Image encoder states to the model's width: norm, MLP, norm."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs):
+        inputs = config.image_width
+        assert inputs is not None
+        self.norm1 = Norm(inputs, 1e-5)
+        self.mlp = Mlp(inputs, inputs, config.width, rngs, activation=gelu_exact)
+        self.norm2 = Norm(config.width, 1e-5)
+        positions = config.image_positions
+        self.positions = nnx.data(nnx.Param(jnp.zeros((positions, inputs))) if positions else None)
+
+    def __call__(self, states_BIE: jax.Array) -> jax.Array:
+        if self.positions is not None:
+            # First- and last-frame models concatenate both images' tokens in one row.
+            states_BIE = states_BIE.reshape(-1, 2 * states_BIE.shape[1], states_BIE.shape[2]) + self.positions[...]
+        return self.norm2(self.mlp(self.norm1(states_BIE)))
+
+
+class Wan(nnx.Module):
+    """The Wan transformer: `signal`, `rope`, `embed`, stacked `blocks`, `head`; run it with `network`."""
+
+    def __init__(self, config: WanConfig, rngs: nnx.Rngs):
+        width = config.width
+        cells = int(np.prod(config.patch))
+        self.patch = Linear(config.in_channels * cells, width, rngs=rngs)
+        self.time = Mlp(config.time_frequencies, width, width, rngs, activation=jax.nn.silu)
+        self.time_out = Linear(width, 6 * width, rngs=rngs)
+        self.text = Mlp(config.text_width, width, width, rngs)
+        self.image = nnx.data(ImageProjection(config, rngs) if config.image_width else None)
+        self.blocks = _stacked(WanBlock, config, rngs)
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, width)) / width**0.5)
+        self.out = Linear(width, config.out_channels * cells, rngs=rngs)
+        self.config = config
+
+    def signal(self, t_B: jax.Array, conditioning: Conditioning) -> Signal:
+        """Embeds the timestep (0 to 1000), the text and the image."""
+        time = self.time(sinusoids(t_B, self.config.time_frequencies))
+        text = self.text(conditioning.text)
+        modulation = self.time_out(jax.nn.silu(time.astype(text.dtype)))
+        image = None if conditioning.image is None else self.image(conditioning.image).astype(text.dtype)
+        modulation = modulation.astype(jnp.float32).reshape(-1, 6, self.config.width)
+        return Signal(time.astype(jnp.float32), modulation, text, image)
+
+    def rope(self, positions_BN3: jax.Array) -> Rope:
+        """Rotation table of tokens at (t, y, x)."""
+        return rope_table(positions_BN3, self.config.rope_widths)
+
+    def embed(self, rows_BNP: jax.Array) -> jax.Array:
+        """Patch rows to tokens."""
+        return self.patch(rows_BNP)
+
+    def head(self, x_BND: jax.Array, signal: Signal) -> jax.Array:
+        """Tokens to velocity rows."""
+        table = self.modulation[...].astype(jnp.float32) + signal.time[:, None]
+        shift, scale = jnp.split(table, 2, axis=1)
+        normed = layer_norm(x_BND, epsilon=self.config.epsilon) * (1 + scale) + shift
+        return self.out(normed.astype(x_BND.dtype))
+
+
+def sinusoids(t_B: jax.Array, channels: int) -> jax.Array:
+    """Cosines, then sines, of t at geometric frequencies from 1 to 1/10,000; [B, channels] in fp32."""
+    half = channels // 2
+    frequencies = np.exp(-np.log(10_000.0) * np.arange(half, dtype=np.float64) / half)
+    angles = t_B.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _stacked(block, config: WanConfig, rngs: nnx.Rngs):
+    @nnx.split_rngs(splits=config.blocks)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(rngs):
+        return block(config, rngs)
+
+    return build(rngs)

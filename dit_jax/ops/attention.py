@@ -1,0 +1,136 @@
+"""One `attend` with a body for each platform: Pallas splash (TPU), cuDNN or XLA (GPU), blocked XLA (CPU).
+
+Shapes: B batch, N queries, M keys, H heads, K head width.
+On a mesh the body runs in a `shard_map`: batch over `data` (and `fsdp`), heads over `tensor`, queries over the token axes;
+keys and values are gathered along the tokens first, which is exact for any set of queries.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from dit_jax.ops import mesh as meshes
+
+TPU_BLOCK = 512
+TPU_LANES = 128
+CPU_SCORES = 1 << 17  # scores a CPU block holds at once: 512 KiB in fp32, about one L2 cache
+
+
+def attend(q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, valid_BM: jax.Array | None = None, scale: float | None = None):
+    """softmax(q·kᵀ·scale)·v over the keys where `valid` holds (all, if None); scale defaults to K^-1/2. Returns [B, N, H, K]."""
+    scale = q_BNHK.shape[-1] ** -0.5 if scale is None else scale
+    body = functools.partial(_BODIES[meshes.platform()], scale=scale)
+    mesh = meshes.current_mesh()
+    if mesh is None:
+        return body(q_BNHK, k_BMHK, v_BMHK, valid_BM)
+    return _on_mesh(mesh, body, q_BNHK, k_BMHK, v_BMHK, valid_BM)
+
+
+def _on_mesh(mesh, body, q, k, v, valid):
+    batch, tokens = meshes.activation_axes(mesh, q.shape[0])
+    shards = meshes.axis_size(mesh, tokens)
+    heads = "tensor" if "tensor" in mesh.axis_names else None
+    if heads and q.shape[2] % mesh.shape["tensor"]:
+        raise ValueError(f"{q.shape[2]} heads do not divide over tensor={mesh.shape['tensor']}; choose a tensor axis that divides them")
+    queries = (tokens or None) if q.shape[1] % shards == 0 else None
+    row = PartitionSpec(batch or None, None, heads)
+    spec_q = PartitionSpec(batch or None, queries, heads)
+    if valid is None:
+        valid = jnp.ones(k.shape[:2], bool)
+    return jax.shard_map(
+        body, mesh=mesh, in_specs=(spec_q, row, row, PartitionSpec(batch or None)), out_specs=spec_q, check_vma=False
+    )(q, k, v, valid)
+
+
+def _cpu(q_BNHK, k_BMHK, v_BMHK, valid_BM, *, scale):
+    """Loops over samples × heads and blocks of queries, and divides by the sum of weights after the second product."""
+    batch, queries, heads, _ = q_BNHK.shape
+    keys = k_BMHK.shape[1]
+    block = _query_block(queries, keys)
+    blocks = -(-queries // block)
+    q = jnp.pad(q_BNHK, ((0, 0), (0, blocks * block - queries), (0, 0), (0, 0)))
+    q = q.reshape(batch, blocks, block, heads, -1).transpose(0, 3, 1, 2, 4).reshape(batch * heads, blocks, block, -1)
+    k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, keys, -1) for x in (k_BMHK, v_BMHK))
+    bias = None if valid_BM is None else jnp.repeat(jnp.where(valid_BM, 0.0, -jnp.inf), heads, axis=0)
+
+    @jax.checkpoint
+    def one_block(q, k, v, bias):
+        scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
+        scores = scores if bias is None else scores + bias
+        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = jax.lax.dot_general(
+            weights.astype(v.dtype), v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return (mixed / total).astype(v.dtype)
+
+    def one_head(operands):
+        q, k, v, bias = operands
+        if blocks == 1:
+            return one_block(q[0], k, v, bias)[None]
+        return jax.lax.map(lambda rows: one_block(rows, k, v, bias), q)
+
+    out = jax.lax.map(one_head, (q, k, v, bias))
+    out = out.reshape(batch, heads, blocks * block, -1).transpose(0, 2, 1, 3)
+    return out[:, :queries]
+
+
+def _query_block(queries: int, keys: int) -> int:
+    """Queries a block: scores near a cache's size, 128 rows at least, blocks of nearly equal length."""
+    rows = max(128, CPU_SCORES // keys)
+    blocks = -(-queries // rows)
+    return -(-queries // blocks)
+
+
+def _gpu(q, k, v, valid_BM, *, scale):
+    mask = None if valid_BM is None else valid_BM[:, None, None, :]
+    fused = q.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn" if fused else "xla")
+
+
+def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM, *, scale):
+    """Splash attention; lengths are padded to whole blocks, padding is masked by segment ids."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    (_, queries, heads, width), keys = q_BNHK.shape, k_BMHK.shape[1]
+    block_q, block_k = (min(TPU_BLOCK, _round_up(length, TPU_LANES)) for length in (queries, keys))
+    pad_q, pad_k = _round_up(queries, block_q), _round_up(keys, block_k)
+    if valid_BM is None and pad_k != keys:
+        valid_BM = jnp.ones((q_BNHK.shape[0], keys), bool)
+
+    def blocked(x, length):
+        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, -width % TPU_LANES))).transpose(0, 2, 1, 3)
+
+    kernel = splash.make_splash_mha(
+        mask=masks.MultiHeadMask([masks.FullMask((pad_q, pad_k))] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block_q, block_kv=block_k, block_kv_compute=block_k,
+            block_q_dkv=block_q, block_kv_dkv=block_k, block_kv_dkv_compute=block_k, block_q_dq=block_q, block_kv_dq=block_k,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+    )  # fmt: skip
+    operands = [blocked(q_BNHK * np.asarray(scale, q_BNHK.dtype), pad_q), blocked(k_BMHK, pad_k), blocked(v_BMHK, pad_k)]
+    if valid_BM is None:
+        out = jax.vmap(lambda q, k, v: kernel(q, k, v))(*operands)
+    else:
+        segments_k = jnp.pad(~valid_BM, ((0, 0), (0, pad_k - keys)), constant_values=True).astype(jnp.int32)
+        segments_q = jnp.zeros((q_BNHK.shape[0], pad_q), jnp.int32)
+        out = jax.vmap(lambda q, k, v, sq, sk: kernel(q, k, v, segment_ids=splash.SegmentIds(sq, sk)))(
+            *operands, segments_q, segments_k
+        )
+    return out.transpose(0, 2, 1, 3)[:, :queries, :, :width].astype(v_BMHK.dtype)
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return math.ceil(length / multiple) * multiple
+
+
+_BODIES = {"cpu": _cpu, "gpu": _gpu, "tpu": _tpu}

@@ -1,0 +1,38 @@
+"""Rotary position embedding over several axes, from positions that are data.
+
+Shapes: B batch, N tokens, H heads, K head width, A axes of the position (t, y, x).
+The two channels of a rotated pair lie half a head apart (channel j pairs with j + K/2), in a checkpoint next to each other: the
+converter tables reorder the channels of q, k and their norms, which leaves q·k as it is and the rotation free of strided access.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Rope(NamedTuple):
+    """Cosines and sines of the rotation angles, [B, N, K/2] in fp32."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rope_table(positions_BNA: jax.Array, widths: tuple[int, ...], theta: float = 10_000.0) -> Rope:
+    """Rotation table for positions in token units; `widths` splits the head width among the axes, each even."""
+    angles = []
+    for axis, width in enumerate(widths):
+        frequencies = 1.0 / theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
+        angles.append(positions_BNA[..., axis, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32))
+    angles_BNK = jnp.concatenate(angles, axis=-1)
+    return Rope(jnp.cos(angles_BNK), jnp.sin(angles_BNK))
+
+
+def rotate(x_BNHK: jax.Array, rope: Rope) -> jax.Array:
+    """Rotates every pair of channels of every head by its token's angles; fp32 inside, the input's dtype outside."""
+    first, second = jnp.split(x_BNHK.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rope.cos[:, :, None, :], rope.sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x_BNHK.dtype)

@@ -1,0 +1,94 @@
+"""The sampling loop, the only one: a scan over any segment of the trajectory, from any carry.
+
+Shapes: B samples, R batch rows (guidance branches of a sample next to each other), T Y X latent grid, C latent channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.models.network import Conditioning, NetworkCall, layout, network, unlayout
+from dit_jax.sampling.schedules import Schedule
+from dit_jax.sampling.solvers import Solver, Step
+
+
+class Denoiser(Protocol):
+    """What the sampler integrates: velocity of latents at a step, with a state of its own."""
+
+    def init(self, latents: jax.Array) -> Any: ...
+    def __call__(self, latents: jax.Array, state: Any, step: Step) -> tuple[jax.Array, Any]: ...
+
+
+class Carry(NamedTuple):
+    """All that passes from one step, or segment, to the next; latents are fp32 in the sampler's normalised units."""
+
+    latents: jax.Array
+    solver: Any
+    denoiser: Any
+
+
+def start(denoiser: Denoiser, solver: Solver, latents: jax.Array) -> Carry:
+    """The carry before step 0."""
+    return Carry(latents, solver.init(latents), denoiser.init(latents))
+
+
+def sample(denoiser: Denoiser, solver: Solver, carry: Carry, schedule: Schedule, first: jax.Array, count: int) -> Carry:
+    """Runs steps [first, first + count); `first` may be traced, `count` is static."""
+
+    def one(carry: Carry, index):
+        step = Step(index, schedule.sigmas[index], schedule.sigmas[index + 1], schedule.timesteps[index])
+        velocity, state = denoiser(carry.latents, carry.denoiser, step)
+        latents, memory = solver.step(carry.latents, velocity, step, carry.solver, schedule)
+        return Carry(latents, memory, state), None
+
+    schedule = jax.tree.map(jnp.asarray, schedule)
+    return jax.lax.scan(one, carry, first + jnp.arange(count))[0]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("model", "conditioning", "guidance_scale", "extra"),
+    meta_fields=("call", "branches"),
+)
+@dataclass(frozen=True, kw_only=True)
+class Guided:
+    """A backbone under classifier-free guidance: v = v_uncond + scale·(v_cond − v_uncond) (Ho & Salimans, arXiv 2207.12598).
+
+    conditioning   rows of all branches, sample-major: row 2b conditional, 2b + 1 unconditional; one row a sample if `branches` is 1
+    guidance_scale scalar or [B]
+    extra          [B, T, Y, X, C'] channels that the backbone sees behind the latents (image-to-video), or None
+    """
+
+    model: Any
+    conditioning: Conditioning
+    guidance_scale: jax.Array
+    extra: jax.Array | None = None
+    call: NetworkCall = NetworkCall()
+    branches: int = 1
+
+    def init(self, latents):
+        return None
+
+    def __call__(self, latents, state, step):
+        patch = self.model.config.patch
+        seen = latents if self.extra is None else jnp.concatenate([latents, self.extra], axis=-1)
+        tokens = layout(jnp.repeat(seen, self.branches, axis=0), patch)
+        t_R = jnp.broadcast_to(step.t, tokens.rows.shape[:1])
+        rows, state = network(self.model, self.call, tokens, t_R, self.conditioning, state)
+        velocity = unlayout(rows, latents.shape, patch)
+        if self.branches == 1:
+            return velocity, state
+        conditional, unconditional = velocity[0::2], velocity[1::2]
+        scale = jnp.reshape(self.guidance_scale, (-1, 1, 1, 1, 1))
+        return unconditional + scale * (conditional - unconditional), state
+
+
+def noise(seeds: list[int], shape: tuple[int, ...]) -> jax.Array:
+    """Starting noise [B, *shape] in fp32: each sample from the threefry key of its own seed, whatever the batch or mesh."""
+    keys = jnp.stack([jax.random.key(seed, impl="threefry2x32") for seed in seeds])
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
