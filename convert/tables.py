@@ -13,9 +13,10 @@ from functools import cached_property
 from typing import Literal
 
 import einops
-import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dit_jax.parameters import named_leaves, with_leaves
 
 Layout = Literal["diffusers", "original"]
 
@@ -133,22 +134,7 @@ def assign(model, rows: Sequence[Row], tensors, layout: Layout = "diffusers"):
         raise KeyError(f"no table row fills {sorted(leaves)[:10]}")
     if unread:
         raise KeyError(f"unexpected tensors {sorted(unread)[:10]}")
-    return with_leaves(model, values)
-
-
-def named_leaves(model) -> list[tuple[str, jax.Array]]:
-    """(dotted path, array) of every parameter, in the order of the tree."""
-    return [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model)]
-
-
-def leaf_name(path) -> str:
-    """The dotted path of a leaf of an NNX module: `blocks.attn1.q.kernel`."""
-    return ".".join(str(getattr(p, "name", getattr(p, "key", getattr(p, "idx", "")))) for p in path).removesuffix(".value")
-
-
-def with_leaves(model, values):
-    """`model` with every leaf replaced by the array of the same dotted path."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(values[leaf_name(path)]), model)
+    return with_leaves(model, {name: jnp.asarray(value) for name, value in values.items()})
 
 
 def _own(shape: Sequence[int], block: int | None) -> tuple[int, ...]:
