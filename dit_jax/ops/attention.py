@@ -49,36 +49,36 @@ def _on_mesh(mesh, body, q, k, v, valid):
 
 
 def _cpu(q_BNHK, k_BMHK, v_BMHK, valid_BM, *, scale):
-    """Loops over samples × heads and blocks of queries, and divides by the sum of weights after the second product."""
-    batch, queries, heads, _ = q_BNHK.shape
+    """Loops over groups of heads and blocks of queries that fit a cache, and divides by the sum of weights after the second product."""
+    batch, queries, heads, width = q_BNHK.shape
     keys = k_BMHK.shape[1]
     block = _query_block(queries, keys)
     blocks = -(-queries // block)
+    group = _head_group(batch * heads, block * keys) if blocks == 1 else 1
     q = jnp.pad(q_BNHK, ((0, 0), (0, blocks * block - queries), (0, 0), (0, 0)))
-    q = q.reshape(batch, blocks, block, heads, -1).transpose(0, 3, 1, 2, 4).reshape(batch * heads, blocks, block, -1)
-    k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, keys, -1) for x in (k_BMHK, v_BMHK))
-    bias = None if valid_BM is None else jnp.repeat(jnp.where(valid_BM, 0.0, -jnp.inf), heads, axis=0)
+    q = q.reshape(batch, blocks, block, heads, width).transpose(0, 3, 1, 2, 4)
+    q = q.reshape(-1, group, blocks, block, width).swapaxes(1, 2)
+    k, v = (x.transpose(0, 2, 1, 3).reshape(-1, group, keys, width) for x in (k_BMHK, v_BMHK))
+    bias = None
+    if valid_BM is not None:
+        bias = jnp.repeat(jnp.where(valid_BM, 0.0, -jnp.inf), heads, axis=0).reshape(-1, group, 1, keys)
 
     @jax.checkpoint
     def one_block(q, k, v, bias):
-        scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
+        scores = jnp.einsum("gnk,gmk->gnm", q, k, preferred_element_type=jnp.float32) * scale
         scores = scores if bias is None else scores + bias
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        mixed = jax.lax.dot_general(
-            weights.astype(v.dtype), v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        return (mixed / total).astype(v.dtype)
+        mixed = jnp.einsum("gnm,gmk->gnk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
 
-    def one_head(operands):
+    def one_group(operands):
         q, k, v, bias = operands
         if blocks == 1:
             return one_block(q[0], k, v, bias)[None]
         return jax.lax.map(lambda rows: one_block(rows, k, v, bias), q)
 
-    out = jax.lax.map(one_head, (q, k, v, bias))
-    out = out.reshape(batch, heads, blocks * block, -1).transpose(0, 2, 1, 3)
-    return out[:, :queries]
+    out = jax.lax.map(one_group, (q, k, v, bias)).swapaxes(1, 2)
+    return out.reshape(batch, heads, blocks * block, width).transpose(0, 2, 1, 3)[:, :queries]
 
 
 def _query_block(queries: int, keys: int) -> int:
@@ -86,6 +86,11 @@ def _query_block(queries: int, keys: int) -> int:
     rows = max(128, CPU_SCORES // keys)
     blocks = -(-queries // rows)
     return -(-queries // blocks)
+
+
+def _head_group(heads: int, scores: int) -> int:
+    """Heads that one turn of the loop takes when all queries fit one block: as many as divide evenly and stay near a cache's size."""
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * scores <= 2 * CPU_SCORES))
 
 
 def _gpu(q, k, v, valid_BM, *, scale):

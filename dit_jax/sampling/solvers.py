@@ -69,8 +69,7 @@ class UniPC:
         return Schedule(rounded, timesteps, _coefficients(rounded.astype(np.float64)))
 
     def init(self, latents):
-        zeros = jnp.zeros_like(latents)
-        return UniPCState(zeros, zeros, zeros)
+        return UniPCState(*(jnp.zeros_like(latents) for _ in range(3)))  # three buffers, so that they can be donated
 
     def step(self, latents, velocity, step, state, schedule):
         same, c_sample, c_clean, c_before, c_now, p_sample, p_now, p_clean = schedule.coefficients[step.index]

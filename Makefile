@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine with Python 3.11-3.13: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+export HF_HUB_OFFLINE := 1
+export JAX_PLATFORMS := cpu
+export TPU_SKIP_MDS_QUERY := 1
+
+PROMPT ?= a red 7 moving left above a blue 2 on a striped background
+SEED ?= 0
+
+.PHONY: demo test check-long lint newest clean
+
+demo: $(VENV)/.core
+	@mkdir -p out
+	@$(BIN)/dit-generate --model demo-wan --prompt "$(PROMPT)" --seed $(SEED) --out out/demo.mp4 --sheet out/demo.png
+	@echo "video: out/demo.mp4   contact sheet: out/demo.png"
+
+test: $(VENV)/.dev lint
+	$(BIN)/pytest -n 2 -m "not long"
+
+check-long: $(VENV)/.dev
+	$(BIN)/pytest -m long
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The newest jax, without torch: what a user on Python 3.12+ gets today.
+newest:
+	sh .ci/newest
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.core: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+# torch first: its CPU build, where the index offers one.
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-newest out

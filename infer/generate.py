@@ -1,0 +1,202 @@
+"""`dit-generate`: a video file from a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dit_jax.config import UserError
+from infer.digit_grammar import GRAMMAR, unknown_words
+
+EPILOG = f"""\
+The shipped model, demo-wan, draws moving handwritten digits and knows only these words:
+
+{GRAMMAR}
+
+examples:
+  dit-generate --model demo-wan --prompt "a red 7 moving left above a blue 2 on a striped background" --out out/seven.mp4
+  dit-generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat surfing at dusk" --mesh context=8 --out cat.mp4
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(
+        prog="dit-generate", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("--model", default="demo-wan", help="a checkpoint folder, a hub id org/name[@revision], or demo-wan (default)")
+    add("--prompt", help="what the video shows")
+    add("--prompts", metavar="FILE", help="a file with one prompt a line, in place of --prompt; outputs are numbered")
+    add("--negative-prompt", metavar="T", default="", help="what it should not show")
+    add("--out", required=True, metavar="FILE", help="output: .mp4 .mov .webm .gif .webp, or .png for one frame")
+    add("--image", metavar="FILE", help="the first frame, for an image-to-video model")
+    add("--size", metavar="WxH", help="pixels, such as 832x480 (default: the model's)")
+    add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
+    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
+    add("--guidance", type=float, metavar="G", help="guidance scale; 1 turns guidance off (default: the model's)")
+    add("--solver", default="unipc", metavar="S", help="unipc (default) or euler")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the starting noise; prompt i of a file has seed N + i")
+    add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")
+    add("--sheet", metavar="FILE", help="also write a contact sheet of the frames as PNG")
+    add("--from-latents", metavar="FILE", help="decode latents that an earlier run left behind; no prompt needed")
+    add("--json", action="store_true", help="print one JSON object as the last line")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; exit code 2 and one sentence for bad input."""
+    options = parser().parse_args(arguments)
+    try:
+        report = generate(options)
+    except UserError as error:
+        print(f"dit-generate: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(report))
+    else:
+        for path in report["out"]:
+            print(f"{path}: {report['steps']} steps of {report['tokens']} tokens")
+        print(f"compiled in {report['compile_seconds']:.1f} s, ran in {report['run_seconds']:.1f} s")
+    return 0
+
+
+def generate(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs the parsed command; returns what `--json` prints."""
+    prompts = _prompts(options)
+    from infer import media
+    from infer.request import Request, parse_size
+
+    media.check_output(options.out)
+    size = parse_size(options.size) if options.size else None
+    if options.sheet:
+        media.check_output(options.sheet, frames=1)
+    image = media.open_image(options.image) if options.image else None
+    pipe = _load(options)
+    if pipe.defaults.grammar:
+        for word in dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt)):
+            print(f"warning: {options.model} does not know the word {word!r}; --help lists its words", file=sys.stderr)
+    request = Request(
+        prompt=prompts[:1] or "latents", negative_prompt=options.negative_prompt, image=image, size=size, frames=options.frames,
+        steps=options.steps, guidance=options.guidance, solver=options.solver, seed=options.seed,
+    )  # fmt: skip
+    if options.from_latents:
+        return _decode_file(pipe, options)
+    request = pipe.prepare(request)
+    media.check_output(options.out, request.frames)
+    began, outputs = time.perf_counter(), []
+    for index, prompt in enumerate(prompts):
+        one = replace(request, prompt=[prompt], seed=options.seed + index)
+        out = Path(options.out)
+        outputs += _one(pipe, one, out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{index:03d}"), options.sheet)
+    return {
+        "compile_seconds": round(pipe.programs.seconds, 3),
+        "run_seconds": round(time.perf_counter() - began - pipe.programs.seconds, 3),
+        "tokens": pipe.tokens(request.size, request.frames),
+        "steps": request.steps,
+        "plan": "dense",
+        "out": [str(path) for path in outputs],
+    }
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.from_latents:
+        return []
+    if (options.prompt is None) == (options.prompts is None):
+        raise UserError("expected either --prompt or --prompts: give one of them")
+    if options.prompt is not None:
+        return [options.prompt]
+    try:
+        lines = Path(options.prompts).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in {options.prompts!r}: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{options.prompts!r} holds no prompt: expected one a line")
+    return prompts
+
+
+def _load(options: argparse.Namespace):
+    import jax
+
+    from dit_jax.sharding import make_mesh, parse_mesh
+    from infer.caches import cache_folder
+    from infer.pipeline import load_pipeline
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder("programs")))
+    mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
+    return load_pipeline(options.model, mesh=mesh)
+
+
+def _one(pipe, request, out: Path, sheet: str | None) -> list[Path]:
+    """Denoises, keeps the latents beside the output, decodes, saves; the latents go once the video is there."""
+    from infer import latents_file
+
+    with Bar(f"{out.name}") as bar:
+        latents = pipe.denoise(request, bar)
+        kept = latents_file.write(out, latents, request, pipe.hash)
+        result = pipe.decode(request, latents, bar)
+    paths = result.save(out)
+    if sheet:
+        _sheet(result, request.prompts[0], Path(sheet))
+    kept.unlink()
+    return paths
+
+
+def _decode_file(pipe, options: argparse.Namespace) -> dict[str, Any]:
+    from infer import latents_file
+
+    latents, request = latents_file.read(Path(options.from_latents), pipe.hash)
+    began = time.perf_counter()
+    with Bar(Path(options.out).name) as bar:
+        result = pipe.decode(request, latents, bar)
+    paths = result.save(options.out)
+    if options.sheet:
+        _sheet(result, request.prompts[0], Path(options.sheet))
+    return {
+        "compile_seconds": round(pipe.programs.seconds, 3),
+        "run_seconds": round(time.perf_counter() - began - pipe.programs.seconds, 3),
+        "tokens": pipe.tokens(request.size, request.frames),
+        "steps": 0,
+        "plan": "dense",
+        "out": [str(path) for path in paths],
+    }
+
+
+def _sheet(result, prompt: str, path: Path) -> None:
+    from infer.contact_sheet import contact_sheet
+
+    contact_sheet(result.frames[0], prompt, path)
+
+
+class Bar:
+    """A progress bar over the stages of one video, on standard error."""
+
+    def __init__(self, name: str):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=None, desc=name, unit="step", leave=True)
+        self.stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self.stage:
+            self.stage = stage
+            self.bar.reset(total)
+            self.bar.set_postfix_str(stage)
+        self.bar.n = done
+        self.bar.refresh()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

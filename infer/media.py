@@ -1,0 +1,89 @@
+"""Videos and images in and out of files. Frames are uint8 [T, H, W, 3]."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from dit_jax.config import UserError
+
+VIDEO_CODECS = {".mp4": "libx264", ".mov": "libx264", ".webm": "libvpx-vp9"}
+IMAGE_TYPES = (".png",)
+ANIMATIONS = (".gif", ".webp")
+
+
+def check_output(path: Path | str, frames: int | None = None) -> None:
+    """Refuses an output name whose type cannot be written, before any work is done."""
+    suffix = Path(path).suffix.lower()
+    kinds = [*VIDEO_CODECS, *ANIMATIONS, *IMAGE_TYPES]
+    if suffix not in kinds:
+        raise UserError(f"cannot write {str(path)!r}: expected a name ending in {', '.join(kinds)}, found {suffix or 'no suffix'!r}")
+    if suffix in IMAGE_TYPES and frames not in (None, 1):
+        raise UserError(f"cannot write {frames} frames to {str(path)!r}: a {suffix} holds one; name an .mp4 or ask for --frames 1")
+
+
+def save(path: Path | str, frames: np.ndarray, fps: int, metadata: dict[str, Any]) -> None:
+    """Writes frames as the name's suffix says, with the metadata as JSON in the file's comment."""
+    path = Path(path)
+    check_output(path, len(frames))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    comment = json.dumps(metadata, sort_keys=True)
+    try:
+        if path.suffix.lower() in VIDEO_CODECS:
+            _save_video(partial, frames, fps, comment)
+        else:
+            _save_images(partial, frames, fps, comment)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _save_video(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
+    codec = VIDEO_CODECS[path.suffix.lower()]
+    with av.open(str(path), "w") as container:
+        container.metadata["comment"] = comment
+        stream = container.add_stream(codec, rate=Fraction(fps))
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.options = {"crf": "12" if codec == "libx264" else "20"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _save_images(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
+    images = [Image.fromarray(frame) for frame in frames]
+    if path.suffix.lower() == ".png":
+        text = PngInfo()
+        text.add_text("Comment", comment)
+        images[0].save(path, pnginfo=text)
+        return
+    options: dict[str, Any] = {"comment": comment.encode()} if path.suffix.lower() == ".gif" else {"lossless": True}
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, **options)
+
+
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """The metadata that `save` put into a video or PNG."""
+    path = Path(path)
+    if path.suffix.lower() == ".png":
+        with Image.open(path) as image:
+            return json.loads(image.text["Comment"])  # type: ignore[attr-defined]
+    with av.open(str(path)) as container:
+        tags = {key.lower(): value for key, value in container.metadata.items()}
+        return json.loads(tags["comment"])
+
+
+def open_image(path: Path | str) -> Image.Image:
+    """An RGB image from a file."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the image {str(path)!r}: {error}; give a PNG, JPEG or WebP file") from error

@@ -1,0 +1,21 @@
+import pytest
+
+
+@pytest.fixture(scope="session")
+def text_to_video(tmp_path_factory):
+    """(folder, diffusers pipeline) of a tiny text-to-video model."""
+    from tiny_wan import text_to_video
+
+    folder, pipeline = tmp_path_factory.mktemp("t2v") / "tiny-t2v", text_to_video()
+    pipeline.save_pretrained(folder)
+    return folder, pipeline
+
+
+@pytest.fixture(scope="session")
+def image_to_video(tmp_path_factory):
+    """(folder, diffusers pipeline) of a tiny image-to-video model."""
+    from tiny_wan import image_to_video
+
+    folder, pipeline = tmp_path_factory.mktemp("i2v") / "tiny-i2v", image_to_video()
+    pipeline.save_pretrained(folder)
+    return folder, pipeline

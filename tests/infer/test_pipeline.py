@@ -1,0 +1,125 @@
+"""Whole pipelines against diffusers', from the same starting noise."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from dit_jax.config import UserError
+from infer import load_pipeline
+
+PROMPT, NEGATIVE = "a red cat runs under the moon", "blue fish"
+SIZE, FRAMES, STEPS = (48, 32), 9, 4  # 6x4 latent cells, 3 latent frames: 18 tokens
+
+
+def starting_noise(channels=4, count=1):
+    return np.random.default_rng(0).standard_normal((count, 3, 4, 6, channels)).astype(np.float32)
+
+
+def by_diffusers(pipeline, solver, noise, guidance=3.5, **options):
+    if solver == "euler":
+        pipeline.scheduler, saved = FlowMatchEulerDiscreteScheduler(shift=3.0), pipeline.scheduler
+    channels_first = torch.tensor(noise).permute(0, 4, 1, 2, 3)
+    pipeline.set_progress_bar_config(disable=True)
+    shared = dict(
+        prompt=[PROMPT], negative_prompt=[NEGATIVE], width=SIZE[0], height=SIZE[1], num_frames=FRAMES, num_inference_steps=STEPS,
+        guidance_scale=guidance, latents=channels_first,
+    )  # fmt: skip
+    with torch.no_grad():
+        latents = pipeline(**shared, output_type="latent", **options).frames
+        video = pipeline(**shared, output_type="np", **options).frames
+    if solver == "euler":
+        pipeline.scheduler = saved
+    return latents.permute(0, 2, 3, 4, 1).numpy(), video
+
+
+def by_ours(pipe, solver, noise, guidance=3.5, **options):
+    return pipe(
+        PROMPT, negative_prompt=NEGATIVE, size=SIZE, frames=FRAMES, steps=STEPS, guidance=guidance, solver=solver, latents=noise,
+        **options,
+    )  # fmt: skip
+
+
+def relative(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.fixture(scope="module")
+def pipe(text_to_video):
+    return load_pipeline(text_to_video[0])
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+@pytest.mark.parametrize("guidance", [3.5, 1.0])
+def test_text_to_video_equals_diffusers(text_to_video, pipe, solver, guidance):
+    noise = starting_noise()
+    latents, video = by_diffusers(text_to_video[1], solver, noise, guidance)
+    ours = by_ours(pipe, solver, noise, guidance)
+    assert relative(ours.latents, latents) <= 1e-4
+    assert ours.frames.dtype == np.uint8 and ours.frames.shape == (1, FRAMES, SIZE[1], SIZE[0], 3)
+    assert np.abs(ours.frames - np.round(video * 255)).max() <= 1
+    assert ours.frames.std() > 10
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+def test_image_to_video_equals_diffusers(image_to_video, solver):
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8))
+    noise = starting_noise()
+    latents, video = by_diffusers(image_to_video[1], solver, noise, image=image)
+    ours = by_ours(load_pipeline(image_to_video[0]), solver, noise, image=image)
+    assert relative(ours.latents, latents) <= 1e-4
+    assert np.abs(ours.frames - np.round(video * 255)).max() <= 1
+
+
+def test_a_request_gives_the_same_pixels_alone_and_in_a_batch(pipe):
+    prompts = [PROMPT, "the dog sleeps", "a fish on the moon"]
+    together = pipe(prompts, size=SIZE, frames=5, steps=2, guidance=3.0, seed=7)
+    for i, prompt in enumerate(prompts):
+        alone = pipe(prompt, size=SIZE, frames=5, steps=2, guidance=3.0, seed=7 + i)
+        assert np.abs(alone.frames[0].astype(int) - together.frames[i]).max() <= 1
+    assert np.abs(together.frames[0].astype(int) - together.frames[1]).max() > 10
+
+
+def test_a_second_call_compiles_nothing(pipe):
+    pipe(PROMPT, size=SIZE, frames=5, steps=4, seed=1)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    again = pipe("the dog sleeps", size=SIZE, frames=5, steps=4, seed=2)
+    assert compiled == []
+    pipe(PROMPT, size=(32, 32), frames=5, steps=4)
+    assert compiled, "a new shape must be seen to compile, or the count means nothing"
+    assert again.frames.shape == (1, 5, SIZE[1], SIZE[0], 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(size=(50, 32)), ["50x32", "multiples of 16", "48x32"]),
+        (dict(frames=6), ["6 frames", "5 and 9"]),
+        (dict(frames=-3), ["-3 frames"]),
+        (dict(steps=0), ["steps is 0"]),
+        (dict(solver="heun"), ["heun", "unipc", "euler"]),
+        (dict(guidance=float("nan")), ["guidance is nan"]),
+        (dict(image=Image.new("RGB", (8, 8))), ["text-to-video"]),
+        (dict(latents=np.zeros((1, 2, 2, 2, 4), np.float32)), ["(1, 2, 2, 2, 4)", "(1, 3, 4, 6, 4)"]),
+        (dict(colour="red"), ["colour"]),
+    ],
+)
+def test_bad_requests_are_refused_in_a_sentence(pipe, options, words):
+    with pytest.raises(UserError) as error:
+        pipe(PROMPT, **(dict(size=SIZE, frames=FRAMES, steps=1) | options))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_an_empty_prompt_is_refused(pipe):
+    with pytest.raises(UserError, match="prompt is empty"):
+        pipe("  ", size=SIZE, frames=5, steps=1)
+
+
+def test_image_to_video_needs_an_image(image_to_video):
+    with pytest.raises(UserError, match="--image"):
+        load_pipeline(image_to_video[0])(PROMPT, size=SIZE, frames=5, steps=1)

@@ -1,0 +1,84 @@
+"""Small Wan pipelines of diffusers with random weights everywhere, saved as directories."""
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+WORDS = ["a", "red", "blue", "cat", "dog", "fish", "runs", "sleeps", "on", "under", "the", "moon", "<", ">", "&"]
+TEXT_WIDTH, IMAGE_WIDTH = 24, 20
+
+
+def tokenizer():
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -3.0)]
+    pieces += [(f"▁{word}", -2.0 - i / 10) for i, word in enumerate(WORDS)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def randomise(model):
+    """Ordinary random weights in place of zeros and ones, norms and gates included."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim < 2 or parameter.data.eq(parameter.data.flatten()[0]).all():
+            parameter.data = parameter.data + 0.2 * noise
+        else:
+            parameter.data = noise * parameter[0].numel() ** -0.5
+    return model.eval()
+
+
+def transformer(image: bool):
+    return randomise(
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=12 if image else 4, out_channels=4,
+            text_dim=TEXT_WIDTH, freq_dim=32, ffn_dim=40, num_layers=3, cross_attn_norm=True,
+            image_dim=IMAGE_WIDTH if image else None, added_kv_proj_dim=32 if image else None,
+        )
+    )  # fmt: skip
+
+
+def vae():
+    return randomise(
+        AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 0.8],
+        )
+    )  # fmt: skip
+
+
+def text_encoder():
+    config = UMT5Config(
+        vocab_size=64, d_model=TEXT_WIDTH, d_kv=6, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    return randomise(UMT5EncoderModel(config))
+
+
+def image_encoder():
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_WIDTH, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    return randomise(CLIPVisionModel(config))
+
+
+def scheduler():
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def text_to_video():
+    return WanPipeline(
+        tokenizer=tokenizer(), text_encoder=text_encoder(), vae=vae(), scheduler=scheduler(), transformer=transformer(False)
+    )
+
+
+def image_to_video():
+    size = {"height": 28, "width": 28}
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer(), text_encoder=text_encoder(), vae=vae(), scheduler=scheduler(), transformer=transformer(True),
+        image_encoder=image_encoder(), image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size),
+    )  # fmt: skip
