@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
 import einops
@@ -47,6 +46,7 @@ class Row:
     diffusers key in diffusers/transformers layout, `original` in the authors' own; "" where that layout lacks it
     sizes     axis sizes that the pattern needs when our side groups axes
     parts     the slice of a fused outside tensor, by layout
+    patterns  another pattern, for a layout whose tensor has another shape
     """
 
     ours: str
@@ -55,11 +55,11 @@ class Row:
     original: str = ""
     sizes: dict[str, int] = field(default_factory=dict, hash=False)
     parts: dict[str, Part] = field(default_factory=dict, hash=False)
+    patterns: dict[str, str] = field(default_factory=dict, hash=False)
 
-    @cached_property
-    def reverse(self) -> str:
-        left, right = self.pattern.split("->")
-        return f"{right.strip()} -> {left.strip()}"
+    def pattern_for(self, layout: Layout) -> str:
+        """The einops pattern from this layout's tensor to ours."""
+        return self.patterns.get(layout, self.pattern)
 
     def key(self, layout: Layout, block: int | None = None) -> str:
         name: str = getattr(self, layout)
@@ -70,7 +70,7 @@ class Row:
 
     def outside_shape(self, ours: Sequence[int], layout: Layout) -> tuple[int, ...]:
         """Shape of the outside tensor for one block, given our leaf's shape without the stack axis."""
-        shape = _shape_after(self.reverse, ours, self.sizes)
+        shape = _shape_after(_reversed(self.pattern_for(layout)), ours, self.sizes)
         part = self.parts.get(layout)
         return (part.total, *shape[1:]) if part else shape
 
@@ -79,15 +79,22 @@ class Row:
         part = self.parts.get(layout)
         if part:
             tensor = tensor[part.start : part.stop]
-        if self.pattern == SAME:
+        pattern = self.pattern_for(layout)
+        if pattern == SAME:
             return tensor
-        return einops.rearrange(tensor, self.pattern, **(_sizes(self.pattern, ours) | self.sizes))
+        return einops.rearrange(tensor, pattern, **(_sizes(pattern, ours) | self.sizes))
 
-    def to_outside(self, leaf: np.ndarray) -> np.ndarray:
+    def to_outside(self, leaf: np.ndarray, layout: Layout = "diffusers") -> np.ndarray:
         """The outside tensor (or this row's part of it) from our leaf of one block."""
-        if self.pattern == SAME:
+        pattern = self.pattern_for(layout)
+        if pattern == SAME:
             return leaf
-        return np.ascontiguousarray(einops.rearrange(leaf, self.reverse, **self.sizes))
+        return np.ascontiguousarray(einops.rearrange(leaf, _reversed(pattern), **self.sizes))
+
+
+def _reversed(pattern: str) -> str:
+    left, right = pattern.split("->")
+    return f"{right.strip()} -> {left.strip()}"
 
 
 def _terms(side: str) -> list[list[str]]:

@@ -58,6 +58,36 @@ PRESETS = {
 # Leaves that stay in fp32 when the weights are cast: dotted prefixes, as diffusers keeps them.
 FP32_LEAVES = ("time.", "modulation", "blocks.modulation", "blocks.cross_norm", "image.norm1", "image.norm2")
 
+# Logical axes of every parameter (dit_jax/sharding.py has the rules from these to mesh axes).
+AXES = {
+    "patch.kernel": (None, None),
+    "time.up.kernel": (None, "mlp"),
+    "time.down.kernel": ("mlp", "embed"),
+    "time_out.kernel": ("embed", "mlp"),
+    "text.up.kernel": (None, "mlp"),
+    "text.down.kernel": ("mlp", "embed"),
+    "image.mlp.up.kernel": (None, "mlp"),
+    "image.mlp.down.kernel": ("mlp", "embed"),
+    "image.positions": (None, None),
+    "out.kernel": (None, None),
+    "[!b]*.bias": (None,),
+    "image.norm[12].scale": (None,),
+    "modulation": (None, None),
+    "blocks.attn[12].*[qk].linear.kernel": ("blocks", "embed", "heads", None),
+    "blocks.attn[12].*[qk].linear.bias": ("blocks", "heads", None),
+    "blocks.attn[12].*[qk].norm": ("blocks", "heads", None),
+    "blocks.attn[12].*v.kernel": ("blocks", "embed", "heads", None),
+    "blocks.attn[12].*v.bias": ("blocks", "heads", None),
+    "blocks.attn[12].o.kernel": ("blocks", "heads", None, "embed"),
+    "blocks.attn[12].o.bias": ("blocks", None),
+    "blocks.mlp.up.kernel": ("blocks", "embed", "mlp"),
+    "blocks.mlp.up.bias": ("blocks", "mlp"),
+    "blocks.mlp.down.kernel": ("blocks", "mlp", "embed"),
+    "blocks.mlp.down.bias": ("blocks", None),
+    "blocks.cross_norm.*": ("blocks", None),
+    "blocks.modulation": ("blocks", None, None),
+}
+
 
 class Signal(NamedTuple):
     """What every block is told: time embedding [B, D], modulation [B, 6, D] in fp32, text [B, L, D], image [B, I, D]."""
