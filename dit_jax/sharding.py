@@ -30,7 +30,7 @@ AxesTable = Mapping[str, tuple[str | None, ...]]
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Mesh axes and their sizes from `data=2,context=4`; UserError for an axis that does not exist, or without a size."""
+    """Mesh axes and their sizes from `data=2,context=4`; UserError for an axis or size that is none."""
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (word.strip() for word in part.partition("="))
@@ -61,7 +61,9 @@ def logical_axes(name: str, table: AxesTable) -> tuple[str | None, ...]:
     """Logical axes of the leaf with this dotted path; LookupError unless exactly one row of the table matches it."""
     rows = [pattern for pattern in table if fnmatch.fnmatchcase(name, pattern)]
     if len(rows) != 1:
-        raise LookupError(f"leaf {name} matches {len(rows)} rows of its AXES table {rows}, expected one: mend the table")
+        raise LookupError(
+            f"leaf {name} matches {len(rows)} rows of its AXES table {rows}, expected one: mend the table"
+        )
     return table[rows[0]]
 
 

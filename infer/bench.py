@@ -123,7 +123,7 @@ AGAINST = {"dit": "torch eager", "vae": "torch eager", "compile": "the 4-block m
 def main() -> None:
     """Prints a line, or with `--json` an object, for each benchmark named."""
     options = argparse.ArgumentParser(prog="python -m infer.bench", description=__doc__)
-    options.add_argument("what", nargs="*", choices=[*BENCHES, []], help="which to run (default: all)")
+    options.add_argument("what", nargs="*", choices=list(BENCHES), help="which to run (default: all)")
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--json", action="store_true")
     chosen = options.parse_args()

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from dit_jax.ops import mesh as meshes
 from dit_jax.sampling.sampler import Carry, Guided, noise, sample, start
 from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
+from dit_jax.sharding import leaf_sharding
 from infer import media
 from infer.programs import Programs
 from infer.request import Defaults, Request, Strides, check, describe
@@ -88,13 +89,9 @@ class WanPipeline:
         self.shift = _read_shift(checkpoint)
 
     def _load(self, name: str, dtype: Any):
-        from dit_jax.sharding import leaf_sharding
-
-        shardings = None
-        if self.mesh is not None:
-            table = self.checkpoint.component(name).axes
-            shardings = lambda leaf, shape: leaf_sharding(leaf, shape, table, self.mesh)  # noqa: E731
-        return load_model(self.checkpoint, name, mesh=self.mesh, shardings=shardings, dtype=dtype)
+        table = self.checkpoint.component(name).axes
+        placed = partial(leaf_sharding, table=table, mesh=self.mesh) if self.mesh is not None and table else None
+        return load_model(self.checkpoint, name, mesh=self.mesh, shardings=placed, dtype=dtype)
 
     @cached_property
     def tokenizer(self):
@@ -205,9 +202,11 @@ class WanPipeline:
         images = request.image if isinstance(request.image, list) else [request.image] * len(request.prompts)
         if len(images) != len(request.prompts):
             raise UserError(f"{len(images)} images were given for {len(request.prompts)} prompts: expected one for each, or one for all")
-        pixels = preprocess(np.stack([np.asarray(image) for image in images]), self.image_encoder.config.image_size)
+        images = [image.convert("RGB") for image in images]
+        side = self.image_encoder.config.image_size
+        pixels = np.concatenate([preprocess(np.asarray(image)[None], side) for image in images])
         states = self.programs.run("image", _encode_image, self.image_encoder, self._rows(pixels))
-        resized = [image.convert("RGB").resize(request.size, Image.Resampling.LANCZOS) for image in images]
+        resized = [image.resize(request.size, Image.Resampling.LANCZOS) for image in images]
         first = np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in resized])[:, None]
         video = np.concatenate([first, np.zeros((len(images), request.frames - 1, *first.shape[2:]), np.float32)], axis=1)
         encoded = self.programs.run("encode", _encode_video, self.vae, self._rows(video))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,6 @@ class Request:
 
     def filled(self, defaults: Defaults) -> Request:
         """This request with every open choice taken from the model's defaults."""
-        from dataclasses import replace
-
         return replace(
             self,
             size=self.size or defaults.size,

@@ -2,8 +2,9 @@
 
 Letters: B batch, T frames, Y X pixels or latent grid, C channels, N pixels of a frame.
 
-The facts are those of `AutoencoderKLWan` in diffusers (the non-residual form) and of Wan-Video/Wan2.1. The first frame stands alone: it is
-never resampled in time, and a clip has 1 + 4k frames. A module with memory is `module(x, cache) -> (x, cache)`; `None` is the clip's start.
+The facts are those of `AutoencoderKLWan` in diffusers (the non-residual form) and of Wan-Video/Wan2.1. The first frame stands
+alone: it is never resampled in time, and a clip has 1 + 4k frames. A module with memory is `module(x, cache) -> (x, cache)`;
+`None` is the clip's start.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,8 @@ from flax import nnx
 from jax import lax
 
 from dit_jax.config import UserError
-from dit_jax.models.causal_conv import CausalConv, FrameConv, StridedTimeConv
+from dit_jax.models.causal_conv import CausalConv, FrameConv, HalvingTimeConv
+from dit_jax.models.tiles import Tiling, code_in_tiles
 
 # Attention weights of a call above this many bytes are made one frame at a time.
 _ATTENTION_BYTES = 64 * 2**20
@@ -28,7 +31,8 @@ _ATTENTION_BYTES = 64 * 2**20
 class WanVAEConfig:
     """Shapes of the autoencoder; the defaults are the published Wan 2.1 VAE.
 
-    `attn_scales` adds attention to the encoder's blocks at those scales (1, 1/2, ...); `decoder_base_dim` defaults to `base_dim`.
+    `attn_scales` adds attention to the encoder's blocks at those scales (1, 1/2, ...), not to the decoder's, as in diffusers;
+    `decoder_base_dim` defaults to `base_dim`.
     """
 
     base_dim: int = 96
@@ -51,8 +55,9 @@ class WanVAEConfig:
 
     def __post_init__(self):
         for name in ("latents_mean", "latents_std"):
-            if len(getattr(self, name)) != self.z_dim:
-                raise UserError(f"{name} has {len(getattr(self, name))} values, expected z_dim = {self.z_dim}; give one per channel")
+            count = len(getattr(self, name))
+            if count != self.z_dim:
+                raise UserError(f"{name} has {count} values, expected z_dim = {self.z_dim}; give one per channel")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise UserError(
                 f"temporal_downsample has {len(self.temporal_downsample)} entries, expected {len(self.dim_mult) - 1}: "
@@ -78,7 +83,7 @@ class ChannelNorm(nnx.Module):
 
     def __call__(self, x_BTYXC):
         x = x_BTYXC.astype(jnp.float32)
-        # The floor is that of torch's F.normalize (1e-12 on the length); under the root it keeps the gradient of a black pixel finite.
+        # torch's F.normalize has the same floor, 1e-12 on the length; under the root the gradient of a zero pixel stays finite.
         inverse = lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
         return (x * inverse * (math.sqrt(x.shape[-1]) * self.scale[...].astype(jnp.float32))).astype(x_BTYXC.dtype)
 
@@ -136,7 +141,7 @@ class Downsample(nnx.Module):
 
     def __init__(self, channels: int, over_time: bool, *, rngs: nnx.Rngs):
         self.conv = FrameConv(channels, channels, pads=((0, 1), (0, 1)), stride=2, rngs=rngs)
-        self.time_conv = nnx.data(StridedTimeConv(channels, rngs=rngs) if over_time else None)
+        self.time_conv = nnx.data(HalvingTimeConv(channels, rngs=rngs) if over_time else None)
 
     def __call__(self, x, cache=None):
         x = self.conv(x)
@@ -146,7 +151,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Doubles Y and X and halves the channels; doubles the frames where `over_time`, save the clip's first.
 
-    The first frame is not in the context of the convolution over time either: for the second frame on, the past is zeros.
+    The first frame is not in the context of the convolution over time either: what the second frame sees before it is zeros.
     """
 
     def __init__(self, channels: int, over_time: bool, *, rngs: nnx.Rngs):
@@ -168,6 +173,7 @@ class Upsample(nnx.Module):
         return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)), cache
 
     def _double(self, x, cache):
+        assert self.time_conv is not None
         batch, frames, height, width, channels = x.shape
         y, cache = self.time_conv(x, cache)
         y = y.reshape(batch, frames, height, width, 2, channels)
@@ -178,7 +184,7 @@ def _chain(layers: Sequence[nnx.Module], x, caches):
     """Layers one after the other, each with its own cache."""
     after = []
     for layer, cache in zip(layers, caches or [None] * len(layers), strict=True):
-        x, cache = layer(x, cache)  # type: ignore[operator]
+        x, cache = layer(x, cache)
         after.append(cache)
     return x, tuple(after)
 
@@ -213,7 +219,7 @@ class Encoder(nnx.Module):
         widths = [config.base_dim * m for m in (1, *config.dim_mult)]
         self.conv_in = CausalConv(config.in_channels, widths[0], (3, 3, 3), rngs=rngs)
         down: list[nnx.Module] = []
-        for level, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for level, (inputs, outputs) in enumerate(pairwise(widths)):
             for block in range(config.num_res_blocks):
                 down.append(ResidualBlock(outputs if block else inputs, outputs, rngs=rngs))
                 if 0.5**level in config.attn_scales:
@@ -238,7 +244,7 @@ class Decoder(nnx.Module):
         self.middle = MiddleBlock(widths[0], rngs=rngs)
         over_time = tuple(reversed(config.temporal_downsample))
         up: list[nnx.Module] = []
-        for level, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for level, (inputs, outputs) in enumerate(pairwise(widths)):
             inputs = inputs // 2 if level else inputs  # the level before halved them
             for block in range(config.num_res_blocks + 1):
                 up.append(ResidualBlock(outputs if block else inputs, outputs, rngs=rngs))
@@ -273,22 +279,40 @@ class WanVAE(nnx.Module):
         return mean, logvar
 
     def decode(self, latents_BTYXC, chunk: int | None = None, clip: bool = True):
-        """Video [B, 1 + 4k, 8Y, 8X, 3] of latents that are not normalised, `chunk` latent frames at a time after the first.
+        """Video [B, 1 + 4k, 8Y, 8X, 3] of latents [B, 1 + k, Y, X, 16] that are not normalised.
 
-        `clip` bounds it to [-1, 1] as the published pipelines do; training leaves it off, for a clipped pixel has no gradient.
+        `chunk` latent frames are decoded at a time after the first; None decodes all at once. `clip` bounds the video to [-1, 1]
+        as the published pipelines do; training leaves it off, for a clipped pixel has no gradient.
         """
         video = _by_chunks(self.decoder, self.post_quant_conv(latents_BTYXC)[0], chunk)
         return jnp.clip(video, -1, 1) if clip else video
 
+    def encode_tiled(self, video_BTYXC, tile: int = 32, overlap: int = 8, chunk: int | None = 1):
+        """`encode` in blended tiles of `tile`×`tile` latents; the numbers are those of diffusers' `enable_tiling`."""
+        self._check_video(video_BTYXC.shape)
+        tiling = Tiling(size=tile, overlap=overlap, into=self.config.space_factor, out=1)
+        moments = code_in_tiles(lambda video: jnp.concatenate(self.encode(video, chunk), axis=-1), video_BTYXC, tiling)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, logvar
+
+    def decode_tiled(self, latents_BTYXC, tile: int = 32, overlap: int = 8, chunk: int | None = 1):
+        """`decode` in blended tiles of `tile`×`tile` latents; the numbers are those of diffusers' `enable_tiling`."""
+        tiling = Tiling(size=tile, overlap=overlap, into=1, out=self.config.space_factor)
+        video = code_in_tiles(lambda latents: self.decode(latents, chunk, clip=False), latents_BTYXC, tiling)
+        return jnp.clip(video, -1, 1)
+
     def normalise(self, latents_BTYXC):
         """Latents as the diffusion model sees them: zero mean, unit variance per channel."""
-        dtype = latents_BTYXC.dtype
-        return (latents_BTYXC - jnp.asarray(self.config.latents_mean, dtype)) / jnp.asarray(self.config.latents_std, dtype)
+        mean, std = self._statistics()
+        return ((latents_BTYXC - mean) / std).astype(latents_BTYXC.dtype)
 
     def denormalise(self, latents_BTYXC):
         """The inverse of `normalise`: what `decode` takes."""
-        dtype = latents_BTYXC.dtype
-        return latents_BTYXC * jnp.asarray(self.config.latents_std, dtype) + jnp.asarray(self.config.latents_mean, dtype)
+        mean, std = self._statistics()
+        return (latents_BTYXC * std + mean).astype(latents_BTYXC.dtype)
+
+    def _statistics(self):
+        return jnp.asarray(self.config.latents_mean, jnp.float32), jnp.asarray(self.config.latents_std, jnp.float32)
 
     def _check_video(self, shape: Sequence[int]) -> None:
         _, frames, height, width, _ = shape
@@ -296,11 +320,13 @@ class WanVAE(nnx.Module):
         if (frames - 1) % time:
             raise UserError(f"expected 1 + {time}k frames, found {frames}; use {frames - (frames - 1) % time}")
         if height % space or width % space:
-            raise UserError(f"expected height and width divisible by {space}, found {height}×{width}; crop or pad the video")
+            raise UserError(
+                f"expected a height and width divisible by {space}, found {height}×{width}; crop or pad the video"
+            )
 
 
 def _by_chunks(coder, x_BTYXC, chunk: int | None):
-    """`coder` over all frames at once, or the first frame and then `chunk` at a time (and what is left over) with its caches."""
+    """`coder` over all frames at once, or over the first and then `chunk` at a time (and the rest) with its caches."""
     if chunk is None:
         return coder(x_BTYXC)[0]
     first, caches = coder(x_BTYXC[:, :1])

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from dit_jax.ops import mesh as meshes
+
+TPU_SUBLANES = 8
 
 
 class Linear(nnx.Linear):
@@ -14,7 +20,23 @@ class Linear(nnx.Linear):
 
 
 class LinearGeneral(nnx.LinearGeneral):
-    """`nnx.LinearGeneral` whose input is cast to the kernel's dtype."""
+    """`nnx.LinearGeneral` over trailing axes whose input is cast to the kernel's dtype."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return super().__call__(x.astype(self.kernel.dtype))
+        kernel = as_stored(self.kernel[...])
+        y = jnp.tensordot(x.astype(kernel.dtype), kernel, axes=len(self.in_features))
+        return y if self.bias is None else y + self.bias[...]
+
+
+def as_stored(kernel: jax.Array) -> jax.Array:
+    """A block's [D, H, K] or [H, K, D] kernel, held on TPU to the memory order of the stack that it is a slice of.
+
+    Left free, XLA chooses the order that suits the matmul and copies whole stacks into it before the loop over blocks: most
+    of the attention's weights a second time. A stack is stored in the order that pads tiles of 8 sublanes × 128 lanes least.
+    """
+    if meshes.platform() != "tpu" or kernel.ndim != 3:
+        return kernel
+    mesh = meshes.current_mesh()
+    rows = kernel.shape[1] // (mesh.shape["tensor"] if mesh is not None and "tensor" in mesh.axis_names else 1)
+    whole_tiles = rows % TPU_SUBLANES == 0 or rows in (2, 4)  # tiles of 2 and 4 sublanes exist too
+    return with_layout_constraint(kernel, Layout(major_to_minor=(0, 1, 2) if whole_tiles else (1, 0, 2)))

@@ -1,0 +1,151 @@
+"""Memory and time of a conversion with the true shapes of Wan2.1-1.3B: `python -m convert.benchmark [--folder F]`.
+
+Writes 2.8 GB of random bfloat16 weights, copies the file, converts it to native and back in processes of their own, all
+flushed to disk, and prints the peak of anonymous memory (RssAnon) of each and its time as a multiple of the copy's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from convert.components import component_of
+from convert.safetensors_files import Outgoing, write_safetensors
+from convert.wan import wan_settings
+from dit_jax.models.wan import PRESETS, WanConfig
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was measured; bytes and seconds."""
+
+    file_bytes: int
+    largest_leaf_bytes: int
+    copy_seconds: float
+    to_native_seconds: float
+    to_native_anonymous_bytes: int
+    to_diffusers_seconds: float
+    to_diffusers_anonymous_bytes: int
+
+    @property
+    def allowed_anonymous_bytes(self) -> int:
+        """Twice the largest stacked leaf plus 1 GB."""
+        return 2 * self.largest_leaf_bytes + 10**9
+
+    def lines(self) -> list[str]:
+        rows = [
+            f"file {self.file_bytes / 1e9:.2f} GB, largest leaf {self.largest_leaf_bytes / 1e9:.2f} GB, "
+            f"copied in {self.copy_seconds:.1f} s"
+        ]
+        for name in ("to_native", "to_diffusers"):
+            seconds, peak = getattr(self, f"{name}_seconds"), getattr(self, f"{name}_anonymous_bytes")
+            rows.append(
+                f"{name}: RssAnon peak {peak / 1e9:.2f} GB (allowed {self.allowed_anonymous_bytes / 1e9:.2f} GB), "
+                f"{seconds:.1f} s = {seconds / self.copy_seconds:.1f} x copying (allowed 5)"
+            )
+        return rows
+
+
+def measure(folder: Path, config: WanConfig) -> Result:
+    """Converts random weights of a config to native and back inside `folder`, which must be empty."""
+    source, largest = _random_checkpoint(folder / "diffusers", config)
+    file = source / "diffusion_pytorch_model.safetensors"
+    copy_seconds = _copied(file, folder / "copy.safetensors")
+    native_seconds, native_peak = _converted("to-jax", source, folder / "native")
+    shutil.rmtree(source)
+    back_seconds, back_peak = _converted("to-torch", folder / "native", folder / "again")
+    return Result(
+        file_bytes=(folder / "again" / file.name).stat().st_size,
+        largest_leaf_bytes=largest,
+        copy_seconds=copy_seconds,
+        to_native_seconds=native_seconds,
+        to_native_anonymous_bytes=native_peak,
+        to_diffusers_seconds=back_seconds,
+        to_diffusers_anonymous_bytes=back_peak,
+    )
+
+
+def _random_checkpoint(folder: Path, config: WanConfig) -> tuple[Path, int]:
+    """(folder of a lone transformer, bytes of its largest leaf)."""
+    settings = wan_settings(config)
+    component = component_of(settings, folder)
+    generator = np.random.default_rng(0)
+    tensors = []
+    for row in component.rows:
+        shape = component.shapes[row.ours]
+        for block in range(shape[0]) if row.stacked("diffusers") else [None]:
+            outside = row.outside_shape(shape if block is None else shape[1:], "diffusers")
+            read = _random_reader(generator, outside)
+            tensors.append(Outgoing(row.key("diffusers", block), _BFLOAT16, outside, read))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    write_safetensors(folder / f"{component.stem}.safetensors", tensors)
+    return folder, max(int(np.prod(shape)) for shape in component.shapes.values()) * _BFLOAT16.itemsize
+
+
+def _random_reader(generator: np.random.Generator, shape: tuple[int, ...]):
+    def read() -> np.ndarray:
+        bits = np.frombuffer(generator.bytes(2 * int(np.prod(shape))), np.uint16)
+        # Without the exponent's top bit every value is finite.
+        return (bits & 0xBFFF).view(_BFLOAT16).reshape(shape)
+
+    return read
+
+
+def _copied(source: Path, target: Path) -> float:
+    start = time.perf_counter()
+    shutil.copyfile(source, target)
+    with open(target, "rb+") as stream:
+        os.fsync(stream.fileno())
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+def _converted(command: str, source: Path, target: Path) -> tuple[float, int]:
+    """(seconds, highest RssAnon in bytes) of dit-convert in a process of its own."""
+    start, peak = time.perf_counter(), 0
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "convert.cli", command, str(source), str(target)], env=environment
+    )
+    while process.poll() is None:
+        peak = max(peak, _anonymous_bytes(process.pid))
+        time.sleep(0.01)
+    if process.returncode:
+        raise RuntimeError(f"dit-convert {command} ended with status {process.returncode}")
+    return time.perf_counter() - start, peak
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
+    return int(found[0]) * 1024 if found else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, help="where to write about 9 GB; removed again")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        print("\n".join(measure(Path(folder), PRESETS["wan2.1-t2v-1.3b"]).lines()))
+
+
+if __name__ == "__main__":
+    main()

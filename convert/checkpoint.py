@@ -1,0 +1,251 @@
+"""Checkpoints of every layout behind one face: find one, say what is in it, read a component's weights from it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from convert import original
+from convert.components import COMPONENTS, Component, Settings, component_of, read_json, with_class
+from convert.leaves import Leaf, check_leaves, leaves_from_tensors
+from convert.native import PARAMS, is_native, read_native
+from convert.safetensors_files import Tensor, read_tensors
+from dit_jax.config import UserError
+from dit_jax.parameters import with_leaves
+
+CheckpointLayout = Literal["diffusers", "native", "original"]
+INDEX = "model_index.json"
+CONFIG = "config.json"
+DEMO = Path(__file__).parents[1] / "dit_jax" / "demo" / "demo-wan"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"),
+    *(".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
+)
+_DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE")
+_PAGE = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on disk, in whatever layout, seen as a diffusers folder.
+
+    settings  component -> config.json, of the components that have weights; a lone model is the component ""
+    files     place in a diffusers folder -> file or contents, of everything that is not weights
+    """
+
+    folder: Path
+    layout: CheckpointLayout
+    settings: dict[str, Settings]
+    files: dict[str, Path | bytes]
+    _components: dict[str, Component] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_pipeline(self) -> bool:
+        return "" not in self.settings
+
+    def files_folder(self, name: str) -> Path:
+        """The folder on disk with a component's files other than weights: a tokenizer's, say."""
+        for place, file in self.files.items():
+            if place.startswith(f"{name}/") and isinstance(file, Path):
+                return file.parent
+        raise UserError(f"{self.folder} has no files for {name!r}; download the checkpoint again.")
+
+    def component(self, name: str) -> Component:
+        """The model and table of a component. Raises UserError when there is none of this name."""
+        if name not in self.settings:
+            known = ", ".join(self.settings) or "none"
+            raise UserError(f"{self.folder} has no component {name!r} with weights; it has: {known}.")
+        if name not in self._components:
+            self._components[name] = component_of(self.settings[name], self.folder / name)
+        return self._components[name]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The outside tensors of a component, under the table's spelling of their keys."""
+        if self.layout == "original":
+            return original.read(self.folder, name)
+        model = self.component(name)
+        return model.canonical_tensors(read_tensors(self.folder / name, model.stem))
+
+    def leaves(self, name: str) -> dict[str, Leaf]:
+        """Our leaves of a component, read when their turn comes.
+
+        Raises UserError naming file, key, expected and found for whatever is missing, unexpected, misshapen or damaged.
+        """
+        model, source = self.component(name), self.folder / name
+        shapes = model.shapes
+        if self.layout == "native":
+            leaves = read_native(source / PARAMS)
+            check_leaves(leaves, shapes, source / PARAMS)
+            return leaves
+        layout: Literal["diffusers", "original"] = "original" if self.layout == "original" else "diffusers"
+        return leaves_from_tensors(self.tensors(name), model.rows, shapes, layout, source)
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """The folder of a path, of a hub id `org/name[@revision]` (downloaded when it is not cached), or of "demo-wan".
+
+    Raises UserError when it is none of these or cannot be had.
+    """
+    text = str(path_or_id)
+    if text == DEMO.name and not Path(text).exists():
+        return DEMO
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    if not _HUB_ID.fullmatch(text):
+        raise UserError(f"there is no {text}; expected a folder, a hub id org/name[@revision], or {DEMO.name!r}.")
+    name, _, revision = text.partition("@")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision or None))
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"there is no folder {text}, and the hub did not give it: {reason}") from error
+
+
+def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
+    """The checkpoint at a path, hub id or "demo-wan".
+
+    Raises UserError when it is not a checkpoint in one of the three layouts.
+    """
+    folder = resolve(path_or_id)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; expected the folder of a checkpoint.")
+    if (folder / INDEX).is_file():
+        return _open_pipeline(folder)
+    if original.is_original(folder):
+        settings, files = original.describe(folder)
+        return Checkpoint(folder=folder, layout="original", settings=settings, files=files)
+    if (folder / CONFIG).is_file():
+        settings = {"": read_json(folder / CONFIG)}
+        layout: CheckpointLayout = "native" if is_native(folder) else "diffusers"
+        return Checkpoint(folder=folder, layout=layout, settings=settings, files=_other_files(folder, ""))
+    raise UserError(
+        f"{folder} is no checkpoint: expected {INDEX}, {CONFIG} with weights, or the original Wan files in it."
+    )
+
+
+def _open_pipeline(folder: Path) -> Checkpoint:
+    settings: dict[str, Settings] = {}
+    files: dict[str, Path | bytes] = {name: folder / name for name in _top_files(folder)}
+    native = set()
+    for name, entry in read_json(folder / INDEX).items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[-1] is None:
+            continue
+        if Path(name).name != name or not (folder / name).is_dir():
+            raise UserError(f"{folder} lacks the folder {name}, which {INDEX} names; download the checkpoint again.")
+        files |= _other_files(folder, name)
+        if not _has_weights(folder / name) and entry[-1] not in COMPONENTS:
+            continue
+        if not (folder / name / CONFIG).is_file():
+            raise UserError(f"{folder / name} lacks {CONFIG}; download the checkpoint again.")
+        settings[name] = with_class(read_json(folder / name / CONFIG), entry[-1])
+        native.add(is_native(folder / name))
+    if len(native) > 1:
+        raise UserError(f"{folder} mixes components with {PARAMS} and with safetensors; expected one or the other.")
+    layout: CheckpointLayout = "native" if True in native else "diffusers"
+    return Checkpoint(folder=folder, layout=layout, settings=settings, files=files)
+
+
+def _is_weights(file: Path) -> bool:
+    return file.name.endswith(_WEIGHT_SUFFIXES)
+
+
+def _has_weights(folder: Path) -> bool:
+    return is_native(folder) or any(_is_weights(file) for file in folder.iterdir())
+
+
+def _top_files(folder: Path) -> list[str]:
+    wanted = (INDEX, "generation_defaults.json", "README.md", "LICENSE", "LICENSE.txt", "NOTICE")
+    return [name for name in wanted if (folder / name).is_file()]
+
+
+def _other_files(folder: Path, name: str) -> dict[str, Path | bytes]:
+    found = sorted(file for file in (folder / name).iterdir() if file.is_file() and not _is_weights(file))
+    return {f"{name}/{file.name}" if name else file.name: file for file in found}
+
+
+Shardings = Mapping[str, Sharding] | Callable[[str, tuple[int, ...]], Sharding]
+
+
+def load_model(
+    folder: str | Path | Checkpoint,
+    component: str = "",
+    *,
+    mesh: Mesh | None = None,
+    shardings: Shardings | None = None,
+    dtype: Any = None,
+) -> nnx.Module:
+    """A component of a checkpoint as a model of ours, every leaf read straight to its place.
+
+    folder     path, hub id, "demo-wan", or a Checkpoint that is already open
+    component  folder of the component in a pipeline; "" for a lone model
+    shardings  dotted path of a leaf -> sharding, as a mapping or a function of path and shape; by default every leaf is
+               replicated over `mesh`, or put on the default device without one
+    dtype      floating leaves are cast to it, except those that the model keeps in fp32; None keeps the stored dtypes
+    Raises UserError as `Checkpoint.leaves` does.
+    """
+    checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
+    model, leaves = checkpoint.component(component), checkpoint.leaves(component)
+    values = {}
+    for name, leaf in leaves.items():
+        if dtype is not None and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+            leaf = leaf.cast(np.dtype(np.float32 if name.startswith(model.fp32) else dtype))
+        values[name] = _placed(leaf, _sharding(name, leaf, mesh, shardings))
+    return with_leaves(model.abstract, values)
+
+
+def _sharding(name: str, leaf: Leaf, mesh: Mesh | None, shardings: Shardings | None) -> Sharding | None:
+    if callable(shardings):
+        return shardings(name, leaf.shape)
+    if shardings is not None:
+        return shardings[name]
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def _placed(leaf: Leaf, sharding: Sharding | None) -> jax.Array:
+    if sharding is not None:
+        return jax.make_array_from_callback(leaf.shape, sharding, leaf.rectangle)
+    array = leaf.block(None)
+    # On a CPU an array may share memory with what it is made from: never with a file that someone could write to.
+    return jax.device_put(array if array.flags.owndata else array.copy())
+
+
+def checkpoint_hash(folder: str | Path) -> str:
+    """Twelve hex digits that change when a checkpoint's weights or configs do.
+
+    SHA-256 over every file's place and size and samples of its contents: the first 64 KB, which hold a safetensors
+    header, and sixteen more pieces of 64 KB spread evenly; files of up to 17 pieces are hashed whole. An edit that keeps
+    a file's size and misses all samples goes unseen: this tells checkpoints apart and proves no integrity. The same
+    weights in two layouts have two hashes.
+    """
+    root = resolve(folder)
+    digest = hashlib.sha256()
+    for file in sorted(path for path in root.rglob("*") if path.is_file() and not _is_incidental(path, root)):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root).as_posix()}\0{size}\0".encode())
+        with open(file, "rb") as stream:
+            if size <= 17 * _PAGE:
+                digest.update(stream.read())
+                continue
+            for start in [0, *(i * (size - _PAGE) // 16 for i in range(1, 17))]:
+                stream.seek(start)
+                digest.update(stream.read(_PAGE))
+    return digest.hexdigest()[:12]
+
+
+def _is_incidental(path: Path, root: Path) -> bool:
+    """Files that say nothing of the model: hidden ones, documents, and Orbax's time stamps."""
+    hidden = any(part.startswith(".") and part != ".zarray" for part in path.relative_to(root).parts)
+    return hidden or path.suffix == ".md" or path.name in ("_CHECKPOINT_METADATA", "commit_success.txt")

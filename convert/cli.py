@@ -1,0 +1,95 @@
+"""dit-convert: checkpoints between the layouts of diffusers, of Wan's authors and of this project."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from convert.checkpoint import CheckpointLayout, open_checkpoint
+from convert.summary import summarise
+from convert.transfer import MAX_SHARD_BYTES, convert
+from dit_jax.config import UserError
+
+_SOURCE = "folder, hub id org/name[@revision], or demo-wan"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 0, or 2 after one sentence on stderr for bad input."""
+    arguments = _parser().parse_args(argv)
+    # A polite kill must clean up as an interrupt does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        if arguments.command == "inspect":
+            _inspect(arguments.source, arguments.json)
+        else:
+            _convert(arguments)
+    except UserError as error:
+        print(f"dit-convert: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"dit-convert: {error.filename or arguments.source}: {error.strerror or error}.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dit-convert", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_jax = commands.add_parser("to-jax", help="to a native checkpoint: the diffusers folder with Orbax weights")
+    to_torch = commands.add_parser("to-torch", help="to safetensors that PyTorch code reads")
+    for command in (to_jax, to_torch):
+        command.add_argument("source", metavar="SRC", help=_SOURCE)
+        command.add_argument("destination", metavar="DST", type=Path, help="folder to make")
+        command.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already at DST")
+    to_torch.add_argument("--layout", choices=("diffusers", "original"), default="diffusers")
+    to_torch.add_argument(
+        "--max-shard-size",
+        type=_bytes,
+        default=MAX_SHARD_BYTES,
+        metavar="SIZE",
+        help="split files above it (default 5GB)",
+    )
+    inspect = commands.add_parser("inspect", help="say what a checkpoint is")
+    inspect.add_argument("source", metavar="SRC", help=_SOURCE)
+    inspect.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)?", text.strip().upper())
+    if not match or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected a number with KB, MB or GB, such as 5GB")
+    return int(match[1]) * _UNITS[match[2] or ""]
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    source = open_checkpoint(arguments.source)
+    layout: CheckpointLayout = "native" if arguments.command == "to-jax" else arguments.layout
+    with tqdm(unit="tensor", file=sys.stderr) as bar:
+        convert(
+            source,
+            arguments.destination,
+            layout,
+            overwrite=arguments.overwrite,
+            max_shard_bytes=getattr(arguments, "max_shard_size", MAX_SHARD_BYTES),
+            progress=bar,
+        )
+    print(f"{arguments.destination}: {layout} layout, {time.perf_counter() - start:.1f} s")
+
+
+def _inspect(source: str, as_json: bool) -> None:
+    summary = summarise(open_checkpoint(source))
+    print(json.dumps(summary.as_dict()) if as_json else "\n".join(summary.lines()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""From a checkpoint in one layout to another on disk: built beside its destination, then renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from convert import original
+from convert.checkpoint import CONFIG, INDEX, Checkpoint, CheckpointLayout
+from convert.components import Settings, component_of
+from convert.leaves import Leaf, tensors_from_leaves
+from convert.native import PARAMS, write_native
+from convert.safetensors_files import write_durably, write_tensors
+from dit_jax.config import UserError
+from dit_jax.parameters import named_leaves
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def convert(
+    source: Checkpoint,
+    destination: Path,
+    layout: CheckpointLayout,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: tqdm | None = None,
+) -> None:
+    """Write a checkpoint in another layout, every tensor bit for bit in its own dtype, one at a time.
+
+    progress  a bar that is told the number of reads, then advanced by each
+    Raises UserError for whatever is wrong with the source, and when the destination exists and `overwrite` is not set;
+    the destination is then as it was, with nothing left beside it.
+    """
+    _refuse_overlap(source.folder, destination)
+    files = original.side_files(source.settings, source.files) if layout == "original" else source.files
+    # All components are opened before anything is written: most mistakes show in names and shapes.
+    leaves = {name: source.leaves(name) for name in source.settings}
+    if progress is not None:
+        progress.total = sum(len(leaf.blocks) for part in leaves.values() for leaf in part.values())
+        leaves = {name: {key: _watched(leaf, progress) for key, leaf in part.items()} for name, part in leaves.items()}
+    with staged(destination, overwrite) as folder:
+        for place, content in files.items():
+            _copy(content, folder / place)
+        for name, part in leaves.items():
+            if layout == "native":
+                write_native(folder / name / PARAMS, part)
+                continue
+            component = source.component(name)
+            in_place, stem = folder / name, component.stem
+            if layout == "original":
+                in_place, stem = folder, original.STEMS[name or original.TRANSFORMER]
+            write_tensors(
+                in_place, stem, tensors_from_leaves(part, component.rows_to_write(layout), layout), max_shard_bytes
+            )
+
+
+def _watched(leaf: Leaf, progress: tqdm) -> Leaf:
+    def read(block: int | None) -> np.ndarray:
+        array = leaf.read(block)
+        progress.update()
+        return array
+
+    return replace(leaf, read=read)
+
+
+def _copy(content: Path | bytes, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(target, content if isinstance(content, bytes) else content.read_bytes())
+
+
+@contextlib.contextmanager
+def staged(destination: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `destination` that takes its place when the block ends, and vanishes when the block raises.
+
+    Raises UserError when the destination exists and may not be replaced.
+    """
+    _refuse_existing(destination, overwrite)
+    destination = destination.absolute()
+    partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}")
+    made = [parent for parent in partial.parents if not parent.exists()]
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _flush_folders(partial)
+        _swap(partial, destination)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _swap(partial: Path, destination: Path) -> None:
+    old = destination.with_name(f"{destination.name}.old-{os.getpid()}")
+    replacing = destination.exists()
+    if replacing:
+        destination.rename(old)
+    try:
+        partial.rename(destination)
+    except BaseException:
+        if replacing:
+            old.rename(destination)
+        raise
+    _flush(destination.parent)
+    if replacing:
+        shutil.rmtree(old)
+
+
+def _refuse_existing(destination: Path, overwrite: bool) -> None:
+    if not destination.exists() and not destination.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"{destination} exists; choose another destination or pass --overwrite.")
+    if not destination.is_dir() or destination.is_symlink():
+        raise UserError(f"{destination} is not a folder; expected a checkpoint to replace; choose another destination.")
+    # Replacing means deleting: never a folder that holds something else.
+    if any(destination.iterdir()) and not any((destination / name).is_file() for name in (INDEX, CONFIG)):
+        raise UserError(f"{destination} is no checkpoint, so --overwrite leaves it alone; choose another destination.")
+
+
+def _refuse_overlap(source: Path, destination: Path) -> None:
+    source, destination = source.resolve(), destination.resolve()
+    if source == destination or destination in source.parents or source in destination.parents:
+        raise UserError(f"{destination} and the source {source} lie in one another; choose another destination.")
+
+
+def _flush_folders(root: Path) -> None:
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        _flush(folder)
+
+
+def _flush(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_model(
+    folder: Path, model: nnx.Module, settings: Settings, layout: Literal["diffusers", "native"] = "diffusers"
+) -> None:
+    """Write a model that is in memory into a new folder: config.json and weights. Put it inside `staged` to be safe.
+
+    settings  contents of config.json, which name the class
+    """
+    component = component_of(settings, folder)
+    stacked = {row.ours for row in component.rows if row.stacked("diffusers") or row.stacked("original")}
+    leaves = {name: _array_leaf(array, name in stacked) for name, array in named_leaves(model)}
+    folder.mkdir(parents=True)
+    write_durably(folder / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
+    if layout == "native":
+        write_native(folder / PARAMS, leaves)
+    else:
+        tensors = tensors_from_leaves(leaves, component.rows_to_write("diffusers"), "diffusers")
+        write_tensors(folder, component.stem, tensors, MAX_SHARD_BYTES)
+
+
+def _array_leaf(array: jax.Array, stacked: bool) -> Leaf:
+    read = (lambda block: np.asarray(array[block])) if stacked else (lambda block: np.asarray(array))
+    return Leaf(array.shape, np.dtype(array.dtype), stacked, read)

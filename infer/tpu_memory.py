@@ -1,0 +1,277 @@
+"""HBM that a sampling run takes on a TPU slice, from a compilation on any host: no TPU is needed, libtpu is.
+
+    python -m infer.tpu_memory --model wan2.1-t2v-14b --topology v5p-16 --mesh fsdp=2,context=4 --size 832x480 --frames 81
+
+Without a model, it compiles every row of the table in docs/tpu.md. The program is what a pipeline runs: `sample` over
+`Guided` with UniPC, one video, both guidance branches, bf16 weights, splash attention. Its arguments are shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dit_jax.config import UserError
+from dit_jax.models import wan
+from dit_jax.models.network import Conditioning
+from dit_jax.parameters import Precision, cast
+from dit_jax.sampling.sampler import Guided, sample, start
+from dit_jax.sampling.schedules import Shift
+from dit_jax.sampling.solvers import UniPC
+from dit_jax.sharding import batch_shardings, make_mesh, parse_mesh, replicated, shardings
+from infer.request import parse_size
+
+GIB = 1 << 30
+TEXT_TOKENS = 512
+IMAGE_TOKENS = 257
+STEPS = 50
+SEGMENT = 4
+PRECISION = Precision(weights=jnp.bfloat16, exact=wan.FP32_LEAVES)
+MOSAIC = "tpu_custom_call"
+
+# Cloud names of slices. v5p counts TensorCores, two a chip; the others count chips.
+SLICES = {
+    "v5e-4": "v5e:2x2", "v5e-8": "v5e:2x4", "v5e-16": "v5e:4x4", "v5e-32": "v5e:4x8",
+    "v5p-8": "v5p:2x2x1", "v5p-16": "v5p:2x2x2", "v5p-32": "v5p:2x2x4",
+    "v6e-4": "v6e:2x2", "v6e-8": "v6e:2x4", "v6e-16": "v6e:4x4",
+}  # fmt: skip
+
+# What the compiler lets a program use of a chip's HBM (it keeps a little for itself), in GiB.
+CAPACITY = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+
+SIZES = ("832x480", "1280x720")
+TABLE = [
+    ("wan2.1-t2v-1.3b", "v5e-8", "data=2,context=4"),
+    ("wan2.1-t2v-1.3b", "v5p-8", "data=2,context=2"),
+    ("wan2.1-t2v-1.3b", "v6e-8", "data=2,context=4"),
+    ("wan2.1-t2v-14b", "v5e-8", "fsdp=8"),
+    ("wan2.1-t2v-14b", "v5e-16", "data=2,fsdp=8"),
+    ("wan2.1-t2v-14b", "v5p-8", "data=2,fsdp=2"),
+    ("wan2.1-t2v-14b", "v5p-16", "data=2,fsdp=2,context=2"),
+    ("wan2.1-t2v-14b", "v6e-8", "data=2,fsdp=4"),
+]
+
+
+HEADER = """\
+| model | video | slice | mesh | arguments | temporaries | weights copied | peak | capacity | fits | compile s |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One program: a model, a slice or topology, a mesh over its chips, and the video's size and frames."""
+
+    model: str
+    topology: str
+    mesh: str
+    size: str
+    frames: int = 81
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """HBM a chip in bytes: `peak` is all that lives at once, `copies` whole stacked weights written anew.
+
+    A program that exceeds HBM is not compiled to the end: its peak is what the compiler said it would need.
+    """
+
+    peak: int
+    seconds: float
+    fits: bool
+    arguments: int | None = None
+    temporaries: int | None = None
+    copies: int | None = None
+
+
+def chip(topology: str) -> str:
+    """`v5e` of `v5e-8` or `v5e:2x4`; UserError for one whose HBM is not known."""
+    name = re.split("[-:]", topology)[0]
+    if name not in CAPACITY:
+        raise UserError(
+            f"unknown topology {topology!r}: expected one of {', '.join(SLICES)} or a shape such as v5p:2x2x4"
+        )
+    return name
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Chips of a slice (`v5e-8`) or topology (`v5e:2x4`), described by libtpu; UserError if it cannot."""
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    name = SLICES.get(topology, topology)
+    if name.partition(":")[0] not in CAPACITY:
+        raise UserError(
+            f"unknown topology {topology!r}: expected one of {', '.join(SLICES)} or a shape such as v5p:2x2x4"
+        )
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"libtpu cannot describe {topology!r} ({reason}): install libtpu, or name a shape that exists"
+        ) from error
+
+
+def latents_shape(size: str, frames: int, channels: int) -> tuple[int, ...]:
+    """[1, T, Y, X, C] of a WxH video behind the VAE's strides of 4 in time and 8 in space."""
+    width, height = parse_size(size)
+    if width % 16 or height % 16 or not width * height:
+        raise UserError(f"size {size} does not fit: width and height must be multiples of 16; write 832x480")
+    if frames < 1 or frames % 4 != 1:
+        raise UserError(f"{frames} frames do not fit: expected 4·k + 1; ask for {4 * max(frames // 4, 1) + 1}")
+    return 1, (frames - 1) // 4 + 1, height // 8, width // 8, channels
+
+
+def abstract_request(config: wan.WanConfig, size: str, frames: int) -> tuple[Guided, jax.ShapeDtypeStruct]:
+    """(denoiser, latents) of one guided video as shapes alone, in bf16; UserError for a size that does not fit."""
+    shape = latents_shape(size, frames, config.out_channels)
+    image = jax.ShapeDtypeStruct((2, IMAGE_TOKENS, config.image_width), jnp.bfloat16) if config.image_width else None
+    extra = config.in_channels - config.out_channels
+    guided = Guided(
+        model=cast(nnx.eval_shape(lambda: wan.Wan(config, nnx.Rngs(0))), PRECISION),
+        conditioning=Conditioning(jax.ShapeDtypeStruct((2, TEXT_TOKENS, config.text_width), jnp.bfloat16), image),
+        guidance_scale=jax.ShapeDtypeStruct((), jnp.float32),
+        extra=jax.ShapeDtypeStruct((*shape[:-1], extra), jnp.float32) if extra else None,
+        branches=2,
+    )
+    return guided, jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def lower(guided: Guided, latents: jax.ShapeDtypeStruct, mesh):
+    """The program of one sampling segment, lowered for the mesh."""
+    solver = UniPC()
+
+    def segment(guided, carry, schedule, first):
+        return sample(guided, solver, carry, schedule, first, SEGMENT)
+
+    def on_mesh(tree):
+        return _placed(tree, batch_shardings(tree, mesh))
+
+    with jax.set_mesh(mesh):
+        model = _placed(guided.model, shardings(guided.model, wan.AXES, mesh))
+        guided = replace(on_mesh(replace(guided, model=None)), model=model)
+        carry = on_mesh(jax.eval_shape(lambda guided, latents: start(guided, solver, latents), guided, latents))
+        scalars = (solver.schedule(STEPS, Shift(constant=3.0), 0), np.int32(0))
+        schedule, first = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), scalars
+        )
+        run = jax.jit(segment, donate_argnames="carry", out_shardings=batch_shardings(carry, mesh))
+        return run.lower(guided, carry, schedule, first)
+
+
+def _placed(tree, placement):
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), tree, placement)
+
+
+def measure(config: wan.WanConfig, case: Case) -> Memory:
+    """Compiles a model of this config as the case says; UserError for a size, mesh or topology that cannot be."""
+    guided, latents = abstract_request(config, case.size, case.frames)
+    mesh = make_mesh(parse_mesh(case.mesh), tpu_devices(case.topology))
+    lowered = lower(guided, latents, mesh)
+    if MOSAIC not in lowered.as_text():
+        raise RuntimeError("the program holds no splash attention: expected a Mosaic kernel for a TPU topology")
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _over_capacity(error, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    found = compiled.memory_analysis()
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    peak = found.argument_size_in_bytes + outputs + found.temp_size_in_bytes
+    return Memory(
+        arguments=found.argument_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+        peak=peak,
+        copies=copied_stacks(compiled.as_text(), guided.model, mesh),
+        seconds=seconds,
+        fits=peak <= CAPACITY[chip(case.topology)] * GIB,
+    )
+
+
+def _over_capacity(error: Exception, seconds: float) -> Memory:
+    """The compiler refuses a program that exceeds HBM, and says in the error by how much."""
+    used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+    if used is None:
+        raise error
+    return Memory(peak=round(float(used[1]) * GIB), seconds=seconds, fits=False)
+
+
+def copied_stacks(text: str, model, mesh) -> int:
+    """Bytes of whole stacked weights that a program writes: a second copy of a chip's part, or all parts gathered."""
+    placement = shardings(model, wan.AXES, mesh)
+    shapes = set()
+    for leaf, sharding in zip(jax.tree.leaves(model.blocks), jax.tree.leaves(placement.blocks), strict=True):
+        if leaf.ndim > 2:
+            shapes |= {leaf.shape, sharding.shard_shape(leaf.shape)}
+    written = 0
+    for dtype, dimensions, operation in re.findall(r"= (bf16|f32)\[([\d,]+)\]\S* ([\w-]+)\(", text):
+        shape = tuple(int(size) for size in dimensions.split(","))
+        if shape in shapes and operation not in ("parameter", "get-tuple-element", "bitcast"):
+            written += math.prod(shape) * (2 if dtype == "bf16" else 4)
+    return written
+
+
+def table_row(case: Case, memory: Memory) -> str:
+    """One row of the markdown table."""
+    arguments, temporaries, copies = (
+        "" if size is None else f"{size / GIB:.2f}" for size in (memory.arguments, memory.temporaries, memory.copies)
+    )
+    cells = (
+        case.model, f"{case.size}x{case.frames}", case.topology, case.mesh, arguments, temporaries, copies,
+        f"{memory.peak / GIB:.2f}", f"{CAPACITY[chip(case.topology)]:.2f}", "yes" if memory.fits else "no", f"{memory.seconds:.0f}",
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def parse(argv: list[str] | None) -> tuple[list[Case], bool]:
+    """(programs to compile, whether to print JSON)."""
+    parser = argparse.ArgumentParser(prog="python -m infer.tpu_memory", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=wan.PRESETS, help="without it: every row of the documented table")
+    parser.add_argument("--topology", default="v5e-8", help=f"{', '.join(SLICES)}, or a shape such as v5p:2x2x4")
+    parser.add_argument("--mesh", default="data=2,context=4", help="axes of data, fsdp, context, tensor over all chips")
+    parser.add_argument("--size", default="832x480", help="WxH in pixels")
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a row instead of a table")
+    options = parser.parse_args(argv)
+    if options.model is None:
+        cases = [Case(model=m, topology=t, mesh=axes, size=size) for m, t, axes in TABLE for size in SIZES]
+    else:
+        names = ("model", "topology", "mesh", "size", "frames")
+        cases = [Case(**{name: getattr(options, name) for name in names})]
+    return cases, options.json
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table, a row as soon as it is known. Exit code 2 for bad input."""
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        cases, as_json = parse(argv)
+        if not as_json:
+            print(HEADER, flush=True)
+        for case in cases:
+            memory = measure(wan.PRESETS[case.model], case)
+            print(json.dumps(asdict(case) | asdict(memory)) if as_json else table_row(case, memory), flush=True)
+            jax.clear_caches()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Memory and time of converting the true shapes of Wan2.1-1.3B."""
+
+import pytest
+
+from convert.benchmark import measure
+from dit_jax.models.wan import PRESETS
+
+
+@pytest.mark.long
+def test_memory_and_time_of_the_true_shapes(tmp_path):
+    result = measure(tmp_path, PRESETS["wan2.1-t2v-1.3b"])
+    print("\n".join(result.lines()))
+    assert result.file_bytes > 2.8e9 and result.largest_leaf_bytes == 30 * 1536 * 8960 * 2
+    assert result.to_native_anonymous_bytes < result.allowed_anonymous_bytes
+    assert result.to_diffusers_anonymous_bytes < result.allowed_anonymous_bytes
+    assert result.to_native_seconds < 5 * result.copy_seconds
+    assert result.to_diffusers_seconds < 5 * result.copy_seconds

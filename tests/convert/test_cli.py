@@ -1,0 +1,101 @@
+"""dit-convert: the commands, their output, and one sentence with exit code 2 for bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from convert import cli
+
+
+def run(*arguments) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_there_and_back(text_pipeline, tmp_path, capsys):
+    assert run("to-jax", text_pipeline, tmp_path / "native") == 0
+    assert "native layout" in capsys.readouterr().out
+    assert run("to-torch", tmp_path / "native", tmp_path / "original", "--layout", "original") == 0
+    assert (tmp_path / "original" / "Wan2.1_VAE.safetensors").is_file()
+    assert run("to-torch", tmp_path / "native", tmp_path / "original", "--max-shard-size", "20KB", "--overwrite") == 0
+    assert len(list((tmp_path / "original" / "transformer").glob("*-of-*.safetensors"))) > 1
+
+
+def test_inspect(text_pipeline, capsys):
+    assert run("inspect", text_pipeline) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{text_pipeline}: pipeline WanPipeline in diffusers layout, Wan text-to-video")
+    assert any(line.split()[:2] == ["vae", "AutoencoderKLWan"] for line in lines)
+    assert run("inspect", text_pipeline, "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["components"]["vae"]["class_name"] == "AutoencoderKLWan" and summary["layout"] == "diffusers"
+
+
+@pytest.mark.parametrize("arguments", [("inspect", "/no/such"), ("to-jax", "/no/such", "/tmp/out")])
+def test_bad_input_is_one_sentence(arguments, capsys):
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("dit-convert: there is no /no/such; expected")
+
+
+def test_an_existing_destination(text_pipeline, tmp_path, capsys):
+    assert run("to-jax", text_pipeline, tmp_path) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_a_destination_that_cannot_be_written(text_pipeline, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("to-jax", text_pipeline, tmp_path / "file" / "out") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("dit-convert: ") and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("to-jax", "a"), ("to-torch", "a", "b", "--layout", "x"), ("inspect", "a", "-z")]
+)
+def test_usage_errors_exit_with_2(arguments):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("20 kb", 20_000), ("7", 7), ("300MB", 3 * 10**8)])
+def test_sizes(text, size):
+    assert cli._bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["0", "5TB", "1.5GB", "", "GB"])
+def test_bad_sizes(text, capsys):
+    with pytest.raises(SystemExit):
+        run("to-torch", "a", "b", "--max-shard-size", text)
+    assert "is no size" in capsys.readouterr().err
+
+
+def test_a_terminated_conversion_leaves_nothing(text_pipeline, tmp_path):
+    # A pipe instead of a shard: the conversion waits in the middle until it is told to stop.
+    code = (
+        "import sys, time; from convert import cli, transfer\n"
+        "transfer.write_native = lambda *a: (print('writing', flush=True), time.sleep(60))\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "to-jax", str(text_pipeline), str(tmp_path / "out")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout.readline() == b"writing\n"
+        assert [path.name for path in tmp_path.iterdir()] == [f"out.partial-{process.pid}"]
+        process.terminate()
+        start = time.monotonic()
+        assert process.wait(30) == 128 + signal.SIGTERM
+        assert time.monotonic() - start < 30
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,129 @@
+"""What `test_sharding.py` runs in a process of its own: tiny Wan models on eight fake CPU devices against the same on one.
+
+The devices must exist before jax starts, hence the process. Prints one JSON object: `errors` (relative, by mesh and case) and
+`compilations` (of the second segment and the second request, by mesh).
+"""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dit_jax.models.network import Conditioning, NetworkCall, layout, network, unlayout
+from dit_jax.models.wan import AXES, Wan, WanConfig
+from dit_jax.sampling.sampler import Guided, sample, start
+from dit_jax.sampling.schedules import Shift
+from dit_jax.sampling.solvers import UniPC
+from dit_jax.sharding import batch_shardings, make_mesh, parse_mesh, shardings
+
+# A width of 40 and 12 MLP channels divide over some axes and not over others; 45 tokens divide over none.
+T2V = WanConfig(
+    blocks=3, width=40, heads=8, head_width=12, mlp_width=12, in_channels=4, out_channels=4, text_width=11, time_frequencies=8
+)  # fmt: skip
+I2V = replace(T2V, in_channels=8, image_width=13)
+LATENTS = (3, 6, 10, 4)
+STEPS = 4
+SOLVER = UniPC()
+SCHEDULE = SOLVER.schedule(STEPS, Shift(constant=3.0), 45)
+
+
+class Case(NamedTuple):
+    """A denoiser with two rows a sample, its starting latents, and what one device makes of them."""
+
+    name: str
+    guided: Any
+    latents: np.ndarray
+    velocity: np.ndarray
+    sampled: np.ndarray
+
+
+def random_model(config: WanConfig):
+    """Every leaf of ordinary size: zero biases and unit norms would hide what they do."""
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        fan_in = np.prod(leaf.shape[1:-1]) if leaf.ndim > 2 else 4
+        return jnp.asarray(rng.standard_normal(leaf.shape) / fan_in**0.5, jnp.float32)
+
+    return jax.tree.map(fill, nnx.eval_shape(lambda: Wan(config, nnx.Rngs(0))))
+
+
+def evaluate(guided: Guided, latents):
+    """The network alone, on all branches, each row at a time of its own."""
+    seen = latents if guided.extra is None else jnp.concatenate([latents, guided.extra], -1)
+    seen = jnp.repeat(seen, guided.branches, 0)
+    t = jnp.linspace(900, 100, seen.shape[0])
+    rows, _ = network(guided.model, NetworkCall(), layout(seen, guided.model.config.patch), t, guided.conditioning)
+    return unlayout(rows, seen.shape, guided.model.config.patch)
+
+
+def case(name: str, config: WanConfig, samples: int) -> Case:
+    rng = np.random.default_rng(samples)
+    latents, extra = rng.standard_normal((2, samples, *LATENTS), np.float32)
+    text = rng.standard_normal((2 * samples, 7, config.text_width), np.float32)
+    image = rng.standard_normal((2 * samples, 5, config.image_width), np.float32) if config.image_width else None
+    guided = Guided(
+        model=random_model(config),
+        conditioning=Conditioning(text, image),
+        guidance_scale=np.linspace(3, 5, samples, dtype=np.float32),
+        extra=extra if image is not None else None,
+        branches=2,
+    )
+    segment = jax.jit(sample, static_argnames=("solver", "count"))
+    sampled = segment(guided, SOLVER, start(guided, SOLVER, latents), SCHEDULE, 0, STEPS).latents
+    return Case(name, guided, latents, np.asarray(jax.jit(evaluate)(guided, latents)), np.asarray(sampled))
+
+
+def relative(a, b) -> float:
+    return float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b))
+
+
+def sharded(case: Case, mesh) -> Guided:
+    """The case's denoiser on the mesh: parameters by the model's table, inputs by rows."""
+    model = jax.device_put(case.guided.model, shardings(case.guided.model, AXES, mesh))
+    inputs = replace(case.guided, model=None)
+    return replace(jax.device_put(inputs, batch_shardings(inputs, mesh)), model=model)
+
+
+def check(cases: list[Case], text: str, compiled: list) -> tuple[dict[str, float], int]:
+    """(relative errors by case, compilations after the first segment) on one mesh."""
+    mesh, errors, late = make_mesh(parse_mesh(text)), {}, 0
+    with jax.set_mesh(mesh):
+        for case in cases:
+            guided = sharded(case, mesh)
+            errors[f"{text} {case.name} network"] = relative(jax.jit(evaluate)(guided, case.latents), case.velocity)
+            carry = start(guided, SOLVER, jax.device_put(case.latents, batch_shardings(case.latents, mesh)))
+            placed = batch_shardings(carry, mesh)
+            segment = jax.jit(
+                partial(sample, solver=SOLVER, schedule=SCHEDULE, count=STEPS // 2), donate_argnames="carry", out_shardings=placed
+            )
+            carry = segment(guided, carry=jax.device_put(carry, placed), first=0)
+            before = len(compiled)
+            carry = segment(guided, carry=carry, first=STEPS // 2)
+            late += len(compiled) - before
+            errors[f"{text} {case.name} sample"] = relative(carry.latents, case.sampled)
+    return errors, late
+
+
+def main(meshes: list[str]) -> None:
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    cases = [case("t2v", T2V, 1), case("i2v batch", I2V, 2)]
+    errors: dict[str, float] = {}
+    compilations = {}
+    for text in meshes:
+        its_errors, compilations[text] = check(cases, text, compiled)
+        errors |= its_errors
+    print(json.dumps({"errors": errors, "compilations": compilations, "all": len(compiled)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

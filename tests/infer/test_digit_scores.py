@@ -1,0 +1,155 @@
+"""The scores: real clips near 1, each single fault seen by its own score, the Fréchet distance against its formula."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import linalg
+
+from infer import digit_reader
+from infer.digit_grammar import Digit, Scene
+from infer.digit_reader import DigitReader, load_reader, read, train_reader
+from infer.digit_scores import frechet_distance, read_clip, real_clips, score_clips
+from infer.evaluate import suite_prompts
+from infer.moving_digits import load_digits
+
+
+@pytest.fixture(scope="session")
+def reader():
+    """A classifier after a few seconds of training: good enough to tell right from wrong."""
+    return train_reader(variants=8, epochs=3)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return suite_prompts(24)[0]
+
+
+@pytest.fixture(scope="module")
+def real(scenes):
+    return list(real_clips(scenes, 0))
+
+
+@pytest.fixture(scope="module")
+def ceiling(real, scenes, reader):
+    return score_clips(real, scenes, reader)
+
+
+def test_real_clips_score_high(ceiling):
+    assert ceiling["colour"] == ceiling["direction"] == ceiling["count"] == ceiling["relation"] == 1
+    assert ceiling["digit"] >= 0.75 and ceiling["digit_each"] >= 0.85
+    assert ceiling["videos"] == 24
+
+
+def test_scores_are_reproducible(real, scenes, reader, ceiling):
+    assert score_clips(iter(real), scenes, reader) == ceiling
+
+
+def _changed(scene, **fault):
+    return replace(scene, digits=(replace(scene.digits[0], **fault), *scene.digits[1:]))
+
+
+@pytest.mark.parametrize(
+    ("score", "field", "others"),
+    [
+        ("digit", "value", ("colour", "direction")),
+        ("colour", "colour", ("digit", "direction")),
+        ("direction", "motion", ("digit", "colour")),
+    ],
+)
+def test_a_fault_shows_in_its_own_score(real, scenes, reader, ceiling, score, field, others):
+    wrong = {"value": lambda v: (v + 3) % 10, "colour": lambda c: "red" if c != "red" else "blue"}
+    wrong["motion"] = lambda m: "moving left" if m != "moving left" else "standing still"
+    told = [_changed(scene, **{field: wrong[field](getattr(scene.digits[0], field))}) for scene in scenes]
+    scores = score_clips(real, told, reader)
+    assert scores[score] <= 0.1
+    for other in others:
+        assert scores[other] == ceiling[other]
+
+
+def test_digits_in_the_wrong_order_are_wrong(reader):
+    scene = Scene(
+        digits=(Digit(value=1, colour="red"), Digit(value=0, colour="green", motion="moving left")), relation="above"
+    )
+    (clip,) = real_clips([scene], 0)
+    assert read_clip(clip, scene, reader).right.all()
+    assert read_clip(clip, replace(scene, digits=scene.digits[::-1], relation="below"), reader).right.all()
+    assert not read_clip(clip, replace(scene, relation="below"), reader).right.any()
+    aside = read_clip(clip, replace(scene, relation="left of"), reader)
+    assert aside.relation is False and aside.count
+
+
+def test_missing_and_surplus_digits(reader):
+    pair = Scene(digits=(Digit(value=1, colour="red"), Digit(value=0, colour="green")), relation="above")
+    lone = Scene(digits=(Digit(value=0, colour="green"),))
+    (of_pair,), (of_lone,) = real_clips([pair], 0), real_clips([lone], 0)
+    missing = read_clip(of_lone, pair, reader)
+    assert not missing.count and not missing.relation and missing.right[:, 1].sum() == 0
+    assert not read_clip(of_pair, lone, reader).count
+
+
+def test_blank_clips_score_nothing(scenes, real, reader, ceiling):
+    scores = score_clips([np.full_like(clip, 40) for clip in real], scenes, reader)
+    assert scores["digit"] == scores["colour"] == scores["direction"] == scores["count"] == scores["all"] == 0
+    assert scores["frechet"] > 10 * ceiling["frechet"]
+
+
+def test_worse_looking_digits_are_further_from_real(scenes, real, reader, ceiling):
+    smeared = [np.maximum(clip, np.maximum(np.roll(clip, 5, 2), np.roll(clip, -5, 1))) for clip in real]
+    assert score_clips(smeared, scenes, reader)["frechet"] > 1.5 * ceiling["frechet"]
+
+
+def test_number_of_clips_must_agree(scenes, real, reader):
+    with pytest.raises(ValueError, match="zip"):
+        score_clips(real[:3], scenes, reader)
+
+
+def test_halves_of_the_held_out_glyphs_are_disjoint(scenes, monkeypatch):
+    from infer import digit_scores
+
+    seen = {0: set(), 1: set()}
+    for half in seen:
+        keep = lambda scene, glyphs, rng, spec, half=half: seen[half].update(glyph.tobytes() for glyph in glyphs)  # noqa: E731
+        monkeypatch.setattr(digit_scores, "render", keep)
+        list(real_clips(scenes * 4, half))
+    held_out = {image.tobytes() for image in load_digits("held-out").images}
+    assert seen[0] and seen[1] and not seen[0] & seen[1] and seen[0] | seen[1] <= held_out
+
+
+def test_frechet_distance_is_the_formula():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6)) + 1
+    b = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6))
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * linalg.sqrtm(cov_a @ cov_b).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, a + 2) == pytest.approx(24, rel=1e-6)
+
+
+def test_reading_does_not_depend_on_the_batch(reader):
+    glyphs = load_digits("held-out").images[:45]
+    logits, features = read(reader, glyphs)
+    assert logits.shape == (45, 10) and features.shape == (45, digit_reader.FEATURES)
+    for part in (slice(0, 7), slice(7, 45)):
+        np.testing.assert_array_equal(read(reader, glyphs[part])[0], logits[part])
+
+
+def test_classifier_is_trained_once_and_kept(reader, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    trainings = []
+    monkeypatch.setattr(digit_reader, "train_reader", lambda progress=None: trainings.append(1) or reader)
+    glyphs = load_digits("held-out").images[:9]
+    for _ in range(3):
+        load_reader.cache_clear()
+        kept = load_reader()
+        assert isinstance(kept, DigitReader)
+        np.testing.assert_array_equal(read(kept, glyphs)[0], read(reader, glyphs)[0])
+    assert len(trainings) == 1
+    assert digit_reader.cache_path().is_relative_to(tmp_path / "dit-jax")
+    digit_reader.cache_path().write_bytes(b"cut off")
+    load_reader.cache_clear()
+    load_reader()
+    assert len(trainings) == 2
+    load_reader.cache_clear()

@@ -1,0 +1,124 @@
+"""`dit-eval`: what it prints, what it asks of the model, and how it refuses. The model here draws real clips itself."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dit_jax.config import UserError
+from infer import digit_reader, evaluate
+from infer.digit_grammar import parse
+from infer.digit_scores import real_clips
+from infer.request import Defaults
+
+FOUR = {"digit", "colour", "direction", "frechet"}
+
+
+class Drawer:
+    """Stands in for a pipeline: draws the prompts in real glyphs, at will with a fault."""
+
+    def __init__(self, fault=lambda clip: clip):
+        self.calls, self.fault = [], fault
+
+    def prepare(self, request):
+        if request.solver not in ("unipc", "euler"):
+            raise UserError(f"unknown solver {request.solver!r}: expected one of unipc, euler")
+        return request.filled(Defaults(steps=12, guidance=4.0))
+
+    def __call__(self, prompts, **settings):
+        self.calls.append((prompts, settings))
+        clips = real_clips([parse(prompt) for prompt in prompts], 0)
+        return SimpleNamespace(frames=np.stack([self.fault(clip) for clip in clips]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_reader():
+    """A hardly trained classifier: what it thinks does not matter here."""
+    patch = pytest.MonkeyPatch()
+    quick = digit_reader.train_reader(variants=1, epochs=1)
+    patch.setattr(digit_reader, "load_reader", lambda progress=None: quick)
+    yield
+    patch.undo()
+
+
+def _run(monkeypatch, capsys, pipe, *arguments):
+    monkeypatch.setattr(evaluate, "_load", lambda model: pipe)
+    assert evaluate.main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_report_of_a_model(monkeypatch, capsys, tmp_path):
+    pipe = Drawer()
+    arguments = [
+        "--model",
+        "demo-wan",
+        "--suite",
+        "moving-digits",
+        "--videos",
+        "6",
+        "--guidance",
+        "2.5",
+        "--seed",
+        "30",
+    ]
+    report = _run(monkeypatch, capsys, pipe, *arguments, "--sheets", str(tmp_path))
+    assert report.keys() >= FOUR and report["ceiling"].keys() >= FOUR
+    assert report["colour"] == report["direction"] == report["ceiling"]["colour"] == 1
+    assert report["videos"] == 6 and report["model"] == "demo-wan" and report["suite"] == "moving-digits"
+    settings = {"size": [128, 128], "frames": 17, "steps": 12, "guidance": 2.5, "solver": "unipc", "seed": 30}
+    assert report["settings"] == settings
+    # Batches of four, the last filled up; every prompt has a seed of its own.
+    assert [len(prompts) for prompts, _ in pipe.calls] == [4, 4]
+    assert [settings["seed"] for _, settings in pipe.calls] == [30, 34]
+    prompts = pipe.calls[0][0] + pipe.calls[1][0][:2]
+    assert prompts == evaluate.suite_prompts(6)[1] == evaluate.suite_prompts(200)[1][:6]
+    assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+def test_faulty_model_scores_below_the_ceiling(monkeypatch, capsys):
+    report = _run(monkeypatch, capsys, Drawer(lambda clip: clip[::-1, ..., ::-1]), "--videos", "8")
+    assert report["direction"] < 0.5 < report["ceiling"]["direction"]
+    assert report["colour"] < 0.5 < report["ceiling"]["colour"]
+
+
+def test_real_needs_no_model(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "_load", lambda model: pytest.fail("a model was loaded"))
+    assert evaluate.main(["--real", "--videos", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["ceiling"].keys() >= FOUR and "digit" not in report
+
+
+def test_table_for_reading(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "_load", lambda model: Drawer())
+    assert evaluate.main(["--videos", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["colour", "1.000", "1.000"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--suite", "moving-cats"], "moving-cats"),
+        (["--videos", "0"], "--videos is 0"),
+        (["--model", "no-such-model"], "no-such-model"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, named, capsys):
+    assert evaluate.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert named in error and len(error.strip().splitlines()) == 1
+
+
+def test_bad_solver_is_refused_before_any_training(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "_load", lambda model: Drawer())
+    monkeypatch.setattr(digit_reader, "load_reader", lambda progress=None: pytest.fail("trained"))
+    assert evaluate.main(["--solver", "magic"]) == 2
+    assert "magic" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["--videos", "many"]])
+def test_bad_flags_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(arguments)
+    assert stop.value.code == 2

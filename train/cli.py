@@ -1,0 +1,128 @@
+"""`dit-train RECIPE [--set name=value]...`: runs a recipe, a Python file with a `Config` and a `run(config)`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import sys
+import types
+import typing
+from pathlib import Path
+
+import jax
+
+from dit_jax.config import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+USAGE = "dit-train RECIPE [--set name=value]... | dit-train RECIPE --help"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a recipe; 0 when it ended or was stopped by SIGTERM, 1 when training failed, 2 for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    from train.loop import TrainingDiverged
+
+    try:
+        return _main(arguments)
+    except UserError as error:
+        print(f"dit-train: {error}", file=sys.stderr)
+        return 2
+    except TrainingDiverged as error:
+        print(f"dit-train: {error}", file=sys.stderr)
+        return 1
+
+
+def _main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("dit-train", usage=USAGE, add_help=False)
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("--set", action="append", default=[], metavar="name=value", dest="settings")
+    parser.add_argument("-h", "--help", action="store_true")
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UserError(f"Unknown argument {unknown[0]!r}; expected {USAGE}.")
+    if known.recipe is None:
+        if not known.help:
+            raise UserError(f"No recipe is named; expected {USAGE}, with one of {', '.join(_shipped())}.")
+        print(f"usage: {USAGE}\n\nshipped recipes: {', '.join(_shipped())}\n`dit-train RECIPE --help` lists its options.")
+        return 0
+    recipe = load_recipe(known.recipe)
+    if known.help:
+        print(describe(recipe))
+        return 0
+    config = configure(recipe.Config, known.settings)
+    # A run that is resumed, or repeated after a small change, compiles nothing again.
+    jax.config.update("jax_compilation_cache_dir", str(Path("runs/cache/programs").resolve()))
+    recipe.run(config)
+    return 0
+
+
+def load_recipe(name: str) -> types.ModuleType:
+    """The module of a recipe: a path to a Python file, or the name of a shipped one."""
+    path = Path(name)
+    if not path.suffix and not path.exists():
+        path = RECIPES / f"{name}.py"
+    if path.suffix != ".py" or not path.is_file():
+        close = difflib.get_close_matches(path.stem, _shipped(), 1, 0.0)
+        raise UserError(f"There is no recipe {name!r}; expected a Python file or one of {', '.join(_shipped())}; did you mean {close[0]}?")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, "Config") or not hasattr(module, "run"):
+        raise UserError(f"{path} is no recipe: expected a dataclass `Config` and a function `run(config)`.")
+    return module
+
+
+def describe(recipe: types.ModuleType) -> str:
+    """A recipe's docstring and its options with their types and defaults."""
+    lines = [(recipe.__doc__ or "").strip(), "", "options (--set name=value):"]
+    hints = typing.get_type_hints(recipe.Config)
+    for field in dataclasses.fields(recipe.Config):
+        kind = getattr(hints[field.name], "__name__", None) or str(hints[field.name])
+        lines.append(f"  {field.name:20} {kind:8} default {getattr(recipe.Config(), field.name)!r}")
+    return "\n".join(lines)
+
+
+def configure(config_class, settings: list[str]):
+    """A config with `name=value` settings applied; raises UserError for an unknown name or a value of the wrong type."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    hints = typing.get_type_hints(config_class)
+    values = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set takes name=value, found {setting!r}.")
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1, 0.0)[0]
+            raise UserError(f"There is no option {name!r}; did you mean {close!r}? Options: {', '.join(names)}.")
+        values[name] = _parse(name, text, hints[name])
+    return config_class(**values)
+
+
+def _parse(name: str, text: str, kind):
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if str in options:
+        return None if text == "None" and type(None) in options else text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if float in options and type(value) is int:
+        value = float(value)
+    kinds = tuple(typing.get_origin(option) or option for option in options)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+        raise UserError(f"The option {name} takes {wanted}, found {text!r}.")
+    return value
+
+
+def _shipped() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "__init__")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

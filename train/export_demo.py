@@ -1,0 +1,122 @@
+"""Writes demo-wan as a complete pipeline in diffusers' layout: what ships, and what diffusers' `WanPipeline` opens.
+
+    python -m train.export_demo --wan runs/demo-wan [--vae runs/demo-vae] [--text runs/demo-text] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from convert.checkpoint import DEMO
+from convert.encoders import t5_settings
+from convert.transfer import staged, write_model
+from convert.vae_wan import config_to_diffusers
+from convert.wan import wan_settings
+from dit_jax.config import UserError
+from dit_jax.models.wan import FP32_LEAVES
+from dit_jax.parameters import Precision, cast
+from infer.digit_grammar import GRAMMAR
+
+MOST_BYTES = 16 * 10**6
+SHIFT = 3.0
+DEFAULTS = {"size": [128, 128], "frames": 17, "steps": 30, "guidance": 4.0, "fps": 8, "grammar": GRAMMAR}
+
+_INDEX = {
+    "_class_name": "WanPipeline",
+    "_diffusers_version": "0.38.0",
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "boundary_ratio": None,
+    "expand_timesteps": False,
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+_SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "_diffusers_version": "0.38.0",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "disable_corrector": [],
+    "dynamic_thresholding_ratio": 0.995,
+    "final_sigmas_type": "zero",
+    "flow_shift": SHIFT,
+    "lower_order_final": True,
+    "num_train_timesteps": 1000,
+    "predict_x0": True,
+    "prediction_type": "flow_prediction",
+    "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0,
+    "solver_order": 2,
+    "solver_p": None,
+    "solver_type": "bh2",
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_spacing": "linspace",
+    "trained_betas": None,
+    "use_beta_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_flow_sigmas": True,
+    "use_karras_sigmas": False,
+}
+
+
+def export_pipeline(folder: str | Path, wan, vae, text, tokenizer: str | Path) -> int:
+    """Writes the three models (the transformer in bf16) and what goes with them; returns the bytes on disk.
+
+    `folder` is replaced as a whole or not at all. Raises UserError above 16 MB.
+    """
+    half = Precision(weights=jnp.bfloat16, exact=FP32_LEAVES)
+    with staged(Path(folder), overwrite=Path(folder).exists()) as partial:
+        write_model(partial / "transformer", cast(wan, half), wan_settings(wan.config))
+        write_model(partial / "vae", vae, config_to_diffusers(vae.config))
+        write_model(partial / "text_encoder", text, t5_settings(text.config))
+        shutil.copytree(tokenizer, partial / "tokenizer")
+        _write_json(partial / "scheduler" / "scheduler_config.json", _SCHEDULER)
+        _write_json(partial / "model_index.json", _INDEX)
+        _write_json(partial / "generation_defaults.json", DEFAULTS)
+        size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        if size > MOST_BYTES:
+            raise UserError(f"The pipeline takes {size:,} bytes, expected at most {MOST_BYTES:,}; make a model smaller.")
+    return size
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exports the newest checkpoints of three runs; 2 for bad input."""
+    from train.recipes.demo_text import TOKENIZER, load_text_encoder
+    from train.recipes.demo_vae import load_vae
+    from train.recipes.demo_wan import load_wan
+
+    parser = argparse.ArgumentParser("python -m train.export_demo", description=__doc__)
+    parser.add_argument("--wan", default="runs/demo-wan")
+    parser.add_argument("--vae", default="runs/demo-vae")
+    parser.add_argument("--text", default="runs/demo-text")
+    parser.add_argument("--out", default=str(DEMO))
+    options = parser.parse_args(arguments)
+    try:
+        text, _ = load_text_encoder(options.text)
+        models = load_wan(options.wan), load_vae(options.vae), text
+        size = export_pipeline(options.out, *models, Path(options.text) / TOKENIZER)
+    except UserError as error:
+        print(f"export_demo: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

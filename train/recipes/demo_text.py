@@ -1,0 +1,165 @@
+"""Trains the text encoder of demo-wan, a small UMT5, to say what every caption means.
+
+    dit-train demo_text --set out=runs/demo-text
+
+Linear probes read, from the state of each digit's token, that digit's value, colour, motion and place, and from the last token the
+whole scene: what a word belongs to is then told by the states themselves, and the diffusion model, which sees them frozen, need not
+learn the grammar. The tokenizer is written beside the checkpoints. About 3 minutes on 2 CPU cores.
+Score: share of unseen captions in which every probe is right (`held_out_exact` in metrics.jsonl).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from transformers import AutoTokenizer
+
+from dit_jax.models.t5 import T5Config, T5Encoder
+from infer.digit_grammar import BACKGROUNDS, COLOURS, MOTIONS, RELATIONS, Scene, all_captions_sample, caption, random_scene
+from train.demo_tokenizer import TOKENS, train_tokenizer
+from train.loop import Hook, RunConfig, load_ema, train
+from train.step import build_step, init_state, muon, rebuild, schedule, training_mesh
+
+SHIPPED = T5Config(vocab_size=128, width=128, heads=4, head_width=32, mlp_width=256, blocks=2)
+PLACES = ("alone", *RELATIONS)
+DIGIT_CLASSES = (10, len(COLOURS), len(MOTIONS), len(PLACES))
+SCENE_CLASSES = (11, 7, 10, 11, 7, 10, len(PLACES), len(BACKGROUNDS))
+OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+TOKENIZER = "tokenizer"
+CORPUS = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Options of the recipe."""
+
+    out: str = "runs/demo-text"
+    steps: int = 500
+    save_every: int = 250
+    batch: int = 128
+    captions: int = 20_000
+    learning_rate: float = 4e-3
+
+
+class Probes(nnx.Module):
+    """The encoder and the linear maps that read its states."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.encoder = T5Encoder(SHIPPED, rngs=rngs)
+        self.digit = nnx.Linear(SHIPPED.width, sum(DIGIT_CLASSES), rngs=rngs)
+        self.scene = nnx.Linear(SHIPPED.width, sum(SCENE_CLASSES), rngs=rngs)
+
+    def __call__(self, ids_BL: jax.Array, valid_BL: jax.Array, places_B2: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Scores at the tokens of both digits [B, 2, classes] and at the last token [B, classes]."""
+        states = self.encoder(ids_BL, valid_BL)
+        last = jnp.sum(valid_BL, axis=1) - 1
+        rows = jnp.arange(len(ids_BL))
+        return self.digit(states[rows[:, None], places_B2]), self.scene(states[rows, last])
+
+
+def run(config: Config) -> None:
+    """Writes the tokenizer and trains the encoder."""
+    folder = Path(config.out) / TOKENIZER
+    train_tokenizer(all_captions_sample(CORPUS, config.seed), SHIPPED.vocab_size, folder)
+    examples = _examples(folder, config.captions, config.seed + 1)
+    held_out = _examples(folder, 2000, config.seed + 2)
+    mesh = training_mesh(config.data, config.fsdp)
+    model = jax.jit(lambda: Probes(nnx.Rngs(config.seed)))()
+    rate = schedule(config.learning_rate, config.steps, warmup=20, decay=config.steps // 2)
+    optimizer = muon(rate, rate)
+    step = build_step(model, _loss, optimizer, mesh, ema_decay=0.98)
+
+    def batch_at(position: int):
+        picked = np.random.default_rng([config.seed, position]).integers(0, config.captions, config.batch)
+        return {name: values[picked] for name, values in examples.items()}
+
+    def score(state, taken: int) -> dict[str, float]:
+        exact = float(np.mean(_exact(rebuild(model, state.ema), held_out)))
+        print(f"\nstep {taken}: {100 * exact:.2f} % of unseen captions read without error", flush=True)
+        return {"held_out_exact": exact}
+
+    train(config, init_state(model, optimizer, mesh), step, batch_at, (Hook(250, score),))
+
+
+def load_text_encoder(out: str):
+    """The trained encoder of a run, and its tokenizer."""
+    weights = {name.removeprefix("encoder."): leaf for name, leaf in load_ema(out).items() if name.startswith("encoder.")}
+    abstract = nnx.eval_shape(lambda: T5Encoder(SHIPPED, rngs=nnx.Rngs(0)))
+    encoder = rebuild(abstract, {name: jnp.asarray(leaf) for name, leaf in weights.items()})
+    return encoder, AutoTokenizer.from_pretrained(Path(out) / TOKENIZER)
+
+
+def tokenized(tokenizer, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 [B, 32] and validity bool [B, 32]."""
+    out = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True)
+    return np.asarray(out.input_ids, np.int32), np.asarray(out.attention_mask, bool)
+
+
+def _examples(folder: Path, count: int, seed: int) -> dict[str, np.ndarray]:
+    """Random captions with the classes of their digits [N, 2, 4] (−1 for a digit that is not there) and scenes [N, 8]."""
+    rng = random.Random(seed)
+    scenes = [random_scene(rng) for _ in range(count)]
+    texts = [caption(scene, rng) for scene in scenes]
+    ids, valid = tokenized(AutoTokenizer.from_pretrained(folder), texts)
+    places = np.array([_digit_places(text) for text in texts], np.int32)
+    digits = np.array([_digit_classes(scene) for scene in scenes], np.int32)
+    wholes = np.array([_scene_classes(scene) for scene in scenes], np.int32)
+    return {"ids": ids, "valid": valid, "places": places, "digit": digits, "scene": wholes}
+
+
+def _digit_places(text: str) -> list[int]:
+    # Every word is one token, so a digit's token is where its word is.
+    found = [place for place, word in enumerate(text.split()) if word.isdigit()]
+    return [found[0], found[-1]]
+
+
+def _digit_classes(scene: Scene) -> list[list[int]]:
+    seats = ["alone"] if scene.relation is None else [scene.relation, OPPOSITE[scene.relation]]
+    rows = [
+        [digit.value, COLOURS.index(digit.colour), MOTIONS.index(digit.motion), PLACES.index(seat)]
+        for digit, seat in zip(scene.digits, seats, strict=True)
+    ]
+    return rows + [[-1] * len(DIGIT_CLASSES)] * (2 - len(rows))
+
+
+def _scene_classes(scene: Scene) -> list[int]:
+    values = []
+    for classes in _digit_classes(scene):
+        values += [index % size for index, size in zip(classes[:3], SCENE_CLASSES[:3], strict=True)]
+    return [*values, PLACES.index(scene.relation or "alone"), BACKGROUNDS.index(scene.background)]
+
+
+def _loss(model: Probes, batch, key):
+    digit, scene = model(batch["ids"], batch["valid"], batch["places"])
+    at_digits = sum(_cross_entropy(*pair) for pair in _slots(digit, batch["digit"], DIGIT_CLASSES))
+    at_end = sum(_cross_entropy(*pair) for pair in _slots(scene, batch["scene"], SCENE_CLASSES))
+    return at_digits + at_end, {"at_digits": at_digits, "at_end": at_end}
+
+
+def _slots(scores, classes, sizes):
+    starts = np.cumsum((0, *sizes))
+    return [(scores[..., starts[i] : starts[i + 1]], classes[..., i]) for i in range(len(sizes))]
+
+
+def _cross_entropy(scores, classes):
+    known = classes >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, jnp.maximum(classes, 0))
+    return jnp.sum(losses * known) / jnp.sum(known)
+
+
+@jax.jit
+def _exact(model: Probes, batch) -> jax.Array:
+    digit, scene = model(batch["ids"], batch["valid"], batch["places"])
+    right = jnp.ones(len(batch["ids"]), bool)
+    for scores, classes in _slots(digit, batch["digit"], DIGIT_CLASSES):
+        right &= jnp.all((jnp.argmax(scores, -1) == classes) | (classes < 0), axis=-1)
+    for scores, classes in _slots(scene, batch["scene"], SCENE_CLASSES):
+        right &= jnp.argmax(scores, -1) == classes
+    return right
