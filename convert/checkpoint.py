@@ -215,20 +215,19 @@ def _sharding(name: str, leaf: Leaf, mesh: Mesh | None, shardings: Shardings | N
 
 
 def _placed(leaf: Leaf, sharding: Sharding | None) -> jax.Array:
-    if sharding is not None:
-        return jax.make_array_from_callback(leaf.shape, sharding, leaf.rectangle)
-    array = leaf.block(None)
-    # On a CPU an array may share memory with what it is made from: never with a file that someone could write to.
-    return jax.device_put(array if array.flags.owndata else array.copy())
+    # On a CPU an array may share memory with what it is made from: copies, never a file that someone could write to.
+    if sharding is None:
+        return jax.device_put(leaf.rectangle(None))
+    return jax.make_array_from_callback(leaf.shape, sharding, leaf.rectangle)
 
 
 def checkpoint_hash(folder: str | Path) -> str:
     """Twelve hex digits that change when a checkpoint's weights or configs do.
 
     SHA-256 over every file's place and size and samples of its contents: the first 64 KB, which hold a safetensors
-    header, and sixteen more pieces of 64 KB spread evenly; files of up to 17 pieces are hashed whole. An edit that keeps
-    a file's size and misses all samples goes unseen: this tells checkpoints apart and proves no integrity. The same
-    weights in two layouts have two hashes.
+    header, and sixteen more pieces of 64 KB spread evenly; files of up to 17 pieces are hashed whole. An edit that
+    keeps a file's size and misses all samples goes unseen: this tells checkpoints apart and proves no integrity. The
+    same weights in two layouts have two hashes.
     """
     root = resolve(folder)
     digest = hashlib.sha256()

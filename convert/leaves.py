@@ -37,10 +37,10 @@ class Leaf:
         return self.read(None)[block] if block is not None and not self.stacked else self.read(block)
 
     def rectangle(self, index: tuple[slice, ...] | None) -> np.ndarray:
-        """Any rectangle of the leaf (None for the whole); blocks outside it are not read."""
+        """A copy of any rectangle of the leaf (None for the whole); blocks outside it are not read."""
         index = tuple(slice(None) for _ in self.shape) if index is None else index
         if not self.stacked:
-            return np.asarray(self.read(None)[index], order="C")
+            return np.array(self.read(None)[index], order="C")
         lengths = [len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True)]
         # Filled in place: stacking a list of blocks would hold everything twice.
         out = np.empty(lengths, self.dtype)
@@ -51,11 +51,6 @@ class Leaf:
     def cast(self, dtype: np.dtype) -> Leaf:
         """The same leaf, read in another dtype."""
         return replace(self, dtype=dtype, read=lambda block: self.read(block).astype(dtype))
-
-
-def array_leaf(array: np.ndarray, stacked: bool = False) -> Leaf:
-    """A leaf that is in memory."""
-    return Leaf(array.shape, array.dtype, stacked, lambda block: array if block is None else array[block])
 
 
 def finite(leaf: Leaf, place: Callable[[int | None], str]) -> Leaf:

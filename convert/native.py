@@ -63,7 +63,7 @@ def read_native(folder: Path) -> dict[str, Leaf]:
 
 def is_native(folder: Path) -> bool:
     """Whether this component folder holds weights of ours."""
-    return (folder / PARAMS / _METADATA).is_file() or (folder / PARAMS).is_dir()
+    return (folder / PARAMS).is_dir()
 
 
 def _write_leaf(leaf: Leaf, folder: Path) -> None:

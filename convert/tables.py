@@ -1,7 +1,8 @@
 """How a table of parameters is read, in both directions.
 
 A table is a list of `Row`s: one leaf of our model, its einops pattern, and its key in each layout of the outside world.
-A key with `{i}` stands for a stack: the leading axis of our leaf is the block index, and every block has a key of its own.
+A key with `{i}` stands for a stack: the leading axis of our leaf is the block index, and every block has a key of its
+own.
 """
 
 from __future__ import annotations

@@ -32,15 +32,13 @@ _FIELDS = {
 def config_from_diffusers(config: Mapping[str, Any]) -> WanVAEConfig:
     """Our config from the dict of `vae/config.json`; a field that is absent has its published default.
 
-    Raises UserError for the residual, patched form of Wan 2.2.
+    Raises UserError for the residual form of Wan 2.2.
     """
-    if config.get("is_residual") or (config.get("patch_size") or 1) != 1:
-        raise UserError(
-            f"the VAE has is_residual {config.get('is_residual')} and patch_size {config.get('patch_size')}, expected False and "
-            "None as in Wan 2.1; use a Wan 2.1 checkpoint"
-        )
-    fields: dict[str, Any] = {ours: config[theirs] for ours, theirs in _FIELDS.items() if theirs in config}
-    return WanVAEConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    if config.get("is_residual"):
+        raise UserError("the VAE has is_residual true, expected false as in Wan 2.1; use a Wan 2.1 checkpoint")
+    given = {ours: config[theirs] for ours, theirs in _FIELDS.items() if theirs in config}
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return WanVAEConfig(**fields, patch=config.get("patch_size") or 1)
 
 
 def config_to_diffusers(config: WanVAEConfig) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def config_to_diffusers(config: WanVAEConfig) -> dict[str, Any]:
         **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
         "dropout": 0.0,
         "is_residual": False,
-        "patch_size": None,
+        "patch_size": config.patch if config.patch > 1 else None,
         "scale_factor_temporal": config.time_factor,
         "scale_factor_spatial": config.space_factor,
     }

@@ -112,7 +112,12 @@ def wan_rows(config: WanConfig) -> list[Row]:
 def _block_rows(config: WanConfig) -> list[Row]:
     block, image = "blocks.{i}.", config.image_width is not None
     return [
-        Row(ours="blocks.modulation", pattern="1 s d -> s d", diffusers=block + "scale_shift_table", original=block + "modulation"),
+        Row(
+            ours="blocks.modulation",
+            pattern="1 s d -> s d",
+            diffusers=block + "scale_shift_table",
+            original=block + "modulation",
+        ),
         *_attention_rows("attn1", "self_attn", rotated=True),
         *_attention_rows("attn2", "cross_attn", rotated=False),
         *(_image_branch_rows() if image else []),
@@ -165,14 +170,27 @@ def _image_rows(config: WanConfig) -> list[Row]:
     ]
     if config.image_positions:
         rows.append(
-            Row(ours="image.positions", pattern="1 n e -> n e", diffusers=theirs + "pos_embed", original="img_emb.emb_pos")
+            Row(
+                ours="image.positions",
+                pattern="1 n e -> n e",
+                diffusers=theirs + "pos_embed",
+                original="img_emb.emb_pos",
+            )
         )
     return rows
 
 
-def _linear(ours: str, diffusers: str, original: str, pattern: str = LINEAR, bias: str = "... -> ...", sizes=None) -> list[Row]:
+def _linear(
+    ours: str, diffusers: str, original: str, pattern: str = LINEAR, bias: str = "... -> ...", sizes=None
+) -> list[Row]:
     return [
-        Row(ours=f"{ours}.kernel", pattern=pattern, sizes=sizes or {}, diffusers=f"{diffusers}.weight", original=f"{original}.weight"),
+        Row(
+            ours=f"{ours}.kernel",
+            pattern=pattern,
+            sizes=sizes or {},
+            diffusers=f"{diffusers}.weight",
+            original=f"{original}.weight",
+        ),
         Row(
             ours=f"{ours}.bias",
             pattern=bias,

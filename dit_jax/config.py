@@ -4,4 +4,5 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Bad input, told in one sentence: what, what was expected, what came, what to do. Commands print it and exit with 2."""
+    """Bad input, told in one sentence: what, what was expected, what came, what to do. Commands print it and exit with
+    2."""

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Dtype policy: floating weights (and with them the matmuls) in `weights`, those under the `exact` prefixes in fp32.
+    """Dtype policy: floating weights (and with them the matmuls) in `weights`, those under the `exact` prefixes in
+    fp32.
 
     Norms, rotations, softmax, modulation and schedules compute in fp32 under any policy; the models see to that.
     """
@@ -27,7 +28,9 @@ class Precision:
 
 def leaf_name(path) -> str:
     """The dotted path of a leaf of an NNX module: `blocks.attn1.q.kernel`."""
-    return ".".join(str(getattr(p, "name", getattr(p, "key", getattr(p, "idx", "")))) for p in path).removesuffix(".value")
+    return ".".join(str(getattr(p, "name", getattr(p, "key", getattr(p, "idx", "")))) for p in path).removesuffix(
+        ".value"
+    )
 
 
 def named_leaves(model) -> list[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from dit_jax.parameters import leaf_name
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 # The dimensions that a table may name, and the mesh axis that splits each. Any other dimension is None in the table.
-RULES = {"blocks": None, "embed": "fsdp", "vocabulary": "fsdp", "heads": "tensor", "mlp": "tensor"}
+RULES = {"blocks": None, "embed": "fsdp", "vocabulary": "tensor", "heads": "tensor", "mlp": "tensor"}
 
 # Attention runs on whole heads: a mesh that would cut one is refused. Other axes that do not divide are left whole.
 INDIVISIBLE = ("heads",)

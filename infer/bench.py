@@ -1,6 +1,7 @@
 """Speed beside PyTorch on this machine: `python -m infer.bench dit|vae|compile [--rounds N] [--json]`.
 
-Every figure is a ratio of two programs timed in turn in one process, by their medians, warm. Needs the `dev` extra (torch, diffusers).
+Every figure is a ratio of two programs timed in turn in one process, by their medians, warm. Needs the `dev` extra
+(torch, diffusers).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +50,11 @@ def bench_dit(rounds: int) -> dict[str, float]:
 
     config = replace(WAN_1_3B, blocks=6)
     settings = {k: v for k, v in wan_settings(config).items() if k != "_class_name"}
-    theirs = WanTransformer3DModel(**settings).eval()
+    theirs: Any = WanTransformer3DModel(**settings)
     ours = assign(
-        nnx.eval_shape(lambda: Wan(config, nnx.Rngs(0))), wan_rows(config), {k: v.numpy() for k, v in theirs.state_dict().items()}
+        nnx.eval_shape(lambda: Wan(config, nnx.Rngs(0))),
+        wan_rows(config),
+        {k: v.numpy() for k, v in theirs.state_dict().items()},
     )
     latents, text = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in (DIT_LATENTS, TEXT))
     t = np.array([500.0], np.float32)
@@ -77,23 +81,25 @@ def bench_vae(rounds: int) -> dict[str, float]:
     from convert.vae_wan import config_from_diffusers, vae_wan_rows
     from dit_jax.models.vae_wan import WanVAE
 
-    theirs = AutoencoderKLWan().eval()
+    theirs: Any = AutoencoderKLWan()
     config = config_from_diffusers(dict(theirs.config))
     ours = assign(
         nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))),
         vae_wan_rows(config),
         {k: v.numpy() for k, v in theirs.state_dict().items()},
     )
-    latents = np.random.default_rng(0).standard_normal(VAE_LATENTS, np.float32)
+    noise = np.random.default_rng(0).standard_normal(VAE_LATENTS, np.float32)
     decode = jax.jit(lambda vae, latents: vae.decode(latents, chunk=1))
-    theirs_latents = torch.tensor(latents).permute(0, 4, 1, 2, 3)
+    theirs_latents = torch.tensor(noise).permute(0, 4, 1, 2, 3)
 
     def run_theirs() -> None:
         with torch.inference_mode():
             theirs.decode(theirs_latents)
 
-    latents = jnp.asarray(latents)
-    return alternate({"ours": lambda: jax.block_until_ready(decode(ours, latents)) and None, "torch": run_theirs}, rounds)
+    latents = jnp.asarray(noise)
+    return alternate(
+        {"ours": lambda: jax.block_until_ready(decode(ours, latents)) and None, "torch": run_theirs}, rounds
+    )
 
 
 def bench_compile(rounds: int) -> dict[str, float]:

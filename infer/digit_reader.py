@@ -6,6 +6,7 @@ Shapes: B glyphs, 28 x 28 pixels, F features.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -157,8 +158,8 @@ def train_reader(
 
 def cache_path() -> Path:
     """Where the trained classifier is kept: under XDG_CACHE_HOME or ~/.cache, named by the code that makes it."""
-    code = Path(__file__).read_bytes() + Path(digit_tracks.__file__).read_bytes()
-    return cache_folder("digit-reader") / f"{hashlib.sha256(code).hexdigest()[:12]}.npz"
+    code = Path(__file__).read_text() + inspect.getsource(digit_tracks.glyph_crops) + inspect.getsource(load_digits)
+    return cache_folder("digit-reader") / f"{hashlib.sha256(code.encode()).hexdigest()[:12]}.npz"
 
 
 @lru_cache(maxsize=1)

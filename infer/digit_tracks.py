@@ -19,7 +19,7 @@ CROP = 28
 # Levels of 255: backgrounds stay below the first, the ink's middle is above the second.
 _DARKEST_INK, _INK = 85.0, 120.0
 # Pixels of a 128-pixel frame: what is shorter is a fragment; what moved less stands still (motions travel 20 and more).
-_SHORTEST_DIGIT, _STILL_TRAVEL = 22.0, 10.0
+_SHORTEST_DIGIT, _STILL_TRAVEL = 28.0, 10.0
 _MOST_PARTS = 32
 
 
@@ -114,15 +114,17 @@ class _Part:
 def _parts(clip: np.ndarray, ink: np.ndarray, backdrop: np.ndarray) -> list[_Part]:
     from scipy import ndimage
 
-    hues = np.full(ink.shape, -1)
+    nowhere = len(PALETTE)
+    hues = np.full(ink.shape, nowhere, np.uint8)
     hues[ink] = nearest_colour(clip[ink], backdrop)
+    amounts = np.bincount(hues.ravel(), minlength=nowhere)[:nowhere]
     parts = []
-    for colour in range(len(PALETTE)):
+    for colour in np.flatnonzero(amounts >= len(clip)):
         labels, count = ndimage.label(hues == colour, structure=np.ones((3, 3, 3)))
         for label, window in zip(range(1, count + 1), ndimage.find_objects(labels), strict=True):
             voxels = np.argwhere(labels[window] == label) + [edge.start for edge in window]
             if len(voxels) >= len(clip):
-                parts.append(_Part(colour=colour, voxels=voxels, boxes=_boxes(voxels, len(clip))))
+                parts.append(_Part(colour=int(colour), voxels=voxels, boxes=_boxes(voxels, len(clip))))
     # A clip of noise has thousands; the digits are among the largest.
     return sorted(parts, key=lambda part: -len(part.voxels))[:_MOST_PARTS]
 
@@ -160,7 +162,7 @@ def _joined(parts: list[_Part], shape: tuple[int, ...], unit: float) -> list[np.
     belongs = np.arange(len(parts))
     for i, j in itertools.combinations(range(len(parts)), 2):
         gap, shared = _meeting(parts[i].boxes, parts[j].boxes)
-        if shared > 0.3 or (parts[i].colour == parts[j].colour and gap < 3 * unit):
+        if shared > 0.3 or (parts[i].colour == parts[j].colour and gap < 4.2 * unit):
             belongs[belongs == belongs[j]] = belongs[i]
     whole = [_merge([parts[i] for i in np.flatnonzero(belongs == group)], shape) for group in np.unique(belongs)]
     digits = [group for group in whole if _length(group) >= _SHORTEST_DIGIT * unit]

@@ -128,9 +128,9 @@ def _settings(pipe, options: argparse.Namespace) -> dict[str, Any]:
         solver=options.solver,
         seed=options.seed,
     )
-    request = pipe.prepare(asked)
+    job = pipe.prepare(asked)
     names = ("size", "frames", "steps", "guidance", "solver", "seed")
-    return {name: getattr(request, name) for name in names}
+    return {name: getattr(job, name) for name in names}
 
 
 def _generated(

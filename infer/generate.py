@@ -19,7 +19,8 @@ The shipped model, demo-wan, draws moving handwritten digits and knows only thes
 {GRAMMAR}
 
 examples:
-  dit-generate --model demo-wan --prompt "a red 7 moving left above a blue 2 on a striped background" --out out/seven.mp4
+  dit-generate --model demo-wan --prompt "a red 7 moving left above a blue 2 on a striped background" --out
+  out/seven.mp4
   dit-generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat surfing at dusk" --mesh context=8 --out cat.mp4
 """
 
@@ -41,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
     add("--guidance", type=float, metavar="G", help="guidance scale; 1 turns guidance off (default: the model's)")
     add("--solver", default="unipc", metavar="S", help="unipc (default) or euler")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the starting noise; prompt i of a file has seed N + i")
+    add(
+        "--seed", type=int, default=0, metavar="N", help="seed of the starting noise; prompt i of a file has seed N + i"
+    )
     add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")
     add("--sheet", metavar="FILE", help="also write a contact sheet of the frames as PNG")
     add("--from-latents", metavar="FILE", help="decode latents that an earlier run left behind; no prompt needed")
@@ -68,37 +71,54 @@ def main(arguments: list[str] | None = None) -> int:
 
 def generate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the parsed command; returns what `--json` prints."""
-    prompts = _prompts(options)
     from infer import media
     from infer.request import Request, parse_size
 
+    prompts = _prompts(options)
     media.check_output(options.out)
-    size = parse_size(options.size) if options.size else None
     if options.sheet:
         media.check_output(options.sheet, frames=1)
-    image = media.open_image(options.image) if options.image else None
-    pipe = _load(options)
-    if pipe.defaults.grammar:
-        for word in dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt)):
-            print(f"warning: {options.model} does not know the word {word!r}; --help lists its words", file=sys.stderr)
     request = Request(
-        prompt=prompts[:1] or "latents", negative_prompt=options.negative_prompt, image=image, size=size, frames=options.frames,
-        steps=options.steps, guidance=options.guidance, solver=options.solver, seed=options.seed,
-    )  # fmt: skip
+        prompt=prompts,
+        negative_prompt=options.negative_prompt,
+        image=media.open_image(options.image) if options.image else None,
+        size=parse_size(options.size) if options.size else None,
+        frames=options.frames,
+        steps=options.steps,
+        guidance=options.guidance,
+        solver=options.solver,
+        seed=options.seed,
+    )
+    pipe = _load(options)
     if options.from_latents:
-        return _decode_file(pipe, options)
-    request = pipe.prepare(request)
-    media.check_output(options.out, request.frames)
+        return _from_latents(pipe, options)
+    if pipe.defaults.grammar:
+        _warn_of_unknown_words(options.model, prompts)
+    job = pipe.prepare(request)
+    media.check_output(options.out, job.frames)
     began, outputs = time.perf_counter(), []
-    for index, prompt in enumerate(prompts):
-        one = replace(request, prompt=[prompt], seed=options.seed + index)
-        out = Path(options.out)
-        outputs += _one(pipe, one, out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{index:03d}"), options.sheet)
+    for index, out in enumerate(_outputs(Path(options.out), len(prompts))):
+        images = None if job.images is None else job.images[index : index + 1]
+        one = replace(job, prompts=prompts[index : index + 1], images=images, seed=job.seed + index)
+        outputs += _denoise_and_decode(pipe, one, out, options.sheet)
+    return _report(pipe, job, began, outputs)
+
+
+def _outputs(out: Path, count: int) -> list[Path]:
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index:03d}") for index in range(count)]
+
+
+def _warn_of_unknown_words(model: str, prompts: list[str]) -> None:
+    for word in dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt)):
+        print(f"warning: {model} does not know the word {word!r}; --help lists its words", file=sys.stderr)
+
+
+def _report(pipe, job, began: float, outputs: list[Path]) -> dict[str, Any]:
     return {
         "compile_seconds": round(pipe.programs.seconds, 3),
         "run_seconds": round(time.perf_counter() - began - pipe.programs.seconds, 3),
-        "tokens": pipe.tokens(request.size, request.frames),
-        "steps": request.steps,
+        "tokens": pipe.tokens(job.size, job.frames),
+        "steps": job.steps,
         "plan": "dense",
         "out": [str(path) for path in outputs],
     }
@@ -133,45 +153,35 @@ def _load(options: argparse.Namespace):
     return load_pipeline(options.model, mesh=mesh)
 
 
-def _one(pipe, request, out: Path, sheet: str | None) -> list[Path]:
-    """Denoises, keeps the latents beside the output, decodes, saves; the latents go once the video is there."""
+def _denoise_and_decode(pipe, job, out: Path, sheet: str | None) -> list[Path]:
+    """Keeps the latents beside the output until the video is there."""
     from infer import latents_file
 
-    with Bar(f"{out.name}") as bar:
-        latents = pipe.denoise(request, bar)
-        kept = latents_file.write(out, latents, request, pipe.hash)
-        result = pipe.decode(request, latents, bar)
-    paths = result.save(out)
-    if sheet:
-        _sheet(result, request.prompts[0], Path(sheet))
+    with Bar(out.name) as bar:
+        latents = pipe.denoise(job, bar)
+        kept = latents_file.write(out, latents, job, pipe.hash)
+        paths = _decode(pipe, job, latents, out, sheet, bar)
     kept.unlink()
     return paths
 
 
-def _decode_file(pipe, options: argparse.Namespace) -> dict[str, Any]:
+def _from_latents(pipe, options: argparse.Namespace) -> dict[str, Any]:
     from infer import latents_file
 
-    latents, request = latents_file.read(Path(options.from_latents), pipe.hash)
-    began = time.perf_counter()
-    with Bar(Path(options.out).name) as bar:
-        result = pipe.decode(request, latents, bar)
-    paths = result.save(options.out)
-    if options.sheet:
-        _sheet(result, request.prompts[0], Path(options.sheet))
-    return {
-        "compile_seconds": round(pipe.programs.seconds, 3),
-        "run_seconds": round(time.perf_counter() - began - pipe.programs.seconds, 3),
-        "tokens": pipe.tokens(request.size, request.frames),
-        "steps": 0,
-        "plan": "dense",
-        "out": [str(path) for path in paths],
-    }
+    latents, job = latents_file.read(Path(options.from_latents), pipe.hash)
+    began, out = time.perf_counter(), Path(options.out)
+    with Bar(out.name) as bar:
+        paths = _decode(pipe, job, latents, out, options.sheet, bar)
+    return _report(pipe, job, began, paths)
 
 
-def _sheet(result, prompt: str, path: Path) -> None:
+def _decode(pipe, job, latents, out: Path, sheet: str | None, bar: Bar) -> list[Path]:
     from infer.contact_sheet import contact_sheet
 
-    contact_sheet(result.frames[0], prompt, path)
+    result = pipe.decode(job, latents, bar)
+    if sheet:
+        contact_sheet(result.frames[0], job.prompts[0], Path(sheet))
+    return result.save(out)
 
 
 class Bar:

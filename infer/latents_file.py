@@ -10,28 +10,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dit_jax.config import UserError
-from infer.request import Request, describe
+from infer.request import Job
 
 SUFFIX = ".latents.safetensors"
 
 
-def write(out: Path, latents: np.ndarray, request: Request, checkpoint: str) -> Path:
+def write(out: Path, latents: np.ndarray, job: Job, checkpoint: str) -> Path:
     """Writes `OUT.latents.safetensors` beside the output and returns its path."""
     path = out.with_name(out.name + SUFFIX)
     path.parent.mkdir(parents=True, exist_ok=True)
-    details = {"request": json.dumps(describe(request)), "checkpoint": checkpoint}
+    details = {"job": json.dumps(job.describe()), "checkpoint": checkpoint}
     save_file({"latents": np.ascontiguousarray(latents)}, path, details)
     return path
 
 
-def read(path: Path, checkpoint: str) -> tuple[np.ndarray, Request]:
-    """(latents, the request that they answer); UserError if they are not there or come from another checkpoint."""
+def read(path: Path, checkpoint: str) -> tuple[np.ndarray, Job]:
+    """(latents, the job that they answer); UserError if they are not there or come from another checkpoint."""
     try:
         with safe_open(path, framework="np") as file:
             latents, details = file.get_tensor("latents"), file.metadata() or {}
-            request, source = Request(**json.loads(details["request"])), details["checkpoint"]
+            job, source = Job(**json.loads(details["job"])), details["checkpoint"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"cannot read latents from {str(path)!r} ({error}): expected a file *{SUFFIX} left by dit-generate") from error
+        raise UserError(
+            f"cannot read latents from {str(path)!r} ({error}): expected a file *{SUFFIX} left by dit-generate"
+        ) from error
     if source != checkpoint:
-        raise UserError(f"{path} was made by checkpoint {source}, this model is {checkpoint}: pass the --model that made it")
-    return latents, request
+        raise UserError(
+            f"{path} was made by checkpoint {source}, this model is {checkpoint}: pass the --model that made it"
+        )
+    return latents, job

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -24,9 +24,13 @@ def check_output(path: Path | str, frames: int | None = None) -> None:
     suffix = Path(path).suffix.lower()
     kinds = [*VIDEO_CODECS, *ANIMATIONS, *IMAGE_TYPES]
     if suffix not in kinds:
-        raise UserError(f"cannot write {str(path)!r}: expected a name ending in {', '.join(kinds)}, found {suffix or 'no suffix'!r}")
+        raise UserError(
+            f"cannot write {str(path)!r}: expected a name ending in {', '.join(kinds)}, found {suffix or 'no suffix'!r}"
+        )
     if suffix in IMAGE_TYPES and frames not in (None, 1):
-        raise UserError(f"cannot write {frames} frames to {str(path)!r}: a {suffix} holds one; name an .mp4 or ask for --frames 1")
+        raise UserError(
+            f"cannot write {frames} frames to {str(path)!r}: a {suffix} holds one; name an .mp4 or ask for --frames 1"
+        )
 
 
 def save(path: Path | str, frames: np.ndarray, fps: int, metadata: dict[str, Any]) -> None:
@@ -50,7 +54,7 @@ def _save_video(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
     codec = VIDEO_CODECS[path.suffix.lower()]
     with av.open(str(path), "w") as container:
         container.metadata["comment"] = comment
-        stream = container.add_stream(codec, rate=Fraction(fps))
+        stream = cast(av.VideoStream, container.add_stream(codec, rate=Fraction(fps)))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.options = {"crf": "12" if codec == "libx264" else "20"}
         for frame in frames:

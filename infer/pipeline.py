@@ -1,7 +1,7 @@
 """Text or an image to video: the whole of a Wan pipeline from a checkpoint, each stage one compiled program a shape.
 
-Shapes: B samples, R batch rows (guidance branches of a sample next to each other), L text tokens, E text width,
-T Y X latent grid, C latent channels, H W pixels.
+Shapes: B samples, R batch rows (guidance branches of a sample next to each other), L text tokens, E text width, T Y X
+latent grid, C latent channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dit_jax.sampling.solvers import SOLVERS
 from dit_jax.sharding import leaf_sharding
 from infer import media
 from infer.programs import Programs
-from infer.request import Defaults, Request, Strides, check, describe
+from infer.request import Defaults, Job, Request, Strides, check, fill
 
 DEFAULTS_FILE = "generation_defaults.json"
 SEGMENT = 4  # steps a program runs at most before it reports progress
@@ -55,7 +55,9 @@ class Result:
     def save(self, path: Path | str) -> list[Path]:
         """Writes each video; several get `-0`, `-1`, … before the suffix. Returns the files."""
         path = Path(path)
-        names = [path] if len(self.frames) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.frames))]
+        names = (
+            [path] if len(self.frames) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.frames))]
+        )
         for name, frames, metadata in zip(names, self.frames, self.metadata, strict=True):
             media.save(name, frames, self.fps, metadata)
         return names
@@ -64,11 +66,14 @@ class Result:
 def load_pipeline(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None) -> WanPipeline:
     """A pipeline from a diffusers directory, a native checkpoint, the original Wan files, a hub id or "demo-wan".
 
-    dtype  of the transformer and the text encoder; by default fp32 on a CPU, bf16 elsewhere. The VAE and CLIP stay in fp32.
+    dtype  of the transformer and the text encoder; by default fp32 on a CPU, bf16 elsewhere. The VAE and CLIP stay in
+           fp32.
     """
     checkpoint = open_checkpoint(path)
     if not checkpoint.is_pipeline:
-        raise UserError(f"{path} is a lone model: expected a whole pipeline (transformer, VAE, text encoder, tokenizer)")
+        raise UserError(
+            f"{path} is a lone model: expected a whole pipeline (transformer, VAE, text encoder, tokenizer)"
+        )
     if dtype is None:
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
@@ -97,10 +102,10 @@ class WanPipeline:
     def tokenizer(self):
         from transformers import AutoTokenizer
 
-        files = [Path(file) for name, file in self.checkpoint.files.items() if name.startswith("tokenizer/")]
-        if not files:
-            raise UserError(f"{self.checkpoint.folder} has no tokenizer: expected its files in the folder tokenizer")
-        return AutoTokenizer.from_pretrained(files[0].parent)
+        for name, file in self.checkpoint.files.items():
+            if name.startswith("tokenizer/") and isinstance(file, Path):
+                return AutoTokenizer.from_pretrained(file.parent)
+        raise UserError(f"{self.checkpoint.folder} has no tokenizer: expected its files in the folder tokenizer")
 
     @cached_property
     def hash(self) -> str:
@@ -114,7 +119,9 @@ class WanPipeline:
 
     @property
     def strides(self) -> Strides:
-        return Strides(space=self.vae.config.space_factor * self.transformer.config.patch[1], time=self.vae.config.time_factor)
+        return Strides(
+            space=self.vae.config.space_factor * self.transformer.config.patch[1], time=self.vae.config.time_factor
+        )
 
     def latents_shape(self, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
         """(T, Y, X, C) of the latents of a video."""
@@ -129,40 +136,46 @@ class WanPipeline:
         """Runs `Request(prompt=prompt, **options)`; `progress(stage, done, total)` is called as it goes."""
         unknown = set(options) - {field.name for field in fields(Request)}
         if unknown:
-            raise UserError(f"unknown option {sorted(unknown)[0]!r}: expected some of {', '.join(f.name for f in fields(Request))}")
-        request = self.prepare(Request(prompt=prompt, **options))
-        return self.decode(request, self.denoise(request, progress), progress)
+            raise UserError(
+                f"unknown option {sorted(unknown)[0]!r}: expected some of {', '.join(f.name for f in fields(Request))}"
+            )
+        job = self.prepare(Request(prompt=prompt, **options))
+        return self.decode(job, self.denoise(job, progress), progress)
 
-    def prepare(self, request: Request) -> Request:
+    def prepare(self, request: Request) -> Job:
         """The request with the model's defaults in it; UserError if the model cannot serve it."""
-        request = request.filled(self.defaults)
-        check(request, self.strides, self.takes_image)
-        return request
+        job = fill(request, self.defaults)
+        check(job, self.strides, self.takes_image)
+        return job
 
-    def denoise(self, request: Request, progress: Progress | None = None) -> np.ndarray:
-        """Final latents [B, T, Y, X, C] of a prepared request, fp32 in the sampler's normalised units."""
+    def denoise(self, job: Job, progress: Progress | None = None) -> np.ndarray:
+        """Final latents [B, T, Y, X, C] of a job, fp32 in the sampler's normalised units."""
         with self._on_mesh():
-            denoiser = self._denoiser(request)
-            solver = SOLVERS[request.solver]
-            schedule = solver.schedule(request.steps, self.shift, self.tokens(request.size, request.frames))
+            denoiser = self._denoiser(job)
+            solver = SOLVERS[job.solver]
+            schedule = solver.schedule(job.steps, self.shift, self.tokens(job.size, job.frames))
             schedule = jax.tree.map(self._replicated, schedule)
-            carry = self._pin(start(denoiser, solver, self._starting_noise(request)))
-            count = max(n for n in range(1, SEGMENT + 1) if request.steps % n == 0)
+            carry = self._pin(start(denoiser, solver, self._starting_noise(job)))
+            count = max(n for n in range(1, SEGMENT + 1) if job.steps % n == 0)
             run = _segment(solver, count)
-            for first in range(0, request.steps, count):
+            for first in range(0, job.steps, count):
                 if progress:
-                    progress("denoise", first, request.steps)
+                    progress("denoise", first, job.steps)
                 step = self._replicated(np.int32(first))
-                carry = self.programs.run((run.__name__, solver, count), run, denoiser, carry, schedule, step, donate=(1,))
+                carry = self.programs.run(
+                    (run.__name__, solver, count), run, denoiser, carry, schedule, step, donate=(1,)
+                )
             if progress:
                 jax.block_until_ready(carry)
-                progress("denoise", request.steps, request.steps)
+                progress("denoise", job.steps, job.steps)
             return np.asarray(carry.latents)
 
-    def decode(self, request: Request, latents: np.ndarray, progress: Progress | None = None) -> Result:
+    def decode(self, job: Job, latents: np.ndarray, progress: Progress | None = None) -> Result:
         """Video of final latents."""
         if not np.isfinite(latents).all():
-            raise UserError("the final latents are not finite: check the checkpoint with `dit-convert inspect`, or use fp32")
+            raise UserError(
+                "the final latents are not finite: check the checkpoint with `dit-convert inspect`, or use fp32"
+            )
         if progress:
             progress("decode", 0, 1)
         with self._on_mesh():
@@ -170,7 +183,7 @@ class WanPipeline:
             frames = np.asarray(video)
         if progress:
             progress("decode", 1, 1)
-        return Result(frames=frames, latents=latents, metadata=self._metadata(request), fps=self.defaults.fps)
+        return Result(frames=frames, latents=latents, metadata=self._metadata(job), fps=self.defaults.fps)
 
     def encode_text(self, prompts: list[str]) -> jax.Array:
         """Text embeddings [B, L, E]; zero behind each prompt's end, as Wan's pipelines have them."""
@@ -181,53 +194,50 @@ class WanPipeline:
         ids, valid = texts["input_ids"].astype(np.int32), texts["attention_mask"].astype(bool)
         return self.programs.run("text", _encode_text, self.text_encoder, self._rows(ids), self._rows(valid))
 
-    def _denoiser(self, request: Request) -> Guided:
-        branches = 2 if request.guidance > 1 else 1
-        text = self.encode_text(request.prompts)
+    def _denoiser(self, job: Job) -> Guided:
+        branches = 2 if job.guidance > 1 else 1
+        text = self.encode_text(job.prompts)
         if branches == 2:
-            negative = self.encode_text([request.negative_prompt] * len(request.prompts))
+            negative = self.encode_text([job.negative_prompt] * len(job.prompts))
             text = jnp.stack([text, negative], axis=1).reshape(-1, *text.shape[1:])
-        image, extra = self._image_conditioning(request, branches) if self.takes_image else (None, None)
+        image, extra = self._image_conditioning(job, branches) if self.takes_image else (None, None)
         conditioning = Conditioning(self._rows(text), None if image is None else self._rows(image))
         return Guided(
             model=self.transformer,
             conditioning=conditioning,
-            guidance_scale=self._replicated(np.float32(request.guidance)),
+            guidance_scale=self._replicated(np.float32(job.guidance)),
             extra=extra,
             branches=branches,
         )
 
-    def _image_conditioning(self, request: Request, branches: int) -> tuple[jax.Array, jax.Array]:
+    def _image_conditioning(self, job: Job, branches: int) -> tuple[jax.Array, jax.Array]:
         """(image encoder's states [R, I, E], mask and encoded first frame [B, T, Y, X, 4 + C])."""
-        images = request.image if isinstance(request.image, list) else [request.image] * len(request.prompts)
-        if len(images) != len(request.prompts):
-            raise UserError(f"{len(images)} images were given for {len(request.prompts)} prompts: expected one for each, or one for all")
-        images = [image.convert("RGB") for image in images]
+        assert job.images is not None and self.image_encoder is not None
+        images = [image.convert("RGB") for image in job.images]
         side = self.image_encoder.config.image_size
         pixels = np.concatenate([preprocess(np.asarray(image)[None], side) for image in images])
         states = self.programs.run("image", _encode_image, self.image_encoder, self._rows(pixels))
-        resized = [image.resize(request.size, Image.Resampling.LANCZOS) for image in images]
+        resized = [image.resize(job.size, Image.Resampling.LANCZOS) for image in images]
         first = np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in resized])[:, None]
-        video = np.concatenate([first, np.zeros((len(images), request.frames - 1, *first.shape[2:]), np.float32)], axis=1)
+        video = np.concatenate([first, np.zeros((len(images), job.frames - 1, *first.shape[2:]), np.float32)], axis=1)
         encoded = self.programs.run("encode", _encode_video, self.vae, self._rows(video))
         mask = np.zeros((*encoded.shape[:-1], self.vae.config.time_factor), np.float32)
         mask[:, 0] = 1
         return jnp.repeat(states, branches, axis=0), jnp.concatenate([self._rows(mask), encoded], axis=-1)
 
-    def _starting_noise(self, request: Request) -> jax.Array:
-        shape = self.latents_shape(request.size, request.frames)
-        count = len(request.prompts)
-        if request.latents is None:
-            return noise([request.seed + i for i in range(count)], shape)
-        if request.latents.shape != (count, *shape):
-            raise UserError(f"latents have shape {request.latents.shape}: expected {(count, *shape)}, channels last")
-        return jnp.asarray(request.latents, jnp.float32)
+    def _starting_noise(self, job: Job) -> jax.Array:
+        shape = self.latents_shape(job.size, job.frames)
+        count = len(job.prompts)
+        if job.latents is None:
+            return noise([job.seed + i for i in range(count)], shape)
+        if job.latents.shape != (count, *shape):
+            raise UserError(f"latents have shape {job.latents.shape}: expected {(count, *shape)}, channels last")
+        return jnp.asarray(job.latents, jnp.float32)
 
-    def _metadata(self, request: Request) -> list[dict[str, Any]]:
+    def _metadata(self, job: Job) -> list[dict[str, Any]]:
         shared = {"model": self.checkpoint.folder.name, "checkpoint": self.hash, "plan": "dense"}
-        return [
-            describe(request) | {"prompt": prompt, "seed": request.seed + i} | shared for i, prompt in enumerate(request.prompts)
-        ]
+        told = {name: value for name, value in job.describe().items() if name != "prompts"} | shared
+        return [told | {"prompt": prompt, "seed": job.seed + i} for i, prompt in enumerate(job.prompts)]
 
     def _on_mesh(self):
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
@@ -246,7 +256,8 @@ class WanPipeline:
         return self._place(value, PartitionSpec(batch or None))
 
     def _spread(self, latents) -> jax.Array:
-        """Latents or a video [B, T, Y, X, C] over batch and, where they divide, rows of the picture: how the VAE is split."""
+        """Latents or a video [B, T, Y, X, C] over batch and, where they divide, rows of the picture: how the VAE is
+        split."""
         if self.mesh is None:
             return jnp.asarray(latents)
         batch, rest = meshes.activation_axes(self.mesh, latents.shape[0])
@@ -254,7 +265,7 @@ class WanPipeline:
         return self._place(latents, PartitionSpec(batch or None, None, rows or None))
 
     def _pin(self, carry: Carry) -> Carry:
-        """The carry on the shardings that a segment's program gives back, so that the next segment is the same program."""
+        """The carry on the shardings that a segment gives back, so that the next one is the same program."""
         return jax.tree.map(self._rows, carry)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,12 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One call: `size` is (width, height) in pixels, `seed` that of the first prompt (the next has seed + 1, and so on).
+    """What a caller asks for; None leaves the choice to the model's defaults.
 
-    `latents` replaces the starting noise: fp32 [B, T, Y, X, C], in the sampler's normalised units.
+    size     (width, height) in pixels
+    image    the first frame, for an image-to-video model: one for each prompt, or one for all
+    seed     of the first prompt's noise; prompt i has seed + i
+    latents  starting noise in its place: fp32 [B, T, Y, X, C], in the sampler's normalised units
     """
 
     prompt: str | list[str]
@@ -43,19 +46,51 @@ class Request:
     seed: int = 0
     latents: np.ndarray | None = None
 
-    @property
-    def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
 
-    def filled(self, defaults: Defaults) -> Request:
-        """This request with every open choice taken from the model's defaults."""
-        return replace(
-            self,
-            size=self.size or defaults.size,
-            frames=self.frames or defaults.frames,
-            steps=self.steps or defaults.steps,
-            guidance=defaults.guidance if self.guidance is None else self.guidance,
-        )
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request with every choice made, one image a prompt (or none)."""
+
+    prompts: list[str]
+    negative_prompt: str
+    size: tuple[int, int]
+    frames: int
+    steps: int
+    guidance: float
+    solver: str
+    seed: int
+    images: list[Image.Image] | None = None
+    latents: np.ndarray | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The job without images and latents, as JSON can hold it."""
+        told = ("prompts", "negative_prompt", "size", "frames", "steps", "guidance", "solver", "seed")
+        return {name: getattr(self, name) for name in told}
+
+
+def fill(request: Request, defaults: Defaults) -> Job:
+    """The request with its open choices taken from the model's defaults."""
+    prompts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
+    images = [request.image] * len(prompts) if isinstance(request.image, Image.Image) else request.image
+    if images is not None and len(images) != len(prompts):
+        raise UserError(f"{len(images)} images came with {len(prompts)} prompts: expected one for each, or one for all")
+
+    def choice(name: str) -> Any:
+        asked = getattr(request, name)
+        return getattr(defaults, name) if asked is None else asked
+
+    return Job(
+        prompts=prompts,
+        negative_prompt=request.negative_prompt,
+        size=choice("size"),
+        frames=choice("frames"),
+        steps=choice("steps"),
+        guidance=choice("guidance"),
+        solver=request.solver,
+        seed=request.seed,
+        images=images,
+        latents=request.latents,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,27 +101,29 @@ class Strides:
     time: int
 
 
-def check(request: Request, strides: Strides, takes_image: bool) -> None:
-    """Raises UserError for a filled request that the model cannot serve."""
-    assert request.size is not None and request.frames is not None and request.guidance is not None
-    if not request.prompts or not all(text.strip() for text in request.prompts):
+def check(job: Job, strides: Strides, takes_image: bool) -> None:
+    """Raises UserError for a job that the model cannot serve."""
+    if not job.prompts or not all(text.strip() for text in job.prompts):
         raise UserError("the prompt is empty: expected a description of the video; pass one with --prompt")
-    if request.solver not in SOLVERS:
-        raise UserError(f"unknown solver {request.solver!r}: expected one of {', '.join(SOLVERS)}")
-    if not isinstance(request.steps, int) or request.steps < 1:
-        raise UserError(f"steps is {request.steps}: expected a whole number of at least 1")
-    if not math.isfinite(request.guidance) or request.guidance < 0:
-        raise UserError(f"guidance is {request.guidance}: expected a number of at least 0 (1 turns guidance off)")
-    _check_size(request.size, strides.space)
-    if request.frames < 1 or (request.frames - 1) % strides.time:
-        low = max(request.frames - 1, 0) // strides.time * strides.time + 1
+    if job.solver not in SOLVERS:
+        raise UserError(f"unknown solver {job.solver!r}: expected one of {', '.join(SOLVERS)}")
+    if not isinstance(job.steps, int) or job.steps < 1:
+        raise UserError(f"steps is {job.steps}: expected a whole number of at least 1")
+    if not math.isfinite(job.guidance) or job.guidance < 0:
+        raise UserError(f"guidance is {job.guidance}: expected a number of at least 0 (1 turns guidance off)")
+    _check_size(job.size, strides.space)
+    if job.frames < 1 or (job.frames - 1) % strides.time:
+        low = max(job.frames - 1, 0) // strides.time * strides.time + 1
         raise UserError(
-            f"{request.frames} frames do not fit: expected {strides.time}·k + 1; the nearest are {low} and {low + strides.time}"
+            f"{job.frames} frames do not fit: expected {strides.time}·k + 1; "
+            f"the nearest are {low} and {low + strides.time}"
         )
-    if takes_image and request.image is None:
+    if takes_image and job.images is None:
         raise UserError("this model animates an image and none was given: pass one with --image")
-    if not takes_image and request.image is not None:
-        raise UserError("an image was given to a text-to-video model: leave out --image or choose an image-to-video model")
+    if not takes_image and job.images is not None:
+        raise UserError(
+            "an image was given to a text-to-video model: leave out --image or choose an image-to-video model"
+        )
 
 
 def _check_size(size: tuple[int, int], multiple: int) -> None:
@@ -94,7 +131,8 @@ def _check_size(size: tuple[int, int], multiple: int) -> None:
         return
     nearest = "x".join(str(max(round(side / multiple), 1) * multiple) for side in size)
     raise UserError(
-        f"size {size[0]}x{size[1]} does not fit: width and height must be multiples of {multiple}; the nearest is {nearest}"
+        f"size {size[0]}x{size[1]} does not fit: expected a width and height that {multiple} divides; "
+        f"the nearest is {nearest}"
     )
 
 
@@ -104,11 +142,3 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (cross and width.isdigit() and height.isdigit()):
         raise UserError(f"size {text!r} is not understood: expected WIDTHxHEIGHT such as 832x480")
     return int(width), int(height)
-
-
-def describe(request: Request) -> dict[str, Any]:
-    """The request as it goes into a file's metadata."""
-    return {
-        "prompt": request.prompt, "negative_prompt": request.negative_prompt, "size": request.size, "frames": request.frames,
-        "steps": request.steps, "guidance": request.guidance, "solver": request.solver, "seed": request.seed,
-    }  # fmt: skip

@@ -1,6 +1,6 @@
 """HBM that a sampling run takes on a TPU slice, from a compilation on any host: no TPU is needed, libtpu is.
 
-    python -m infer.tpu_memory --model wan2.1-t2v-14b --topology v5p-16 --mesh fsdp=2,context=4 --size 832x480 --frames 81
+    python -m infer.tpu_memory --model wan2.1-t2v-14b --topology v5p-16 --mesh fsdp=2,context=4 --size 832x480
 
 Without a model, it compiles every row of the table in docs/tpu.md. The program is what a pipeline runs: `sample` over
 `Guided` with UniPC, one video, both guidance branches, bf16 weights, splash attention. Its arguments are shapes alone.
@@ -26,7 +26,7 @@ from flax import nnx
 from dit_jax.config import UserError
 from dit_jax.models import wan
 from dit_jax.models.network import Conditioning
-from dit_jax.parameters import Precision, cast
+from dit_jax.parameters import Precision, cast, named_leaves
 from dit_jax.sampling.sampler import Guided, sample, start
 from dit_jax.sampling.schedules import Shift
 from dit_jax.sampling.solvers import UniPC
@@ -49,20 +49,19 @@ SLICES = {
 }  # fmt: skip
 
 # What the compiler lets a program use of a chip's HBM (it keeps a little for itself), in GiB.
-CAPACITY = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+CAPACITY = {"v5e": 15.75, "v5p": 95.73, "v6e": 31.24}
 
 SIZES = ("832x480", "1280x720")
 TABLE = [
-    ("wan2.1-t2v-1.3b", "v5e-8", "data=2,context=4"),
-    ("wan2.1-t2v-1.3b", "v5p-8", "data=2,context=2"),
-    ("wan2.1-t2v-1.3b", "v6e-8", "data=2,context=4"),
+    ("wan2.1-t2v-1.3b", "v5e-8", "data=2,fsdp=4"),
     ("wan2.1-t2v-14b", "v5e-8", "fsdp=8"),
-    ("wan2.1-t2v-14b", "v5e-16", "data=2,fsdp=8"),
     ("wan2.1-t2v-14b", "v5p-8", "data=2,fsdp=2"),
-    ("wan2.1-t2v-14b", "v5p-16", "data=2,fsdp=2,context=2"),
     ("wan2.1-t2v-14b", "v6e-8", "data=2,fsdp=4"),
+    ("wan2.1-t2v-14b", "v5e-16", "data=2,fsdp=8"),
+    ("wan2.1-t2v-14b", "v5p-16", "data=2,fsdp=2,context=2"),
+    ("wan2.1-t2v-1.3b", "v5p-8", "data=2,fsdp=2"),
+    ("wan2.1-t2v-1.3b", "v6e-8", "data=2,context=4"),
 ]
-
 
 HEADER = """\
 | model | video | slice | mesh | arguments | temporaries | weights copied | peak | capacity | fits | compile s |
@@ -111,7 +110,7 @@ def tpu_devices(topology: str) -> list[Any]:
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     name = SLICES.get(topology, topology)
     if name.partition(":")[0] not in CAPACITY:
         raise UserError(
@@ -204,19 +203,19 @@ def measure(config: wan.WanConfig, case: Case) -> Memory:
 
 
 def _over_capacity(error: Exception, seconds: float) -> Memory:
-    """The compiler refuses a program that exceeds HBM, and says in the error by how much."""
-    used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
-    if used is None:
+    """What a program needs that the compiler refuses because it exceeds HBM; any other error is raised again."""
+    needed = re.search(r"\(([\d.]+)([GM])\) exceeds available HBM", str(error))
+    if needed is None:
         raise error
-    return Memory(peak=round(float(used[1]) * GIB), seconds=seconds, fits=False)
+    return Memory(peak=round(float(needed[1]) * (GIB if needed[2] == "G" else GIB >> 10)), seconds=seconds, fits=False)
 
 
 def copied_stacks(text: str, model, mesh) -> int:
     """Bytes of whole stacked weights that a program writes: a second copy of a chip's part, or all parts gathered."""
     placement = shardings(model, wan.AXES, mesh)
     shapes = set()
-    for leaf, sharding in zip(jax.tree.leaves(model.blocks), jax.tree.leaves(placement.blocks), strict=True):
-        if leaf.ndim > 2:
+    for (name, leaf), sharding in zip(named_leaves(model.blocks), jax.tree.leaves(placement.blocks), strict=True):
+        if name.endswith(".kernel"):
             shapes |= {leaf.shape, sharding.shard_shape(leaf.shape)}
     written = 0
     for dtype, dimensions, operation in re.findall(r"= (bf16|f32)\[([\d,]+)\]\S* ([\w-]+)\(", text):
@@ -233,7 +232,8 @@ def table_row(case: Case, memory: Memory) -> str:
     )
     cells = (
         case.model, f"{case.size}x{case.frames}", case.topology, case.mesh, arguments, temporaries, copies,
-        f"{memory.peak / GIB:.2f}", f"{CAPACITY[chip(case.topology)]:.2f}", "yes" if memory.fits else "no", f"{memory.seconds:.0f}",
+        f"{memory.peak / GIB:.2f}", f"{CAPACITY[chip(case.topology)]:.2f}",
+        "yes" if memory.fits else "no", f"{memory.seconds:.0f}",
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

@@ -1,4 +1,5 @@
-"""What must work on any supported Python and jax, without torch: the shipped model, from the command line to the file."""
+"""What must work on any supported Python and jax, without torch: the shipped model, from the command line to the
+file."""
 
 import json
 

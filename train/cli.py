@@ -23,14 +23,14 @@ USAGE = "dit-train RECIPE [--set name=value]... | dit-train RECIPE --help"
 def main(arguments: list[str] | None = None) -> int:
     """Runs a recipe; 0 when it ended or was stopped by SIGTERM, 1 when training failed, 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    from train.loop import TrainingDiverged
+    from train.loop import TrainingDivergedError
 
     try:
         return _main(arguments)
     except UserError as error:
         print(f"dit-train: {error}", file=sys.stderr)
         return 2
-    except TrainingDiverged as error:
+    except TrainingDivergedError as error:
         print(f"dit-train: {error}", file=sys.stderr)
         return 1
 
@@ -46,17 +46,21 @@ def _main(arguments: list[str]) -> int:
     if known.recipe is None:
         if not known.help:
             raise UserError(f"No recipe is named; expected {USAGE}, with one of {', '.join(_shipped())}.")
-        print(f"usage: {USAGE}\n\nshipped recipes: {', '.join(_shipped())}\n`dit-train RECIPE --help` lists its options.")
+        print(f"usage: {USAGE}\n\nshipped recipes: {', '.join(_shipped())}")
         return 0
     recipe = load_recipe(known.recipe)
     if known.help:
         print(describe(recipe))
         return 0
     config = configure(recipe.Config, known.settings)
-    # A run that is resumed, or repeated after a small change, compiles nothing again.
-    jax.config.update("jax_compilation_cache_dir", str(Path("runs/cache/programs").resolve()))
+    keep_programs()
     recipe.run(config)
     return 0
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs under runs/cache: a run that is resumed compiles nothing again."""
+    jax.config.update("jax_compilation_cache_dir", str(Path("runs/cache/programs").resolve()))
 
 
 def load_recipe(name: str) -> types.ModuleType:
@@ -66,7 +70,8 @@ def load_recipe(name: str) -> types.ModuleType:
         path = RECIPES / f"{name}.py"
     if path.suffix != ".py" or not path.is_file():
         close = difflib.get_close_matches(path.stem, _shipped(), 1, 0.0)
-        raise UserError(f"There is no recipe {name!r}; expected a Python file or one of {', '.join(_shipped())}; did you mean {close[0]}?")
+        known = ", ".join(_shipped())
+        raise UserError(f"There is no recipe {name!r}; expected a file or one of {known}; did you mean {close[0]}?")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -88,7 +93,7 @@ def describe(recipe: types.ModuleType) -> str:
 
 
 def configure(config_class, settings: list[str]):
-    """A config with `name=value` settings applied; raises UserError for an unknown name or a value of the wrong type."""
+    """A config with `name=value` settings; raises UserError for an unknown name or a value of the wrong type."""
     names = [field.name for field in dataclasses.fields(config_class)]
     hints = typing.get_type_hints(config_class)
     values = {}

@@ -101,7 +101,7 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def cached_latents(source: LatentSource, count: int, encode: Callable[[np.ndarray], np.ndarray]) -> LatentSet:
-    """The first `count` clips of a source, encoded (uint8 [B, T, Y, X, 3] to latents) and kept on disk shard by shard."""
+    """The first `count` clips of a source as `encode` (of uint8 [B, T, Y, X, 3]) makes them, kept on disk by shards."""
     source.path.mkdir(parents=True, exist_ok=True)
     latents, captions = [], []
     starts = range(0, count, SHARD)

@@ -86,7 +86,7 @@ def export_pipeline(folder: str | Path, wan, vae, text, tokenizer: str | Path) -
         _write_json(partial / "generation_defaults.json", DEFAULTS)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         if size > MOST_BYTES:
-            raise UserError(f"The pipeline takes {size:,} bytes, expected at most {MOST_BYTES:,}; make a model smaller.")
+            raise UserError(f"The pipeline takes {size:,} bytes, expected at most {MOST_BYTES:,}; shrink a model.")
     return size
 
 

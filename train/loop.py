@@ -1,4 +1,4 @@
-"""The loop round a training step: progress, metrics, checkpoints, exact resume, a clean stop on SIGTERM, an early one on NaN."""
+"""The loop round a training step: progress, metrics, checkpoints, exact resume, a stop on SIGTERM and on NaN."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Outcome:
     stopped: bool
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDivergedError(RuntimeError):
     """The loss is no longer a number."""
 
 
@@ -69,9 +69,10 @@ def train(
 ) -> Outcome:
     """Trains until `config.steps`, going on from the newest checkpoint under `config.out` if there is one.
 
-    `batch_at(i)` is the host batch of step i and depends on nothing else, so that the data position is a number. A checkpoint
-    holds the state, that position and the random key: a resumed run repeats the uninterrupted one bit for bit.
-    Raises TrainingDiverged naming the step whose loss is not finite; the newest checkpoint is from before it.
+    `batch_at(i)` is the host batch of step i and depends on nothing else, so that the data position is a number. A
+    checkpoint holds the state, that position and the random key: a resumed run repeats the uninterrupted one bit for
+    bit.
+    Raises TrainingDivergedError naming the step whose loss is not finite; the newest checkpoint is from before it.
     """
     out = Path(config.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +142,7 @@ class _Run:
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
             self.bar.close()
-            raise TrainingDiverged(
+            raise TrainingDivergedError(
                 f"The loss at step {position} is {loss}, expected a finite number; "
                 f"go on from the checkpoint before it in {self.config.out} with a lower learning rate or another seed."
             )
@@ -185,7 +186,8 @@ def _resume(saved: ocp.CheckpointManager, state: TrainState, key: jax.Array) -> 
 
     wanted = {**_as_tree(state), "position": jnp.zeros((), jnp.int32), "key": jax.random.key_data(key)}
     tree = saved.restore(newest, args=ocp.args.StandardRestore(jax.tree.map(abstract, wanted)))
-    optimiser = [tree["optimiser"][jax.tree_util.keystr(p)] for p, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
+    optimiser = [tree["optimiser"][jax.tree_util.keystr(path)] for path in paths]
     opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), optimiser)
     restored = TrainState(tree["step"], tree["params"], opt_state, tree["ema"])
     return restored, int(tree["position"]), jax.random.wrap_key_data(tree["key"])

@@ -29,8 +29,8 @@ class AutoencoderWeights:
     """Weights of the autoencoder's losses; pixels run from -1 to 1."""
 
     absolute: float = 1.0
-    squared: float = 2.0
-    edges: float = 1.0
+    squared: float = 4.0
+    edges: float = 0.3
     divergence: float = 5e-4
 
 
@@ -66,8 +66,10 @@ def flow_matching(model, batch: dict[str, jax.Array], key: jax.Array, settings: 
 
 
 def autoencoding(vae, batch: dict[str, jax.Array], key: jax.Array, weights: AutoencoderWeights):
-    """Reconstruction of `video` uint8 [B, T, Y, X, 3] from a sampled latent: absolute, squared and edge errors, and the divergence
-    of the latents' distribution from the standard normal (Kingma and Welling, arXiv 1312.6114)."""
+    """Reconstruction of `video` uint8 [B, T, Y, X, 3] from a sampled latent: absolute, squared and edge errors.
+
+    With the divergence of the latents' distribution from the standard normal (Kingma and Welling, arXiv 1312.6114).
+    """
     video = pixels(batch["video"])
     mean, log_variance = vae.encode(video)
     log_variance = jnp.clip(log_variance, -20.0, 10.0)

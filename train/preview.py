@@ -28,7 +28,7 @@ LATENT_GRID = (16, 16, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What a preview needs besides the transformer: prompts are those of a fixed seed, `embed` turns them into text states."""
+    """What a preview needs besides the transformer; `embed` turns prompts into text states."""
 
     vae: object
     embed: Callable[[list[str]], np.ndarray]
@@ -40,9 +40,9 @@ class Preview:
 
 
 def write_preview(preview: Preview, model, latent_frames: int, taken: int) -> dict[str, float]:
-    """Samples and draws `STEP.png`, a row a prompt; returns shares of right digits where the reader of `dit-eval` is at hand.
+    """Samples the prompts of a fixed seed, draws `STEP.png`, and returns the shares of right digits.
 
-    Looking must not cost training: the reader is not trained for it. A still has no direction to score.
+    No shares unless the reader of `dit-eval` is at hand: it is not trained for a look. A still has no direction.
     """
     rng = random.Random(SEED)
     scenes = [random_scene(rng) for _ in range(preview.prompts)]

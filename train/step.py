@@ -1,4 +1,4 @@
-"""One optimiser step as one compiled program: gradient, clipping, update and the running mean of the weights, on any mesh.
+"""One optimiser step as one compiled program: gradient, clipping, update and running mean of the weights, on any mesh.
 
 The mesh has the axes `data` and `fsdp`; a batch is split over both, the weights and the optimiser's state over `fsdp`.
 """
@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.parameters import named_leaves
 from dit_jax.config import UserError
+from dit_jax.parameters import named_leaves
 
 Params = dict[str, jax.Array]
 LossFunction = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -27,7 +27,7 @@ MUON_STEPS = 5
 
 
 class TrainState(NamedTuple):
-    """What a step reads and writes: steps taken, weights by dotted path, the optimiser's state, the weights' running mean."""
+    """What a step reads and writes: steps taken, weights by dotted path, optimiser's state, weights' running mean."""
 
     step: jax.Array
     params: Params
@@ -50,7 +50,8 @@ def training_mesh(data: int = 1, fsdp: int = 1) -> Mesh:
     """A mesh of data × fsdp devices; raises UserError when there are fewer."""
     devices = jax.devices()
     if data * fsdp > len(devices):
-        raise UserError(f"data={data} × fsdp={fsdp} needs {data * fsdp} devices, found {len(devices)}; choose smaller axes.")
+        needed = f"data={data} × fsdp={fsdp} needs {data * fsdp} devices"
+        raise UserError(f"{needed}, found {len(devices)}; choose smaller axes.")
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=devices[: data * fsdp])
 
 
@@ -83,11 +84,13 @@ def init_state(model, optimizer: optax.GradientTransformation, mesh: Mesh) -> Tr
     return jax.jit(start, out_shardings=shardings)(params)
 
 
-def build_step(model, loss: LossFunction, optimizer: optax.GradientTransformation, mesh: Mesh, ema_decay: float = 0.999):
+def build_step(
+    model, loss: LossFunction, optimizer: optax.GradientTransformation, mesh: Mesh, ema_decay: float = 0.999
+):
     """The jitted `(state, batch, key) -> (state, metrics)`; the state is donated.
 
-    `loss(model, batch, key)` returns a scalar, the mean over the batch, and a dict of scalars to report. The key of a step is
-    `fold_in(key, state.step)`. The running mean starts with a short memory, so that it forgets the initial weights.
+    `loss(model, batch, key)` returns a scalar, the mean over the batch, and a dict of scalars to report. The key of a
+    step is `fold_in(key, state.step)`. The running mean starts with a short memory: it forgets the initial weights.
     """
     abstract = jax.eval_shape(lambda: model)
 
@@ -127,9 +130,9 @@ def schedule(peak: float, steps: int, warmup: int, decay: int) -> optax.Schedule
 
 
 def muon(learning_rate: optax.ScalarOrSchedule, adam_learning_rate: optax.ScalarOrSchedule, clip: float = 1.0):
-    """Muon (Jordan et al., 2024) for the matrices inside the blocks, Adam for all else, after clipping to a global norm.
+    """Muon (Jordan et al., 2024) for the matrices inside the blocks, Adam for all else, after clipping by global norm.
 
-    With the update scale of Liu et al. (arXiv 2502.16982, section 2.2), so that both take learning rates of Adam's size.
+    With the update scale of Liu et al. (arXiv 2502.16982, section 2.2): both take learning rates of Adam's size.
     """
     return optax.chain(
         optax.clip_by_global_norm(clip),
@@ -153,15 +156,17 @@ def adam(learning_rate: optax.ScalarOrSchedule, clip: float = 1.0):
 def matrix_axes(params: Params):
     """Which axes of a leaf are a matrix's inputs and outputs, for Muon; None for what is no matrix inside a block.
 
-    Stacked kernels [G, in, out], to heads [G, D, H, K] and from heads [G, H, K, D]; convolutions [t, y, x, in, out].
+    Stacked kernels [G, in, out], to heads [G, D, H, K] and from heads [G, H, K, D];
+    convolutions [y, x, in, out] or [t, y, x, in, out].
     """
     numbers = optax.contrib.MuonDimensionNumbers
 
     def axes(name: str, leaf):
-        if not name.endswith("kernel") or getattr(leaf, "ndim", 0) < 3:  # optax also calls this with masked leaves
+        # optax also calls this with masked leaves, which have no axes.
+        if not name.endswith("kernel") or getattr(leaf, "ndim", 0) < 3:
             return None
-        if leaf.ndim == 5:
-            return numbers((0, 1, 2, 3), 4)
+        if "conv" in name or "shortcut" in name:
+            return numbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
         if leaf.ndim == 4:
             return numbers((1, 2), 3) if name.endswith("o.kernel") else numbers(1, (2, 3))
         return numbers(1, 2)

@@ -1,7 +1,7 @@
 """A diffusion transformer as tokenizer → trunk → head, whichever backbone it is.
 
-Shapes: B batch rows (guidance branches included), N tokens, M padded tokens, P channels of a patch row, D width, G blocks,
-T Y X latent grid, C latent channels. Latents are channels last and in raster order.
+Shapes: B batch rows (guidance branches included), N tokens, M padded tokens, P channels of a patch row, D width, G
+blocks, T Y X latent grid, C latent channels. Latents are channels last and in raster order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Patch = tuple[int, int, int]
 
 
 class Tokens(NamedTuple):
-    """Patch rows [B, M, P], their positions in token units [B, M, 3] (t, y, x), and which rows are real [B, M] (None: all)."""
+    """Patch rows [B, M, P], their (t, y, x) in token units [B, M, 3], and which rows are real [B, M] (None: all)."""
 
     rows: jax.Array
     positions: jax.Array
@@ -70,7 +70,7 @@ class NetworkCall:
 
 def grid(latents_shape, patch: Patch) -> tuple[int, int, int]:
     """Token grid (T, Y, X) of latents [B, T, Y, X, C]."""
-    return tuple(size // step for size, step in zip(latents_shape[1:4], patch, strict=True))  # type: ignore[return-value]
+    return tuple(size // step for size, step in zip(latents_shape[1:4], patch, strict=True))
 
 
 def padded_length(tokens: int) -> int:
@@ -80,7 +80,7 @@ def padded_length(tokens: int) -> int:
 
 
 def layout(latents_BTYXC: jax.Array, patch: Patch) -> Tokens:
-    """Latents in patch rows of `patch` (t, y, x) latent cells, row channels ordered (t y x c), padded for the mesh in force."""
+    """Latents in rows of `patch` (t, y, x) cells, channels ordered (t y x c), padded for the mesh in force."""
     batch, (t, y, x) = latents_BTYXC.shape[0], grid(latents_BTYXC.shape, patch)
     rows = einops.rearrange(
         latents_BTYXC, "b (t pt) (y py) (x px) c -> b (t y x) (pt py px c)", pt=patch[0], py=patch[1], px=patch[2]
@@ -107,7 +107,8 @@ def unlayout(rows_BMP: jax.Array, latents_shape, patch: Patch) -> jax.Array:
 def network(model, call: NetworkCall, tokens: Tokens, t_B, conditioning: Conditioning, state=None, aux=None):
     """One evaluation of a backbone: (velocity rows [B, M, P] in fp32, state).
 
-    `t_B` is the model's timestep in [0, 1000]; `state` is what the attention strategy keeps between steps, `aux` its arrays.
+    `t_B` is the model's timestep in [0, 1000]; `state` is what the attention strategy keeps between steps, `aux` its
+    arrays.
     """
     signal = model.signal(t_B, conditioning)
     x_BMD = meshes.constrain_tokens(model.embed(tokens.rows))

@@ -31,7 +31,7 @@ class Tiling:
     def __post_init__(self):
         if not 0 <= self.overlap < self.size:
             raise UserError(
-                f"the overlap is {self.overlap}, expected 0 to {self.size - 1} for tiles of {self.size}; take a smaller one"
+                f"the overlap is {self.overlap}, expected 0 to {self.size - 1} for tiles of {self.size}; lower it"
             )
 
     @property
@@ -40,7 +40,10 @@ class Tiling:
 
 
 def code_in_tiles(coder: Callable[[jax.Array], jax.Array], x_BTYXC, tiling: Tiling):
-    """`coder` over tiles of x, blended. Each shape of tile (the edges' are smaller) is compiled once, and run one at a time."""
+    """`coder` over tiles of x, blended; a picture that fits in one tile is coded whole.
+
+    Each shape of tile (those at the lower and right edge are smaller) is compiled once and run one tile at a time.
+    """
     height, width = (size // tiling.into for size in x_BTYXC.shape[2:4])
     if height <= tiling.size and width <= tiling.size:
         return coder(x_BTYXC)
@@ -72,7 +75,7 @@ def _coded(coder, x_BTYXC, tiling: Tiling, height: int, width: int) -> dict[tupl
         y, x = row * stride, column * stride
         tile = x_BTYXC[:, :, y : y + size, x : x + size]
         by_shape.setdefault(tile.shape, {})[row, column] = tile
-    coded = {}
+    coded: dict[tuple[int, int], jax.Array] = {}
     for group in by_shape.values():
         coded.update(zip(group, lax.map(coder, jnp.stack(list(group.values()))), strict=True))
     return {place: coded[place] for place in places}

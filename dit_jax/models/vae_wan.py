@@ -2,9 +2,9 @@
 
 Letters: B batch, T frames, Y X pixels or latent grid, C channels, N pixels of a frame.
 
-The facts are those of `AutoencoderKLWan` in diffusers (the non-residual form) and of Wan-Video/Wan2.1. The first frame stands
-alone: it is never resampled in time, and a clip has 1 + 4k frames. A module with memory is `module(x, cache) -> (x, cache)`;
-`None` is the clip's start.
+The facts are those of `AutoencoderKLWan` in diffusers (the non-residual form) and of Wan-Video/Wan2.1. The first frame
+stands alone: it is never resampled in time, and a clip has 1 + 4k frames. A module with memory is
+`module(x, cache) -> (x, cache)`, where `None` is the clip's start.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,6 +24,16 @@ from dit_jax.config import UserError
 from dit_jax.models.causal_conv import CausalConv, FrameConv, HalvingTimeConv
 from dit_jax.models.tiles import Tiling, code_in_tiles
 
+# Small enough to be whole on every device.
+AXES: dict[str, tuple[str | None, ...]] = {
+    **dict.fromkeys(("*.scale", "*.bias"), (None,)),
+    **dict.fromkeys(("*.attention.qkv.kernel", "*.attention.out.kernel"), (None,) * 2),
+    **dict.fromkeys(("*.down.*.qkv.kernel", "*.down.*.out.kernel"), (None,) * 2),
+    **dict.fromkeys(("encoder.down.*.conv.kernel", "decoder.up.*.conv.kernel"), (None,) * 4),
+    **dict.fromkeys(("*.conv_in.kernel", "*.conv[12].kernel", "*.head.conv.kernel", "*quant_conv.kernel"), (None,) * 5),
+    **dict.fromkeys(("*.shortcut.kernel", "*.time_conv.kernel"), (None,) * 5),
+}
+
 # Attention weights of a call above this many bytes are made one frame at a time.
 _ATTENTION_BYTES = 64 * 2**20
 
@@ -31,8 +42,8 @@ _ATTENTION_BYTES = 64 * 2**20
 class WanVAEConfig:
     """Shapes of the autoencoder; the defaults are the published Wan 2.1 VAE.
 
-    `attn_scales` adds attention to the encoder's blocks at those scales (1, 1/2, ...), not to the decoder's, as in diffusers;
-    `decoder_base_dim` defaults to `base_dim`.
+    `attn_scales` adds attention to the encoder's blocks at those scales (1, 1/2, ...), not to the decoder's, as in
+    diffusers; `decoder_base_dim` defaults to `base_dim`.
     """
 
     base_dim: int = 96
@@ -44,6 +55,7 @@ class WanVAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     in_channels: int = 3
     out_channels: int = 3
+    patch: int = 1
     latents_mean: tuple[float, ...] = (
         *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
         *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -72,7 +84,7 @@ class WanVAEConfig:
     @property
     def space_factor(self) -> int:
         """Pixels to a latent along Y and X."""
-        return 2 ** len(self.temporal_downsample)
+        return self.patch * 2 ** len(self.temporal_downsample)
 
 
 class ChannelNorm(nnx.Module):
@@ -83,7 +95,7 @@ class ChannelNorm(nnx.Module):
 
     def __call__(self, x_BTYXC):
         x = x_BTYXC.astype(jnp.float32)
-        # torch's F.normalize has the same floor, 1e-12 on the length; under the root the gradient of a zero pixel stays finite.
+        # torch's F.normalize has this floor, 1e-12 on the length; under the root a zero pixel's gradient stays finite.
         inverse = lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
         return (x * inverse * (math.sqrt(x.shape[-1]) * self.scale[...].astype(jnp.float32))).astype(x_BTYXC.dtype)
 
@@ -151,7 +163,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Doubles Y and X and halves the channels; doubles the frames where `over_time`, save the clip's first.
 
-    The first frame is not in the context of the convolution over time either: what the second frame sees before it is zeros.
+    The first frame is not in the context of the convolution over time either: the second frame sees zeros before it.
     """
 
     def __init__(self, channels: int, over_time: bool, *, rngs: nnx.Rngs):
@@ -274,17 +286,17 @@ class WanVAE(nnx.Module):
         """
         factor = self.config.time_factor
         self._check_video(video_BTYXC.shape)
-        moments = _by_chunks(self.encoder, video_BTYXC, chunk and chunk * factor)
+        moments = _by_chunks(self.encoder, _fold(video_BTYXC, self.config.patch), chunk and chunk * factor)
         mean, logvar = jnp.split(self.quant_conv(moments)[0], 2, axis=-1)
         return mean, logvar
 
     def decode(self, latents_BTYXC, chunk: int | None = None, clip: bool = True):
         """Video [B, 1 + 4k, 8Y, 8X, 3] of latents [B, 1 + k, Y, X, 16] that are not normalised.
 
-        `chunk` latent frames are decoded at a time after the first; None decodes all at once. `clip` bounds the video to [-1, 1]
-        as the published pipelines do; training leaves it off, for a clipped pixel has no gradient.
+        `chunk` latent frames are decoded at a time after the first; None decodes all at once. `clip` bounds the video
+        to [-1, 1] as the published pipelines do; training leaves it off, for a clipped pixel has no gradient.
         """
-        video = _by_chunks(self.decoder, self.post_quant_conv(latents_BTYXC)[0], chunk)
+        video = _unfold(_by_chunks(self.decoder, self.post_quant_conv(latents_BTYXC)[0], chunk), self.config.patch)
         return jnp.clip(video, -1, 1) if clip else video
 
     def encode_tiled(self, video_BTYXC, tile: int = 32, overlap: int = 8, chunk: int | None = 1):
@@ -323,6 +335,16 @@ class WanVAE(nnx.Module):
             raise UserError(
                 f"expected a height and width divisible by {space}, found {height}×{width}; crop or pad the video"
             )
+
+
+def _fold(video_BTYXC, patch: int):
+    """Squares of `patch`×`patch` pixels to channels."""
+    return einops.rearrange(video_BTYXC, "b t (y p) (x q) c -> b t y x (c q p)", p=patch, q=patch)
+
+
+def _unfold(folded_BTYXC, patch: int):
+    """The inverse of `_fold`."""
+    return einops.rearrange(folded_BTYXC, "b t y x (c q p) -> b t (y p) (x q) c", p=patch, q=patch)
 
 
 def _by_chunks(coder, x_BTYXC, chunk: int | None):

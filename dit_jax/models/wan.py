@@ -1,12 +1,13 @@
 """The Wan 2.1 video diffusion transformer, text-to-video and image-to-video (Wan team, arXiv 2503.20314).
 
-Shapes: B batch rows, N tokens, L text tokens, I image tokens, D width, H heads, K head width, F MLP width, G blocks, P row channels.
+Shapes: B batch rows, N tokens, L text tokens, I image tokens, D width, H heads, K head width, F MLP width, G blocks, P
+row channels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -132,8 +133,8 @@ class Attention(nnx.Module):
         self.k = HeadProjection(width, config, rngs)
         self.v = LinearGeneral(width, heads, rngs=rngs)
         self.o = LinearGeneral(heads, width, axis=(-2, -1), rngs=rngs)
-        self.image_k = nnx.data(HeadProjection(width, config, rngs) if image else None)
-        self.image_v = nnx.data(LinearGeneral(width, heads, rngs=rngs) if image else None)
+        self.image_k: Any = nnx.data(HeadProjection(width, config, rngs) if image else None)
+        self.image_v: Any = nnx.data(LinearGeneral(width, heads, rngs=rngs) if image else None)
 
     def qkv(self, x_BND: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries and keys, and values, of the tokens given: [B, N, H, K] each."""
@@ -224,7 +225,7 @@ class Wan(nnx.Module):
         self.time = Mlp(config.time_frequencies, width, width, rngs, activation=jax.nn.silu)
         self.time_out = Linear(width, 6 * width, rngs=rngs)
         self.text = Mlp(config.text_width, width, width, rngs)
-        self.image = nnx.data(ImageProjection(config, rngs) if config.image_width else None)
+        self.image: Any = nnx.data(ImageProjection(config, rngs) if config.image_width else None)
         self.blocks = _stacked(WanBlock, config, rngs)
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, width)) / width**0.5)
         self.out = Linear(width, config.out_channels * cells, rngs=rngs)

@@ -1,8 +1,8 @@
 """One `attend` with a body for each platform: Pallas splash (TPU), cuDNN or XLA (GPU), blocked XLA (CPU).
 
-Shapes: B batch, N queries, M keys, H heads, K head width.
-On a mesh the body runs in a `shard_map`: batch over `data` (and `fsdp`), heads over `tensor`, queries over the token axes;
-keys and values are gathered along the tokens first, which is exact for any set of queries.
+Shapes: B batch, N queries, M keys, H heads, K head width. On a mesh the body runs in a `shard_map`: batch over `data`
+(and `fsdp`), heads over `tensor`, queries over the token axes; keys and values are gathered along the tokens first,
+which is exact for any set of queries.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from dit_jax.ops import mesh as meshes
@@ -22,8 +21,15 @@ TPU_LANES = 128
 CPU_SCORES = 1 << 17  # scores a CPU block holds at once: 512 KiB in fp32, about one L2 cache
 
 
-def attend(q_BNHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, valid_BM: jax.Array | None = None, scale: float | None = None):
-    """softmax(q·kᵀ·scale)·v over the keys where `valid` holds (all, if None); scale defaults to K^-1/2. Returns [B, N, H, K]."""
+def attend(
+    q_BNHK: jax.Array,
+    k_BMHK: jax.Array,
+    v_BMHK: jax.Array,
+    valid_BM: jax.Array | None = None,
+    scale: float | None = None,
+):
+    """softmax(q·kᵀ·scale)·v over the keys where `valid` holds (all, if None); scale defaults to K^-1/2. Returns [B, N,
+    H, K]."""
     scale = q_BNHK.shape[-1] ** -0.5 if scale is None else scale
     body = functools.partial(_BODIES[meshes.platform()], scale=scale)
     mesh = meshes.current_mesh()
@@ -37,7 +43,9 @@ def _on_mesh(mesh, body, q, k, v, valid):
     shards = meshes.axis_size(mesh, tokens)
     heads = "tensor" if "tensor" in mesh.axis_names else None
     if heads and q.shape[2] % mesh.shape["tensor"]:
-        raise ValueError(f"{q.shape[2]} heads do not divide over tensor={mesh.shape['tensor']}; choose a tensor axis that divides them")
+        raise ValueError(
+            f"{q.shape[2]} heads do not divide over tensor={mesh.shape['tensor']}; choose a size that divides them"
+        )
     queries = (tokens or None) if q.shape[1] % shards == 0 else None
     row = PartitionSpec(batch or None, None, heads)
     spec_q = PartitionSpec(batch or None, queries, heads)
@@ -49,7 +57,8 @@ def _on_mesh(mesh, body, q, k, v, valid):
 
 
 def _cpu(q_BNHK, k_BMHK, v_BMHK, valid_BM, *, scale):
-    """Loops over groups of heads and blocks of queries that fit a cache, and divides by the sum of weights after the second product."""
+    """Loops over groups of heads and blocks of queries that fit a cache, and divides by the sum of weights after the
+    second product."""
     batch, queries, heads, width = q_BNHK.shape
     keys = k_BMHK.shape[1]
     block = _query_block(queries, keys)
@@ -89,7 +98,8 @@ def _query_block(queries: int, keys: int) -> int:
 
 
 def _head_group(heads: int, scores: int) -> int:
-    """Heads that one turn of the loop takes when all queries fit one block: as many as divide evenly and stay near a cache's size."""
+    """Heads that one turn of the loop takes when all queries fit one block: as many as divide evenly and stay near a
+    cache's size."""
     return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * scores <= 2 * CPU_SCORES))
 
 
@@ -99,8 +109,9 @@ def _gpu(q, k, v, valid_BM, *, scale):
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn" if fused else "xla")
 
 
-def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM, *, scale):
-    """Splash attention; lengths are padded to whole blocks, padding is masked by segment ids."""
+def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM, *, scale, interpret=False):
+    """Splash attention; lengths are padded to whole blocks, padding is masked by segment ids. `interpret` runs it
+    anywhere."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -117,12 +128,15 @@ def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM, *, scale):
         mask=masks.MultiHeadMask([masks.FullMask((pad_q, pad_k))] * heads),
         block_sizes=splash.BlockSizes(
             block_q=block_q, block_kv=block_k, block_kv_compute=block_k,
-            block_q_dkv=block_q, block_kv_dkv=block_k, block_kv_dkv_compute=block_k, block_q_dq=block_q, block_kv_dq=block_k,
+            block_q_dkv=block_q, block_kv_dkv=block_k, block_kv_dkv_compute=block_k,
+            block_q_dq=block_q, block_kv_dq=block_k,
         ),
         head_shards=1,
         q_seq_shards=1,
+        interpret=interpret,
     )  # fmt: skip
-    operands = [blocked(q_BNHK * np.asarray(scale, q_BNHK.dtype), pad_q), blocked(k_BMHK, pad_k), blocked(v_BMHK, pad_k)]
+    scaled = (q_BNHK.astype(jnp.float32) * scale).astype(q_BNHK.dtype)  # a scale rounded to bf16 would tilt every score
+    operands = [blocked(scaled, pad_q), blocked(k_BMHK, pad_k), blocked(v_BMHK, pad_k)]
     if valid_BM is None:
         out = jax.vmap(lambda q, k, v: kernel(q, k, v))(*operands)
     else:

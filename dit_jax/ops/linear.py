@@ -15,14 +15,14 @@ TPU_SUBLANES = 8
 class Linear(nnx.Linear):
     """`nnx.Linear` whose input is cast to the kernel's dtype: casting the weights casts the matmul."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         return super().__call__(x.astype(self.kernel.dtype))
 
 
 class LinearGeneral(nnx.LinearGeneral):
     """`nnx.LinearGeneral` over trailing axes whose input is cast to the kernel's dtype."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         kernel = as_stored(self.kernel[...])
         y = jnp.tensordot(x.astype(kernel.dtype), kernel, axes=len(self.in_features))
         return y if self.bias is None else y + self.bias[...]
@@ -31,8 +31,9 @@ class LinearGeneral(nnx.LinearGeneral):
 def as_stored(kernel: jax.Array) -> jax.Array:
     """A block's [D, H, K] or [H, K, D] kernel, held on TPU to the memory order of the stack that it is a slice of.
 
-    Left free, XLA chooses the order that suits the matmul and copies whole stacks into it before the loop over blocks: most
-    of the attention's weights a second time. A stack is stored in the order that pads tiles of 8 sublanes × 128 lanes least.
+    Left free, XLA chooses the order that suits the matmul and copies whole stacks into it before the loop over blocks:
+    most of the attention's weights a second time. A stack is stored in the order that pads tiles of 8 sublanes × 128
+    lanes least.
     """
     if meshes.platform() != "tpu" or kernel.ndim != 3:
         return kernel

@@ -30,8 +30,8 @@ def platform() -> str:
 def activation_axes(mesh, batch: int) -> tuple[Axes, Axes]:
     """(axes that split the batch, axes that split the tokens).
 
-    `fsdp` splits the batch where the batch is large enough (training), else the tokens (sampling one or two rows), so that no
-    chip repeats another's work.
+    `fsdp` splits the batch where the batch is large enough (training), else the tokens (sampling one or two rows), so
+    that no chip repeats another's work.
     """
     present = [axis for axis in ("data", "fsdp", "context") if axis in mesh.axis_names]
     batch_axes: Axes = ()

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 
-def layer_norm(x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None, epsilon: float = 1e-6) -> jax.Array:
+def layer_norm(
+    x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None, epsilon: float = 1e-6
+) -> jax.Array:
     """Layer norm over the last axis; returns fp32."""
     x = x.astype(jnp.float32)
     centred = x - jnp.mean(x, axis=-1, keepdims=True)

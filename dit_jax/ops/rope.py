@@ -1,8 +1,8 @@
 """Rotary position embedding over several axes, from positions that are data.
 
-Shapes: B batch, N tokens, H heads, K head width, A axes of the position (t, y, x).
-The two channels of a rotated pair lie half a head apart (channel j pairs with j + K/2), in a checkpoint next to each other: the
-converter tables reorder the channels of q, k and their norms, which leaves q·k as it is and the rotation free of strided access.
+Shapes: B batch, N tokens, H heads, K head width, A axes of the position (t, y, x). The two channels of a rotated pair
+lie half a head apart (channel j pairs with j + K/2), in a checkpoint next to each other: the converter tables reorder
+the channels of q, k and their norms, which leaves q·k as it is and the rotation free of strided access.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The sampling loop, the only one: a scan over any segment of the trajectory, from any carry.
 
-Shapes: B samples, R batch rows (guidance branches of a sample next to each other), T Y X latent grid, C latent channels.
+Shapes: B samples, R batch rows (guidance branches of a sample next to each other), T Y X latent grid, C latent
+channels.
 """
 
 from __future__ import annotations
@@ -57,9 +58,11 @@ def sample(denoiser: Denoiser, solver: Solver, carry: Carry, schedule: Schedule,
 )
 @dataclass(frozen=True, kw_only=True)
 class Guided:
-    """A backbone under classifier-free guidance: v = v_uncond + scale·(v_cond − v_uncond) (Ho & Salimans, arXiv 2207.12598).
+    """A backbone under classifier-free guidance: v = v_uncond + scale·(v_cond − v_uncond) (Ho & Salimans, arXiv
+    2207.12598).
 
-    conditioning   rows of all branches, sample-major: row 2b conditional, 2b + 1 unconditional; one row a sample if `branches` is 1
+    conditioning   rows of all branches, sample-major: row 2b conditional, 2b + 1 unconditional; one row a sample if
+                   `branches` is 1
     guidance_scale scalar or [B]
     extra          [B, T, Y, X, C'] channels that the backbone sees behind the latents (image-to-video), or None
     """
@@ -89,6 +92,6 @@ class Guided:
 
 
 def noise(seeds: list[int], shape: tuple[int, ...]) -> jax.Array:
-    """Starting noise [B, *shape] in fp32: each sample from the threefry key of its own seed, whatever the batch or mesh."""
+    """Starting noise [B, *shape] in fp32, each sample from the threefry key of its own seed."""
     keys = jnp.stack([jax.random.key(seed, impl="threefry2x32") for seed in seeds])
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

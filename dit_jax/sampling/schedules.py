@@ -1,13 +1,14 @@
 """Noise levels of flow matching: x_σ = (1−σ)·x0 + σ·ε, from σ = 1 (noise) to 0 (data) in S steps.
 
-Computed once on the host in the precision of the PyTorch originals; a schedule is then an array argument of the program.
+Computed once on the host in the precision of the PyTorch originals; a schedule is then an array argument of the
+program.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ TRAIN_STEPS = 1000
 
 
 class Schedule(NamedTuple):
-    """σ at the S steps and the final 0 [S + 1], the model's timestep at each step [S], a solver's coefficients [S, n]."""
+    """σ at the S steps and the final 0 [S + 1], the model's timesteps [S], the solver's coefficients [S, n]."""
 
     sigmas: np.ndarray | jax.Array
     timesteps: np.ndarray | jax.Array
@@ -44,7 +45,7 @@ class Shift:
         return slope * tokens + self.low - slope * self.low_tokens
 
 
-def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
+def shifted(sigmas: Any, shift: Any) -> Any:
     """σ ← s·σ / (1 + (s − 1)·σ)."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
@@ -52,8 +53,9 @@ def shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
 def euler_sigmas(steps: int, shift: Shift, tokens: int) -> np.ndarray:
     """σ of diffusers' `FlowMatchEulerDiscreteScheduler`, [S + 1] in fp32.
 
-    With a constant shift that scheduler spaces its σ between already shifted ends and shifts them again, so that the last steps
-    are shifted twice; Wan's pipelines are run that way and so is this. A dynamic shift acts once, on evenly spaced σ from 1 to 1/S.
+    With a constant shift that scheduler spaces its σ between already shifted ends and shifts them again, so that the
+    last steps are shifted twice; Wan's pipelines are run that way and so is this. A dynamic shift acts once, on evenly
+    spaced σ from 1 to 1/S.
     """
     if shift.dynamic:
         even = np.linspace(1, 1 / steps, steps)
@@ -66,7 +68,8 @@ def euler_sigmas(steps: int, shift: Shift, tokens: int) -> np.ndarray:
 
 
 def unipc_sigmas(steps: int, shift: Shift) -> np.ndarray:
-    """Flow σ of diffusers' `UniPCMultistepScheduler` without the final 0, [S] in fp64; the first stays 1e-6 below 1, where λ is finite."""
+    """Flow σ of diffusers' `UniPCMultistepScheduler` without the final 0, [S] in fp64; the first stays 1e-6 below 1,
+    where λ is finite."""
     sigmas = shifted(np.linspace(1, 1 / TRAIN_STEPS, steps + 1)[:-1], shift.constant)
     if abs(sigmas[0] - 1) < 1e-6:
         sigmas[0] -= 1e-6

@@ -15,7 +15,7 @@ from dit_jax.sampling.schedules import TRAIN_STEPS, Schedule, Shift, euler_sigma
 class Step(NamedTuple):
     """One step of the trajectory: its global index, σ before and after it, the model's timestep."""
 
-    index: jax.Array
+    index: jax.Array  # type: ignore[assignment]
     sigma: jax.Array
     sigma_next: jax.Array
     t: jax.Array
@@ -64,7 +64,8 @@ class UniPC:
     def schedule(self, steps: int, shift: Shift, tokens: int) -> Schedule:
         """`tokens` is not used: UniPC has a constant shift."""
         sigmas = unipc_sigmas(steps, shift)
-        timesteps = np.trunc(sigmas * TRAIN_STEPS).astype(np.float32)  # the original passes them through an integer type
+        # The originals pass the timesteps through an integer type.
+        timesteps = np.trunc(sigmas * TRAIN_STEPS).astype(np.float32)
         rounded = np.append(sigmas, 0).astype(np.float32)
         return Schedule(rounded, timesteps, _coefficients(rounded.astype(np.float64)))
 
@@ -86,8 +87,8 @@ class UniPC:
 
 
 def _coefficients(sigmas: np.ndarray) -> np.ndarray:
-    """[S, 8]: of the corrector on (latents, last sample, clean of the last step, of the one before, clean now), then of the
-    predictor on (corrected sample, clean now, clean of the last step)."""
+    """[S, 8]: of the corrector on (latents, last sample, clean of the last step, of the one before, clean now), then of
+    the predictor on (corrected sample, clean now, clean of the last step)."""
     steps = len(sigmas) - 1
     orders = [min(2, index + 1, steps - index) for index in range(steps)]
     rows = []
@@ -114,7 +115,8 @@ def _predictor(sigmas: np.ndarray, index: int, order: int) -> tuple[float, float
 
 
 def _corrector(sigmas: np.ndarray, index: int, order: int) -> tuple[float, float, float, float]:
-    """The sample at `index` again, from the step before: coefficients of (its sample, its clean, clean before it, clean now)."""
+    """The sample at `index` again, from the step before: coefficients of (its sample, its clean, clean before it, clean
+    now)."""
     before, here = sigmas[index - 1], sigmas[index]
     h = _log_snr(here) - _log_snr(before)
     weight = -(1 - here) * np.expm1(-h)

@@ -31,7 +31,7 @@ def _transformer(torch, image):
 def _vae(torch):
     from diffusers import AutoencoderKLWan
 
-    model = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 2, 2])
+    model = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 2, 4, 4])
     return _randomised(model, torch)
 
 

@@ -16,7 +16,7 @@ from dit_jax.config import UserError
 from dit_jax.models.vae_wan import WanVAEConfig
 
 torch = pytest.importorskip("torch")
-TINY_VAE = WanVAEConfig(base_dim=4, dim_mult=(1, 1, 2, 2))
+TINY_VAE = WanVAEConfig(base_dim=4, dim_mult=(1, 2, 4, 4))
 PTH = [stem for name, stem in original.STEMS.items() if name != original.TRANSFORMER]
 
 

@@ -15,15 +15,20 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dit_jax.config import UserError
-from dit_jax.models import wan
-from dit_jax.models.wan import Wan
+from dit_jax.models import clip, t5, wan
 from dit_jax.parameters import named_leaves
 from dit_jax.sharding import logical_axes, make_mesh, parse_mesh, partition, shardings
 
 MESHES = ("data=2,context=4", "fsdp=4,tensor=2", "tensor=4,context=2", "context=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
 
+# Eight devices, and a compiler in a hurry.
+XLA_FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
 
-def abstract(config, model=Wan):
+
+def abstract(model, config):
     return nnx.eval_shape(lambda: model(config, nnx.Rngs(0)))
 
 
@@ -32,31 +37,37 @@ def abstract_mesh(text):
     return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-MODELS = {name: (lambda config=config: abstract(config), wan.AXES) for name, config in wan.PRESETS.items()}
-MODELS["wan-with-positions"] = (lambda: abstract(replace(wan.PRESETS["wan2.1-i2v-14b"], image_positions=514)), wan.AXES)
+# Every model with a table; the VAE has none and is whole on every device.
+FIRST_LAST = replace(wan.PRESETS["wan2.1-i2v-14b"], image_positions=514)
+MODELS = (
+    [(wan, wan.Wan, config) for config in (*wan.PRESETS.values(), FIRST_LAST)]
+    + [(t5, t5.T5Encoder, config) for config in t5.PRESETS.values()]
+    + [(clip, clip.CLIPVision, config) for config in (clip.VIT_H, replace(clip.VIT_H, projection=1024))]
+)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_leaf_has_one_row(name):
-    build, table = MODELS[name]
-    for leaf_name, leaf in named_leaves(build()):
-        assert len(logical_axes(leaf_name, table)) == leaf.ndim, leaf_name
+@pytest.mark.parametrize("module", [wan, t5, clip], ids=lambda module: module.__name__)
+def test_every_leaf_has_one_row_and_every_row_a_leaf(module):
+    used = set()
+    for its_module, model, config in MODELS:
+        for name, leaf in named_leaves(abstract(model, config)) if its_module is module else ():
+            assert len(logical_axes(name, module.AXES)) == leaf.ndim, name
+            used |= {row for row in module.AXES if fnmatch.fnmatchcase(name, row)}
+    assert used == set(module.AXES)
 
 
-@pytest.mark.parametrize("table", [wan.AXES], ids=["wan"])
-def test_no_row_is_dead(table):
-    names = {name for build, its in MODELS.values() if its is table for name, _ in named_leaves(build())}
-    assert not [row for row in table if not fnmatch.filter(names, row)]
-
-
-def test_large_leaves_are_split():
-    """On a mesh of both parameter axes a chip of eight holds hardly more than an eighth of the 14B."""
-    model = abstract(wan.WAN_14B)
-    placed = jax.tree.leaves(shardings(model, wan.AXES, abstract_mesh("fsdp=4,tensor=2")))
-    held = sum(
-        np.prod(sharding.shard_shape(leaf.shape)) for leaf, sharding in zip(jax.tree.leaves(model), placed, strict=True)
-    )
-    assert held <= 0.127 * sum(leaf.size for leaf in jax.tree.leaves(model))
+@pytest.mark.parametrize(
+    ("module", "model", "config"),
+    [(wan, wan.Wan, wan.WAN_14B), (t5, t5.T5Encoder, t5.UMT5_XXL)],
+    ids=["wan2.1-t2v-14b", "umt5-xxl"],
+)
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tensor=2", "tensor=8"])
+def test_a_large_model_is_split(module, model, config, mesh):
+    """Each of eight devices holds hardly more than an eighth of the parameters."""
+    leaves = jax.tree.leaves(abstract(model, config))
+    placed = jax.tree.leaves(shardings(abstract(model, config), module.AXES, abstract_mesh(mesh)))
+    held = sum(np.prod(its.shard_shape(leaf.shape)) for leaf, its in zip(leaves, placed, strict=True))
+    assert held <= 0.13 * sum(leaf.size for leaf in leaves)
 
 
 def test_rules():
@@ -75,7 +86,7 @@ def test_rules():
 
 def test_heads_that_tensor_cuts_are_refused():
     with pytest.raises(UserError, match=r"12 heads \(blocks\.attn1.*tensor=8.*divides 12"):
-        shardings(abstract(wan.WAN_1_3B), wan.AXES, abstract_mesh("tensor=8"))
+        shardings(abstract(wan.Wan, wan.WAN_1_3B), wan.AXES, abstract_mesh("tensor=8"))
 
 
 def test_bad_tables_are_refused():
@@ -117,7 +128,7 @@ def test_a_mesh_of_another_size_is_refused():
 @pytest.fixture(scope="module")
 def eight_devices():
     """What this file prints when run on eight fake devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("eight_devices.py"), *MESHES],
         env=environment,
@@ -130,7 +141,7 @@ def eight_devices():
 
 def test_same_result_on_every_mesh(eight_devices):
     errors = eight_devices["errors"]
-    assert len(errors) == len(MESHES) * 4
+    assert len(errors) == 2 * len(MESHES) + 4
     assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}
 
 

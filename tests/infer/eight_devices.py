@@ -1,4 +1,5 @@
-"""What `test_pipeline_mesh.py` runs in a process of its own: a saved pipeline on eight fake CPU devices. Writes OUT.npz."""
+"""What `test_pipeline_mesh.py` runs in a process of its own: a saved pipeline on eight fake CPU devices. Writes
+OUT.npz."""
 
 import sys
 

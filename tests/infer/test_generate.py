@@ -63,7 +63,10 @@ def test_a_file_of_prompts(model, tmp_path):
     prompts.write_text("a red cat\n\nthe dog sleeps\n")
     assert run(model, "--prompts", str(prompts), "--out", str(tmp_path / "v.mp4"), *SMALL, "--seed", "3") == 0
     first, second = (media.read_metadata(tmp_path / f"v-00{i}.mp4") for i in range(2))
-    assert (first["prompt"], first["seed"]) == ("a red cat", 3) and (second["prompt"], second["seed"]) == ("the dog sleeps", 4)
+    assert (first["prompt"], first["seed"]) == ("a red cat", 3) and (second["prompt"], second["seed"]) == (
+        "the dog sleeps",
+        4,
+    )
 
 
 def test_a_failed_decode_loses_nothing(model, tmp_path, monkeypatch):

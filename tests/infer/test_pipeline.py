@@ -24,8 +24,8 @@ def by_diffusers(pipeline, solver, noise, guidance=3.5, **options):
     channels_first = torch.tensor(noise).permute(0, 4, 1, 2, 3)
     pipeline.set_progress_bar_config(disable=True)
     shared = dict(
-        prompt=[PROMPT], negative_prompt=[NEGATIVE], width=SIZE[0], height=SIZE[1], num_frames=FRAMES, num_inference_steps=STEPS,
-        guidance_scale=guidance, latents=channels_first,
+        prompt=[PROMPT], negative_prompt=[NEGATIVE], width=SIZE[0], height=SIZE[1], num_frames=FRAMES,
+        num_inference_steps=STEPS, guidance_scale=guidance, latents=channels_first,
     )  # fmt: skip
     with torch.no_grad():
         latents = pipeline(**shared, output_type="latent", **options).frames
@@ -37,8 +37,8 @@ def by_diffusers(pipeline, solver, noise, guidance=3.5, **options):
 
 def by_ours(pipe, solver, noise, guidance=3.5, **options):
     return pipe(
-        PROMPT, negative_prompt=NEGATIVE, size=SIZE, frames=FRAMES, steps=STEPS, guidance=guidance, solver=solver, latents=noise,
-        **options,
+        PROMPT, negative_prompt=NEGATIVE, size=SIZE, frames=FRAMES, steps=STEPS, guidance=guidance, solver=solver,
+        latents=noise, **options,
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_a_second_call_compiles_nothing(pipe):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(size=(50, 32)), ["50x32", "multiples of 16", "48x32"]),
+        (dict(size=(50, 32)), ["50x32", "16 divides", "48x32"]),
         (dict(frames=6), ["6 frames", "5 and 9"]),
         (dict(frames=-3), ["-3 frames"]),
         (dict(steps=0), ["steps is 0"]),

@@ -28,7 +28,9 @@ def on_eight(text_to_video, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_one(text_to_video):
-    return load_pipeline(text_to_video[0])("a red cat runs", seed=7, size=(48, 64), frames=5, steps=8, guidance=3.0).frames[0]
+    return load_pipeline(text_to_video[0])(
+        "a red cat runs", seed=7, size=(48, 64), frames=5, steps=8, guidance=3.0
+    ).frames[0]
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -1,7 +1,13 @@
 """Small Wan pipelines of diffusers with random weights everywhere, saved as directories."""
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -36,8 +42,8 @@ def randomise(model):
 def transformer(image: bool):
     return randomise(
         WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=12 if image else 4, out_channels=4,
-            text_dim=TEXT_WIDTH, freq_dim=32, ffn_dim=40, num_layers=3, cross_attn_norm=True,
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, ffn_dim=40, num_layers=3,
+            in_channels=12 if image else 4, out_channels=4, text_dim=TEXT_WIDTH, freq_dim=32, cross_attn_norm=True,
             image_dim=IMAGE_WIDTH if image else None, added_kv_proj_dim=32 if image else None,
         )
     )  # fmt: skip
@@ -61,7 +67,12 @@ def text_encoder():
 
 def image_encoder():
     config = CLIPVisionConfig(
-        hidden_size=IMAGE_WIDTH, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+        hidden_size=IMAGE_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
     )
     return randomise(CLIPVisionModel(config))
 
@@ -72,13 +83,22 @@ def scheduler():
 
 def text_to_video():
     return WanPipeline(
-        tokenizer=tokenizer(), text_encoder=text_encoder(), vae=vae(), scheduler=scheduler(), transformer=transformer(False)
+        tokenizer=tokenizer(),
+        text_encoder=text_encoder(),
+        vae=vae(),
+        scheduler=scheduler(),
+        transformer=transformer(False),
     )
 
 
 def image_to_video():
     size = {"height": 28, "width": 28}
     return WanImageToVideoPipeline(
-        tokenizer=tokenizer(), text_encoder=text_encoder(), vae=vae(), scheduler=scheduler(), transformer=transformer(True),
-        image_encoder=image_encoder(), image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size),
-    )  # fmt: skip
+        tokenizer=tokenizer(),
+        text_encoder=text_encoder(),
+        vae=vae(),
+        scheduler=scheduler(),
+        transformer=transformer(True),
+        image_encoder=image_encoder(),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size),
+    )

@@ -2,7 +2,8 @@
 
     dit-train demo_vae --set out=runs/demo-vae
 
-Nine frames are the fewest that see every path through the resampling over time. About 10 minutes on 2 idle CPU cores.
+Stills come first (the causal network is an image autoencoder too), then they alternate with whole clips: trained on
+fewer frames, it drifts in later ones. About 15 minutes on 2 idle CPU cores.
 Score: decibels on held-out clips, printed at the end and in metrics.jsonl (`held_out_psnr`).
 """
 
@@ -13,6 +14,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +27,17 @@ from train.loop import Hook, RunConfig, load_ema, train
 from train.losses import AutoencoderWeights, autoencoding, decibels, pixels
 from train.step import build_step, init_state, muon, params_of, rebuild, schedule, training_mesh
 
+# Folding 2×2 pixels into channels first (as Wan 2.2 does) costs a quarter of the pixels and gains four times the
+# channels.
 SHIPPED = WanVAEConfig(
-    base_dim=8,
-    decoder_base_dim=8,
-    dim_mult=(1, 2, 4, 6),
+    base_dim=16,
+    decoder_base_dim=24,
+    dim_mult=(1, 2, 2),
+    temporal_downsample=(True, True),
     num_res_blocks=1,
+    in_channels=12,
+    out_channels=12,
+    patch=2,
     latents_mean=(0.0,) * 16,
     latents_std=(1.0,) * 16,
 )
@@ -42,31 +50,36 @@ class Config(RunConfig):
     """Options of the recipe."""
 
     out: str = "runs/demo-vae"
-    steps: int = 600
+    steps: int = 1800
     save_every: int = 100
-    frames: int = 9
-    side: int = 48
-    batch: int = 4
+    image_steps: int = 200
+    image_side: int = 64
+    image_batch: int = 16
+    clip_side: int = 48
+    clip_batch: int = 2
     clips: int = 320
-    learning_rate: float = 4e-3
-    decay_steps: int = 300
+    learning_rate: float = 3e-3
+    decay_steps: int = 900
     divergence: float = 5e-4
     held_out: int = 8
+    init: str = ""
 
 
 def run(config: Config) -> None:
     """Trains, then writes the statistics."""
     mesh = training_mesh(config.data, config.fsdp)
-    vae = fresh_vae(config.seed)
+    vae = load_vae(config.init) if config.init else fresh_vae(config.seed)
     pool = clip_pool(config.seed, config.clips)
-    crops = CropSettings(frames=config.frames, side=config.side, batch=config.batch)
+    stills = CropSettings(frames=1, side=config.image_side, batch=config.image_batch)
+    clips = CropSettings(frames=pool.shape[1], side=config.clip_side, batch=config.clip_batch)
     rate = schedule(config.learning_rate, config.steps, warmup=20, decay=config.decay_steps)
     optimizer = muon(rate, rate)
     loss = partial(autoencoding, weights=AutoencoderWeights(divergence=config.divergence))
     step = build_step(vae, loss, optimizer, mesh, ema_decay=0.98)
 
     def batch_at(position: int):
-        return {"video": random_crops(pool, crops, config.seed, position)}
+        still = position < config.image_steps or position % 2 == 0
+        return {"video": random_crops(pool, stills if still else clips, config.seed, position)}
 
     held_out = clip_pool(HELD_OUT_SEED, config.held_out, "held-out")
     score = partial(_held_out_psnr, vae, held_out)
@@ -94,7 +107,8 @@ def _image_first(name: str, leaf: jax.Array) -> jax.Array:
 def load_vae(out: str) -> WanVAE:
     """The trained autoencoder of a run, with its statistics."""
     folder = Path(out)
-    statistics = json.loads((folder / STATISTICS).read_text()) if (folder / STATISTICS).exists() else {}
+    file = folder / STATISTICS
+    statistics: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     config = dataclasses.replace(SHIPPED, **{name: tuple(values) for name, values in statistics.items()})
     abstract = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
     return rebuild(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(folder).items()})
@@ -103,12 +117,11 @@ def load_vae(out: str) -> WanVAE:
 def write_statistics(out: str, vae: WanVAE, pool: np.ndarray, clips: int = 96) -> None:
     """Mean and deviation of every latent channel, of latents sampled from the encoder's distribution.
 
-    Its own noise counts: a channel that the encoder leaves unused then has deviation 1 and stays quiet for the diffusion model.
+    Its own noise counts: a channel that the encoder leaves unused then has deviation 1, not one of nearly 0.
     """
-    encode = jax.jit(lambda video: vae.encode(pixels(video)))
     means, variances = [], []
     for start in range(0, min(clips, len(pool)), 4):
-        mean, log_variance = encode(pool[start : start + 4])
+        mean, log_variance = _moments(vae, pool[start : start + 4])
         means.append(np.asarray(mean).reshape(-1, mean.shape[-1]))
         variances.append(np.exp(np.asarray(log_variance)).reshape(-1, mean.shape[-1]))
     mean, variance = np.concatenate(means), np.concatenate(variances)
@@ -120,7 +133,16 @@ def write_statistics(out: str, vae: WanVAE, pool: np.ndarray, clips: int = 96) -
 
 def _held_out_psnr(abstract: WanVAE, clips: np.ndarray, state, taken: int) -> dict[str, float]:
     vae = rebuild(abstract, state.ema)
-    run = jax.jit(lambda video: jnp.mean(jnp.square(vae.decode(vae.encode(pixels(video))[0]) - pixels(video))))
-    psnr = float(np.mean([decibels(run(clip[None])) for clip in clips]))
+    psnr = float(np.mean([decibels(_squared_error(vae, clip[None])) for clip in clips]))
     print(f"\nstep {taken}: {psnr:.2f} dB on held-out clips", flush=True)
     return {"held_out_psnr": psnr}
+
+
+@jax.jit
+def _moments(vae: WanVAE, video):
+    return vae.encode(pixels(video))
+
+
+@jax.jit
+def _squared_error(vae: WanVAE, video) -> jax.Array:
+    return jnp.mean(jnp.square(vae.decode(vae.encode(pixels(video))[0]) - pixels(video)))

@@ -3,9 +3,10 @@
     dit-train demo_wan --set vae=runs/demo-vae --set text=runs/demo-text --set out=runs/demo-wan
     dit-train demo_wan --set init=demo-wan --set vae=demo-wan --set text=demo-wan     (goes on from the shipped weights)
 
-The first latent frame of a clip is an image's latent (the autoencoder is causal), so the run starts on first frames alone, which cost
-a sixth of a clip and teach digits, colours and layout; then come clips, with a batch of first frames every few steps. Latents are made
-once and kept under runs/cache; text embeddings are kept in memory. The weights shipped are the running mean.
+The first latent frame of a clip is an image's latent (the autoencoder is causal), so the run starts on first frames
+alone, which cost a sixth of a clip and teach digits, colours and layout; then come clips, with a batch of first frames
+every few steps. Latents are made once and kept under runs/cache, text embeddings in memory. The weights shipped
+are the running mean.
 About 1.5 hours on 2 CPU cores, minutes on a GPU; more steps still help.
 Score: `dit-eval --model FOLDER --suite moving-digits` after `python -m train.export_demo`.
 """
@@ -24,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 from convert.checkpoint import load_model, open_checkpoint
+from dit_jax.models.network import NetworkCall
 from dit_jax.models.wan import Wan, WanConfig
 from train.data import LatentSet, LatentSource, cached_latents
 from train.export_demo import export_pipeline
@@ -79,7 +81,9 @@ def run(config: Config) -> None:
     model = fresh_wan(config.seed) if not config.init else load_wan(config.init)
     rate = schedule(config.learning_rate, config.steps, warmup=50, decay=config.decay_steps)
     optimizer = muon(rate, rate)
-    loss = partial(flow_matching, settings=FlowSettings(shift=config.shift))
+    # On a CPU recomputing the blocks is quicker than writing down what their gradients need.
+    settings = FlowSettings(shift=config.shift, call=NetworkCall(remat=True))
+    loss = partial(flow_matching, settings=settings)
     step = build_step(model, loss, optimizer, mesh, ema_decay=0.998)
     embed = _embedder(text, tokenizer)
     batches = Batches(config, vae, embed)
@@ -145,15 +149,20 @@ class Batches:
 
     def _set(self, frames: int) -> tuple[LatentSet, np.ndarray]:
         if frames not in self.sets:
-            latents = _latents(self.config, self.vae, frames, self.config.stills if frames == STILL else self.config.clips)
+            count = self.config.stills if frames == STILL else self.config.clips
+            latents = _latents(self.config, self.vae, frames, count)
             self.sets[frames] = latents, self.embed(latents.captions)
         return self.sets[frames]
 
 
 def _latents(config: Config, vae, frames: int, count: int) -> LatentSet:
-    encode = jax.jit(lambda video: vae.normalise(vae.encode(pixels(video))[0]))
     source = LatentSource(folder=Path(config.cache), tag=_hash(vae), seed=config.seed + frames, frames=frames)
-    return cached_latents(source, count, encode)
+    return cached_latents(source, count, partial(_encode, vae))
+
+
+@jax.jit
+def _encode(vae, video) -> jax.Array:
+    return vae.normalise(vae.encode(pixels(video))[0])
 
 
 def _hash(vae) -> str:
@@ -180,14 +189,15 @@ def _tokenizer_folder(source: str) -> Path:
 def _embedder(text, tokenizer):
     """Captions to embeddings fp16 [N, 32, 128], zero behind each caption's end, as Wan's pipelines have them."""
 
-    @jax.jit
-    def states(ids, valid):
-        return text(ids, valid) * valid[..., None]
-
     def embed(captions: list[str]) -> np.ndarray:
         group = 256 if len(captions) > 64 else 16
         padded = captions + [""] * (-len(captions) % group)
-        parts = [states(*tokenized(tokenizer, padded[i : i + group])) for i in range(0, len(padded), group)]
+        parts = [_states(text, *tokenized(tokenizer, padded[i : i + group])) for i in range(0, len(padded), group)]
         return np.concatenate([np.asarray(part, np.float16) for part in parts])[: len(captions)]
 
     return embed
+
+
+@jax.jit
+def _states(text, ids, valid) -> jax.Array:
+    return text(ids, valid) * valid[..., None]

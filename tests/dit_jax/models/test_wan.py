@@ -103,7 +103,11 @@ def test_bf16_is_as_good_as_pytorchs():
 def test_the_policy_keeps_modulation_in_fp32():
     config = wan_config(dict(WanTransformer3DModel(**IMAGE).config))
     model = nnx.eval_shape(lambda: Wan(config, nnx.Rngs(0)))
-    kept = {name for name, leaf in named_leaves(cast(model, Precision(weights=jnp.bfloat16, exact=FP32_LEAVES))) if leaf.dtype == jnp.float32}
+    kept = {
+        name
+        for name, leaf in named_leaves(cast(model, Precision(weights=jnp.bfloat16, exact=FP32_LEAVES)))
+        if leaf.dtype == jnp.float32
+    }
     assert kept == {
         "modulation", "blocks.modulation", "blocks.cross_norm.scale", "blocks.cross_norm.bias",
         "time.up.kernel", "time.up.bias", "time.down.kernel", "time.down.bias",

@@ -36,7 +36,9 @@ def run_diffusers(scheduler, steps, x, **kwargs):
 def run_ours(solver, shift, steps, x, tokens=0, segments=None):
     schedule = solver.schedule(steps, shift, tokens)
     carry, first = start(Field(), solver, jnp.asarray(x)), 0
-    run = jax.jit(lambda carry, schedule, first, count: sample(Field(), solver, carry, schedule, first, count), static_argnums=3)
+    run = jax.jit(
+        lambda carry, schedule, first, count: sample(Field(), solver, carry, schedule, first, count), static_argnums=3
+    )
     for count in segments or [steps]:
         carry, first = run(carry, schedule, first, count), first + count
     assert isinstance(carry, Carry) and carry.denoiser == steps

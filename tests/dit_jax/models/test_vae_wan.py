@@ -1,0 +1,267 @@
+"""The Wan 2.1 autoencoder against diffusers': whole, in chunks, in tiles, its gradients, its two layouts."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from diffusers.models.autoencoders import autoencoder_kl_wan
+from flax import nnx
+
+from convert.tables import assign
+from convert.vae_wan import config_from_diffusers, config_to_diffusers, vae_wan_rows
+from dit_jax.config import UserError
+from dit_jax.models.vae_wan import AXES, FrameAttention, WanVAE, WanVAEConfig
+from dit_jax.parameters import named_leaves
+from dit_jax.sharding import logical_axes
+
+STATISTICS = {"z_dim": 4, "latents_mean": (0.1, -0.3, 0.2, 0.0), "latents_std": (2.0, 0.5, 1.5, 1.0)}
+CONFIGS = {
+    "four levels": WanVAEConfig(base_dim=4, num_res_blocks=1, **STATISTICS),
+    "odd widths": WanVAEConfig(
+        base_dim=12,
+        decoder_base_dim=8,
+        num_res_blocks=1,
+        dim_mult=(1, 2, 3),
+        attn_scales=(0.5,),
+        temporal_downsample=(True, True),
+        **STATISTICS,
+    ),
+}
+TOLERANCE = 1e-5
+
+
+@cache
+def torch_vae(name):
+    """The model of diffusers with random weights of ordinary size everywhere."""
+    config = {key: value for key, value in config_to_diffusers(CONFIGS[name]).items() if key != "_class_name"}
+    vae = AutoencoderKLWan(**config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in vae.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        scale = 0.3 if "gamma" in key else 0.1 if "bias" in key else parameter[0].numel() ** -0.5
+        parameter.data = noise * scale + ("gamma" in key)
+    return vae
+
+
+@pytest.fixture(autouse=True)
+def attention_that_takes_a_cache(monkeypatch):
+    """The attention of diffusers between the encoder's blocks refuses the cache that its encoder hands it."""
+    forward = autoencoder_kl_wan.WanAttentionBlock.forward
+    monkeypatch.setattr(autoencoder_kl_wan.WanAttentionBlock, "forward", lambda self, x, **_: forward(self, x))
+
+
+@cache
+def our_vae(name):
+    config = CONFIGS[name]
+    return assign(abstract(config), vae_wan_rows(config), numpy_tensors(torch_vae(name)))
+
+
+def abstract(config):
+    return nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+
+
+def numpy_tensors(vae):
+    return {key: value.numpy() for key, value in vae.state_dict().items()}
+
+
+def channels_first(x):
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, 1)))
+
+
+def channels_last(x):
+    return np.moveaxis(x.detach().numpy(), 1, -1)
+
+
+def distance(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def video(name, frames=13, height=40, width=24):
+    return np.random.default_rng(0).uniform(-1, 1, (2, frames, height, width, 3)).astype(np.float32)
+
+
+def latents(name, frames=4, height=5, width=3):
+    return np.random.default_rng(1).normal(size=(2, frames, height, width, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_encoder_is_diffusers_whole_and_in_chunks(name):
+    x = video(name)
+    with torch.no_grad():
+        posterior = torch_vae(name).encode(channels_first(x)).latent_dist
+    for chunk in (None, 1, 2):  # 3 latent frames after the first: chunks of 2 leave one over
+        mean, logvar = jax.jit(WanVAE.encode, static_argnums=2)(our_vae(name), x, chunk)
+        assert distance(mean, channels_last(posterior.mean)) <= TOLERANCE
+        assert distance(logvar, channels_last(posterior.logvar)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoder_is_diffusers_whole_and_in_chunks(name):
+    z = latents(name)
+    with torch.no_grad():
+        expected = channels_last(torch_vae(name).decode(channels_first(z)).sample)
+    for chunk in (None, 1, 2):
+        decoded = jax.jit(WanVAE.decode, static_argnums=2)(our_vae(name), z, chunk)
+        assert distance(decoded, expected) <= TOLERANCE
+    assert 0.01 < np.mean(np.abs(expected) == 1) < 0.9  # the clip is seen, and more than the clip
+
+
+def test_one_frame_is_a_picture():
+    name = "four levels"
+    x = video(name, frames=1)
+    mean, _ = our_vae(name).encode(x, chunk=1)
+    assert mean.shape == (2, 1, 5, 3, 4)
+    assert our_vae(name).decode(mean, chunk=1).shape == (2, 1, 40, 24, 3)
+
+
+def test_tiles_are_diffusers():
+    """10×7 latents in tiles of 4 with an overlap of 1: four columns, three rows, edges of two smaller sizes."""
+    name = "odd widths"
+    theirs = torch_vae(name)
+    theirs.spatial_compression_ratio = 4
+    theirs.enable_tiling(16, 16, 12, 12)
+    x, z = video(name, 5, 40, 28), latents(name, 2, 10, 7)
+    try:
+        with torch.no_grad():
+            posterior = theirs.encode(channels_first(x)).latent_dist
+            expected = channels_last(theirs.decode(channels_first(z)).sample)
+    finally:
+        theirs.disable_tiling()
+    mean, logvar = jax.jit(lambda vae, x: vae.encode_tiled(x, tile=4, overlap=1))(our_vae(name), x)
+    assert distance(mean, channels_last(posterior.mean)) <= TOLERANCE
+    assert distance(logvar, channels_last(posterior.logvar)) <= TOLERANCE
+    decoded = jax.jit(lambda vae, z: vae.decode_tiled(z, tile=4, overlap=1))(our_vae(name), z)
+    assert distance(decoded, expected) <= TOLERANCE
+    assert distance(our_vae(name).decode(z), expected) > 1e-3  # tiles do change the numbers
+
+
+def test_a_picture_that_fits_in_a_tile_is_not_cut():
+    name = "odd widths"
+    z = latents(name, 1)
+    np.testing.assert_array_equal(our_vae(name).decode_tiled(z, tile=5, overlap=2), our_vae(name).decode(z, chunk=1))
+    with pytest.raises(UserError, match="overlap is 5"):
+        our_vae(name).decode_tiled(z, tile=5, overlap=5)
+
+
+def gradients(name, chunk):
+    x, z, pull = video(name, 9, 16, 8), latents(name, 3, 2, 1), np.random.default_rng(2)
+    pulls = [jnp.asarray(pull.normal(size=z.shape), jnp.float32) for _ in range(2)]
+
+    def loss(vae, x, z):
+        moments = vae.encode(x, chunk)
+        return sum(jnp.sum(a * b) for a, b in zip(moments, pulls, strict=True)) + jnp.sum(vae.decode(z, chunk) ** 2)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(our_vae(name), x, z), (x, z, pulls)
+
+
+def test_gradients_are_diffusers_whole_and_in_chunks():
+    name = "four levels"
+    (ours, dx, dz), (x, z, pulls) = gradients(name, None)
+    theirs = torch_vae(name)
+    theirs.zero_grad()
+    xt, zt = channels_first(x).requires_grad_(), channels_first(z).requires_grad_()
+    posterior = theirs.encode(xt).latent_dist
+    loss = (posterior.mean * channels_first(pulls[0])).sum() + (posterior.logvar * channels_first(pulls[1])).sum()
+    (loss + (theirs.decode(zt).sample ** 2).sum()).backward()
+    assert distance(dx, channels_last(xt.grad)) <= 5e-5
+    assert distance(dz, channels_last(zt.grad)) <= 5e-5
+    parameters, leaves = dict(theirs.named_parameters()), dict(named_leaves(ours))
+    for row in vae_wan_rows(CONFIGS[name]):
+        expected = row.to_ours(parameters[row.diffusers].grad.numpy(), leaves[row.ours].shape, "diffusers")
+        assert distance(leaves[row.ours], expected) <= 5e-5, row.ours
+    for whole, chunked in zip(jax.tree.leaves(ours), jax.tree.leaves(gradients(name, 1)[0][0]), strict=True):
+        assert distance(chunked, whole) <= 2e-5
+
+
+def test_gradient_of_a_zero_picture_is_finite():
+    vae = WanVAE(CONFIGS["four levels"], rngs=nnx.Rngs(0))  # zero biases keep it zero all the way
+    gradient = jax.grad(lambda x: jnp.sum(vae.encode(x)[0]))(jnp.zeros((1, 1, 8, 8, 3)))
+    assert np.isfinite(gradient).all()
+
+
+def test_large_frames_attend_one_at_a_time(monkeypatch):
+    attention = FrameAttention(8, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5, 8))
+    at_once = attention(x)[0]
+    monkeypatch.setattr("dit_jax.models.vae_wan._ATTENTION_BYTES", 0)
+    assert "scan" in str(jax.make_jaxpr(attention)(x))
+    assert distance(attention(x)[0], at_once) <= 1e-6
+
+
+def test_the_program_of_chunks_does_not_grow_with_the_clip():
+    name = "four levels"
+    sizes = {
+        len(str(jax.make_jaxpr(lambda z: our_vae(name).decode(z, 1))(latents(name, n))).split("\n")) for n in (4, 9)
+    }
+    assert len(sizes) == 1
+
+
+def test_bfloat16_model_runs_in_bfloat16():
+    name = "four levels"
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), our_vae(name))
+    z = latents(name, 2)
+    decoded = low.decode(z, chunk=1)
+    assert decoded.dtype == jnp.bfloat16
+    assert distance(decoded.astype(jnp.float32), our_vae(name).decode(z)) <= 0.05
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_leaf_has_one_row_of_axes(name):
+    for path, leaf in named_leaves(abstract(CONFIGS[name])):
+        assert logical_axes(path, AXES) == (None,) * leaf.ndim, path
+
+
+def test_latents_are_normalised_per_channel():
+    vae, z = our_vae("four levels"), latents("four levels")
+    expected = (z - np.float32(STATISTICS["latents_mean"])) / np.float32(STATISTICS["latents_std"])
+    assert distance(vae.normalise(z), expected) <= 1e-6
+    assert distance(vae.denormalise(vae.normalise(z)), z) <= 1e-6
+
+
+def test_bad_shapes_are_told():
+    vae = our_vae("four levels")
+    with pytest.raises(UserError, match=r"1 \+ 4k frames, found 12; use 9"):
+        vae.encode(jnp.zeros((1, 12, 8, 8, 3)))
+    with pytest.raises(UserError, match="divisible by 8, found 8×12"):
+        vae.encode(jnp.zeros((1, 1, 8, 12, 3)))
+    with pytest.raises(UserError, match="latents_mean has 16 values, expected z_dim = 4"):
+        WanVAEConfig(z_dim=4)
+    with pytest.raises(UserError, match="temporal_downsample has 3"):
+        WanVAEConfig(dim_mult=(1, 2))
+
+
+def test_original_keys_are_those_that_diffusers_converts():
+    config = WanVAEConfig(base_dim=4)
+    rows = vae_wan_rows(config)
+    fields = {key: value for key, value in config_to_diffusers(config).items() if key != "_class_name"}
+    theirs = numpy_tensors(AutoencoderKLWan(**fields))
+    original = {row.original: theirs[row.diffusers] for row in rows}
+    converted = convert_wan_vae_to_diffusers(dict(original))
+    assert converted.keys() == theirs.keys()
+    assert all(converted[key] is theirs[key] for key in theirs)
+    from_original = assign(abstract(config), rows, original, "original")
+    from_diffusers = assign(abstract(config), rows, theirs, "diffusers")
+    jax.tree.map(np.testing.assert_array_equal, from_original, from_diffusers)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), WanVAEConfig()])
+def test_config_goes_to_diffusers_and_back(config):
+    assert config_from_diffusers(config_to_diffusers(config)) == config
+
+
+def test_config_defaults_are_diffusers():
+    assert config_from_diffusers({}) == WanVAEConfig()
+    published = dict(AutoencoderKLWan(base_dim=4).config) | {"base_dim": 96}
+    assert config_from_diffusers(published) == WanVAEConfig()
+
+
+def test_config_of_wan_2_2_is_refused():
+    with pytest.raises(UserError, match="Wan 2.1"):
+        config_from_diffusers({"is_residual": True, "patch_size": 2})

@@ -1,0 +1,97 @@
+"""`dit-train`: options from a recipe's dataclass, and bad input told in a sentence with exit code 2."""
+
+import pytest
+
+from train import cli
+
+RECIPE = '''"""A recipe for a test.
+
+    dit-train here.py
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: str = "x"
+    steps: int = 3
+    rate: float = 0.5
+    quick: bool = False
+    limit: int | None = None
+
+def run(config):
+    Path(config.out).write_text(repr(config))
+'''
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "here.py"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def test_settings_reach_the_recipe(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "keep_programs", lambda: None)
+    out = tmp_path / "out"
+    settings = [f"out={out}", "steps=7", "rate=2", "quick=True", "limit=5"]
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    assert cli.main([recipe, *arguments]) == 0
+    assert out.read_text() == f"Config(out='{out}', steps=7, rate=2.0, quick=True, limit=5)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["setps=3"], "There is no option 'setps'; did you mean 'steps'?"),
+        (["steps=many"], "The option steps takes int, found 'many'."),
+        (["steps=1.5"], "The option steps takes int, found '1.5'."),
+        (["steps=True"], "The option steps takes int, found 'True'."),
+        (["quick=1"], "The option quick takes bool, found '1'."),
+        (["limit=x"], "The option limit takes int or NoneType, found 'x'."),
+        (["steps"], "--set takes name=value, found 'steps'."),
+    ],
+)
+def test_bad_settings_are_told(recipe, settings, sentence, capsys):
+    assert cli.main([recipe, "--set", *settings]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_help_lists_every_option(recipe, capsys):
+    assert cli.main([recipe, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("A recipe for a test.")
+    for name in ("out", "steps", "rate", "quick", "limit"):
+        assert f"\n  {name} " in shown
+
+
+@pytest.mark.parametrize("name", ["demo_vae", "demo_text", "demo_wan"])
+def test_every_shipped_recipe_describes_itself(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"dit-train {name}" in shown and "Score:" in shown and "CPU cores" in shown
+    for option in ("out", "steps", "seed", "save_every", "learning_rate"):
+        assert f"\n  {option} " in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["demo_wam"], "did you mean demo_wan?"),
+        (["nowhere.py"], "There is no recipe 'nowhere.py'"),
+        ([], "No recipe is named"),
+        (["demo_vae", "--steps", "3"], "Unknown argument '--steps'"),
+    ],
+)
+def test_bad_recipes_and_arguments_are_told(arguments, sentence, capsys):
+    assert cli.main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_recipe_is_told(tmp_path, capsys):
+    path = tmp_path / "empty.py"
+    path.write_text("x = 1\n")
+    assert cli.main([str(path)]) == 2
+    assert "is no recipe" in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""The training loop: exact resume, SIGTERM, divergence, metrics."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_jax.config import UserError
+from train.loop import Hook, RunConfig, TrainingDivergedError, load_ema, newest_step, train
+from train.step import adam, build_step, init_state, training_mesh
+
+
+class Line(nnx.Module):
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.ones((3, 2)))
+
+
+def noisy_squares(model, batch, key):
+    noise = jax.random.normal(key, batch["y"].shape)
+    return jnp.mean(jnp.square(batch["x"] @ model.kernel[...] - batch["y"] + noise)), {}
+
+
+def batch_at(position):
+    rng = np.random.default_rng(position)
+    return {"x": rng.normal(size=(8, 3)).astype(np.float32), "y": rng.normal(size=(8, 2)).astype(np.float32)}
+
+
+def run(out, steps, *, batch_at=batch_at, hooks=(), **options):
+    optimizer, mesh = adam(0.05), training_mesh()
+    step = build_step(Line(), noisy_squares, optimizer, mesh)
+    config = RunConfig(out=str(out), steps=steps, log_every=1, save_every=3, **options)
+    return train(config, init_state(Line(), optimizer, mesh), step, batch_at, hooks)
+
+
+def values(state):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    straight = run(tmp_path / "straight", 6)
+    run(tmp_path / "resumed", 3)
+    seen = []
+    resumed = run(tmp_path / "resumed", 6, batch_at=lambda position: seen.append(position) or batch_at(position))
+    assert seen == [3, 4, 5]
+    assert len(values(straight.state)) == len(values(resumed.state))
+    for left, right in zip(values(straight.state), values(resumed.state), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_the_saved_key_wins_over_another_seed(tmp_path):
+    straight = run(tmp_path / "straight", 6)
+    run(tmp_path / "resumed", 3)
+    resumed = run(tmp_path / "resumed", 6, seed=1)
+    np.testing.assert_array_equal(straight.state.params["kernel"], resumed.state.params["kernel"])
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first = run(tmp_path, 3)
+    again = run(tmp_path, 3, batch_at=lambda position: pytest.fail("no batch is needed"))
+    np.testing.assert_array_equal(first.state.params["kernel"], again.state.params["kernel"])
+
+
+def test_the_mean_of_the_weights_can_be_read_back(tmp_path):
+    outcome = run(tmp_path, 4)
+    assert newest_step(tmp_path) == 4
+    np.testing.assert_array_equal(load_ema(tmp_path)["kernel"], outcome.state.ema["kernel"])
+
+
+def test_reading_a_run_without_checkpoints_is_told(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_ema(tmp_path)
+
+
+def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    def poisoned(position):
+        batch = batch_at(position)
+        return batch if position < 4 else {**batch, "y": batch["y"] * np.nan}
+
+    with pytest.raises(TrainingDivergedError, match="at step 4 is nan"):
+        run(tmp_path, 9, batch_at=poisoned)
+    assert newest_step(tmp_path) == 3
+    assert np.isfinite(load_ema(tmp_path)["kernel"]).all()
+
+
+def test_divergence_on_a_saving_step_saves_nothing(tmp_path):
+    def poisoned(position):
+        batch = batch_at(position)
+        return batch if position < 2 else {**batch, "y": batch["y"] * np.nan}
+
+    with pytest.raises(TrainingDivergedError, match="at step 2 is nan"):
+        run(tmp_path, 9, batch_at=poisoned)
+    assert newest_step(tmp_path) is None
+
+
+def test_metrics_and_hooks_are_logged(tmp_path):
+    run(tmp_path, 4, hooks=(Hook(2, lambda state, taken: {"taken_twice": 2.0 * taken}),))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["taken_twice"] for line in lines if "taken_twice" in line] == [4.0, 8.0]
+    losses = [line["step"] for line in lines if "loss" in line]
+    assert losses == [1, 2, 3, 4]
+
+
+STOPPED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import test_loop
+def batch_at(position):
+    if position == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return test_loop.batch_at(position)
+outcome = test_loop.run({out!r}, 100000, batch_at=batch_at)
+print("stopped", outcome.stopped, outcome.steps)
+"""
+
+
+def test_sigterm_saves_and_ends_well(tmp_path):
+    code = STOPPED.format(tests=str(Path(__file__).parent), out=str(tmp_path))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    word, stopped, steps = ended.stdout.split()[-3:]
+    assert (word, stopped) == ("stopped", "True")
+    assert newest_step(tmp_path) == int(steps) < 20
+
+
+def test_signals_are_as_before_afterwards(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    run(tmp_path, 2)
+    assert signal.getsignal(signal.SIGTERM) is before

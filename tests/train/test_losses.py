@@ -1,0 +1,96 @@
+"""The losses against their definitions written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_jax.models.vae_wan import WanVAE, WanVAEConfig
+from dit_jax.models.wan import Wan, WanConfig
+from train import losses
+from train.losses import AutoencoderWeights, FlowSettings, autoencoding, decibels, flow_matching, noise_levels, pixels
+
+TINY = WanConfig(blocks=2, width=24, heads=2, head_width=12, mlp_width=32, text_width=8, in_channels=4, out_channels=4)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(4, 2, 4, 6, 4)).astype(np.float32)
+    return {"latents": latents, "text": rng.normal(size=(4, 5, 8)).astype(np.float16)}
+
+
+def test_flow_matching_is_the_error_of_noise_minus_data(batch, monkeypatch):
+    seen = {}
+
+    def oracle(model, call, tokens, t_B, conditioning, state=None, aux=None):
+        seen.update(rows=tokens.rows, t=t_B)
+        return jnp.zeros_like(tokens.rows), None
+
+    monkeypatch.setattr(losses, "network", oracle)
+    model = nnx.eval_shape(lambda: Wan(TINY, nnx.Rngs(0)))
+    loss, _ = flow_matching(model, batch, jax.random.key(3), FlowSettings())
+    level_key, noise_key = jax.random.split(jax.random.key(3))
+    levels = noise_levels(level_key, 4, FlowSettings())
+    noise = jax.random.normal(noise_key, batch["latents"].shape)
+    np.testing.assert_allclose(loss, np.mean((noise - batch["latents"]) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(seen["t"], 1000 * levels, rtol=1e-6)
+    blend = (1 - levels[:, None, None, None, None]) * batch["latents"] + levels[:, None, None, None, None] * noise
+    np.testing.assert_allclose(np.sort(np.ravel(seen["rows"])), np.sort(np.ravel(blend)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_right_velocity_has_no_loss(batch, monkeypatch):
+    _, noise_key = jax.random.split(jax.random.key(3))
+    noise = jax.random.normal(noise_key, batch["latents"].shape)
+
+    def oracle(model, call, tokens, t_B, conditioning, state=None, aux=None):
+        return losses.layout(noise - batch["latents"], TINY.patch).rows, None
+
+    monkeypatch.setattr(losses, "network", oracle)
+    model = nnx.eval_shape(lambda: Wan(TINY, nnx.Rngs(0)))
+    assert float(flow_matching(model, batch, jax.random.key(3), FlowSettings())[0]) < 1e-10
+
+
+def test_flow_matching_learns_from_text_and_time(batch):
+    model = Wan(TINY, nnx.Rngs(0))
+    gradients = jax.grad(lambda model: flow_matching(model, batch, jax.random.key(0), FlowSettings())[0])(model)
+    for leaf in (gradients.text.up.kernel, gradients.time.up.kernel, gradients.blocks.attn1.q.linear.kernel):
+        assert float(jnp.abs(leaf[...]).max()) > 0
+
+
+def test_noise_levels_are_logit_normal_shifted_and_spread():
+    plain = FlowSettings(shift=1.0)
+    levels = np.sort(np.concatenate([noise_levels(jax.random.key(i), 64, plain) for i in range(50)]))
+    # The median of a logit-normal is 1/2, its quartiles sigmoid(±0.6745).
+    np.testing.assert_allclose(np.quantile(levels, (0.25, 0.5, 0.75)), (0.3375, 0.5, 0.6625), atol=0.01)
+    shifted = np.concatenate([noise_levels(jax.random.key(i), 64, FlowSettings(shift=3.0)) for i in range(50)])
+    np.testing.assert_allclose(np.median(shifted), 0.75, atol=0.01)
+    assert shifted.min() > 0 and shifted.max() < 1
+    # One level in each equal quantile of a batch.
+    one = np.sort(noise_levels(jax.random.key(0), 4, plain))
+    assert np.all(np.diff(one) > 0) and one[0] < 0.34 and one[3] > 0.66
+
+
+def test_autoencoding_adds_its_parts():
+    config = WanVAEConfig(
+        base_dim=4, num_res_blocks=1, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4, dim_mult=(1, 1, 1, 1)
+    )
+    vae = WanVAE(config, rngs=nnx.Rngs(0))
+    batch = {"video": np.random.default_rng(0).integers(0, 256, (1, 5, 16, 16, 3), dtype=np.uint8)}
+    key = jax.random.key(1)
+    mean, log_variance = vae.encode(pixels(batch["video"]))
+    latents = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
+    error = np.asarray(vae.decode(latents, clip=False) - pixels(batch["video"]))
+    divergence = 0.5 * np.mean(mean**2 + np.exp(log_variance) - 1 - log_variance)
+    edges = np.abs(np.diff(error, axis=2)).mean() + np.abs(np.diff(error, axis=3)).mean()
+    expected = 2 * np.abs(error).mean() + 3 * (error**2).mean() + 5 * edges + 7 * divergence
+    weights = AutoencoderWeights(absolute=2.0, squared=3.0, edges=5.0, divergence=7.0)
+    loss, metrics = autoencoding(vae, batch, key, weights)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["psnr"], 10 * np.log10(4 / np.mean(error**2)), rtol=1e-4)
+
+
+def test_pixels_and_decibels():
+    np.testing.assert_allclose(pixels(np.array([0, 255], np.uint8)), [-1, 1])
+    np.testing.assert_allclose(decibels(jnp.asarray(0.04)), 20.0, rtol=1e-6)
