@@ -39,7 +39,8 @@ IMAGE_TOKENS = 257
 STEPS = 50
 SEGMENT = 4
 PRECISION = Precision(weights=jnp.bfloat16, exact=wan.FP32_LEAVES)
-MOSAIC = "tpu_custom_call"
+MOSAIC = "tpu_custom_call"  # a Pallas kernel in a lowered program
+VMEM = "S(1)"  # on-chip memory in the layout of a compiled program's array
 
 # Cloud names of slices. v5p counts TensorCores, two a chip; the others count chips.
 SLICES = {
@@ -218,9 +219,10 @@ def copied_stacks(text: str, model, mesh) -> int:
         if name.endswith(".kernel"):
             shapes |= {leaf.shape, sharding.shard_shape(leaf.shape)}
     written = 0
-    for dtype, dimensions, operation in re.findall(r"= (bf16|f32)\[([\d,]+)\]\S* ([\w-]+)\(", text):
+    for dtype, dimensions, layout, operation in re.findall(r"= (bf16|f32)\[([\d,]+)\](\S*) ([\w-]+)\(", text):
         shape = tuple(int(size) for size in dimensions.split(","))
-        if shape in shapes and operation not in ("parameter", "get-tuple-element", "bitcast"):
+        written_to_hbm = VMEM not in layout and operation not in ("parameter", "get-tuple-element", "bitcast")
+        if shape in shapes and written_to_hbm:
             written += math.prod(shape) * (2 if dtype == "bf16" else 4)
     return written
 

@@ -6,6 +6,7 @@ Shapes: B batch, T frames (or latent frames), Y X pixels or latent grid, S side 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,6 @@ def _write_shard(source: LatentSource, start: int, encode: Callable[[np.ndarray]
         captions += texts
     path = _shard(source, start)
     # Written beside and renamed, so that a killed run leaves no half shard and two encoders do not disturb each other.
-    beside = path.with_suffix(".part.npz")
+    beside = path.with_suffix(f".{os.getpid()}.part.npz")
     np.savez(beside, latents=np.concatenate(latents).astype(np.float16), captions=json.dumps(captions))
     beside.rename(path)

@@ -27,8 +27,7 @@ from dit_jax.models.tiles import Tiling, code_in_tiles
 # Small enough to be whole on every device.
 AXES: dict[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("*.scale", "*.bias"), (None,)),
-    **dict.fromkeys(("*.attention.qkv.kernel", "*.attention.out.kernel"), (None,) * 2),
-    **dict.fromkeys(("*.down.*.qkv.kernel", "*.down.*.out.kernel"), (None,) * 2),
+    **dict.fromkeys(("*.qkv.kernel", "*.out.kernel"), (None,) * 2),
     **dict.fromkeys(("encoder.down.*.conv.kernel", "decoder.up.*.conv.kernel"), (None,) * 4),
     **dict.fromkeys(("*.conv_in.kernel", "*.conv[12].kernel", "*.head.conv.kernel", "*quant_conv.kernel"), (None,) * 5),
     **dict.fromkeys(("*.shortcut.kernel", "*.time_conv.kernel"), (None,) * 5),

@@ -91,7 +91,7 @@ AXES = {
 
 
 class Signal(NamedTuple):
-    """What every block is told: time embedding [B, D], modulation [B, 6, D] in fp32, text [B, L, D], image [B, I, D]."""
+    """What every block is told: time [B, D] and modulation [B, 6, D] in fp32, text [B, L, D], image [B, I, D]."""
 
     time: jax.Array
     modulation: jax.Array

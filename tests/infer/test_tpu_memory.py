@@ -43,6 +43,7 @@ def test_copies_of_stacked_weights_are_counted():
       %a = bf16[5,192,12,128]{3,1,2,0:T(8,128)(2,1)} parameter(3)
       %b = bf16[5,192,12,128]{1,3,2,0:T(8,128)(2,1)} copy(%a), metadata={}
       %c = bf16[1,192,12,128]{1,3,2,0:T(8,128)(2,1)} fusion(%a), kind=kLoop
+      %f = bf16[5,192,12,128]{1,3,2,0:T(8,128)(2,1)S(1)} copy(%a), metadata={}
       %d = bf16[5,384,1024]{2,1,0:T(8,128)(2,1)} all-gather(%e), dimensions={1}
     """
     assert copied_stacks(text, model, mesh) == part + whole

@@ -263,5 +263,5 @@ def test_config_defaults_are_diffusers():
 
 
 def test_config_of_wan_2_2_is_refused():
-    with pytest.raises(UserError, match="Wan 2.1"):
+    with pytest.raises(UserError, match="Wan 2"):
         config_from_diffusers({"is_residual": True, "patch_size": 2})
