@@ -136,22 +136,28 @@ def latents_shape(size: str, frames: int, channels: int) -> tuple[int, ...]:
     return 1, (frames - 1) // 4 + 1, height // 8, width // 8, channels
 
 
-def abstract_request(config: wan.WanConfig, size: str, frames: int) -> tuple[Guided, jax.ShapeDtypeStruct]:
+def abstract_request(config: wan.WanConfig, size: str, frames: int) -> tuple[Guided, Any]:
     """(denoiser, latents) of one guided video as shapes alone, in bf16; UserError for a size that does not fit."""
-    shape = latents_shape(size, frames, config.out_channels)
-    image = jax.ShapeDtypeStruct((2, IMAGE_TOKENS, config.image_width), jnp.bfloat16) if config.image_width else None
+
+    def shape(dtype, *sizes) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    latents = latents_shape(size, frames, config.out_channels)
     extra = config.in_channels - config.out_channels
     guided = Guided(
         model=cast(nnx.eval_shape(lambda: wan.Wan(config, nnx.Rngs(0))), PRECISION),
-        conditioning=Conditioning(jax.ShapeDtypeStruct((2, TEXT_TOKENS, config.text_width), jnp.bfloat16), image),
-        guidance_scale=jax.ShapeDtypeStruct((), jnp.float32),
-        extra=jax.ShapeDtypeStruct((*shape[:-1], extra), jnp.float32) if extra else None,
+        conditioning=Conditioning(
+            shape(jnp.bfloat16, 2, TEXT_TOKENS, config.text_width),
+            shape(jnp.bfloat16, 2, IMAGE_TOKENS, config.image_width) if config.image_width else None,
+        ),
+        guidance_scale=shape(jnp.float32),
+        extra=shape(jnp.float32, *latents[:-1], extra) if extra else None,
         branches=2,
     )
-    return guided, jax.ShapeDtypeStruct(shape, jnp.float32)
+    return guided, shape(jnp.float32, *latents)
 
 
-def lower(guided: Guided, latents: jax.ShapeDtypeStruct, mesh):
+def lower(guided: Guided, latents: Any, mesh):
     """The program of one sampling segment, lowered for the mesh."""
     solver = UniPC()
 

@@ -190,7 +190,8 @@ def _resume(saved: ocp.CheckpointManager, state: TrainState, key: jax.Array) -> 
     optimiser = [tree["optimiser"][jax.tree_util.keystr(path)] for path in paths]
     opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), optimiser)
     restored = TrainState(tree["step"], tree["params"], opt_state, tree["ema"])
-    return restored, int(tree["position"]), jax.random.wrap_key_data(tree["key"])
+    # Through the host: a restored array is bound to one device, and the step runs on the whole mesh.
+    return restored, int(tree["position"]), jax.random.wrap_key_data(jnp.asarray(np.asarray(tree["key"])))
 
 
 def _manager(out: Path, config: RunConfig):

@@ -94,8 +94,9 @@ class ChannelNorm(nnx.Module):
 
     def __call__(self, x_BTYXC):
         x = x_BTYXC.astype(jnp.float32)
-        # torch's F.normalize has this floor, 1e-12 on the length; under the root a zero pixel's gradient stays finite.
-        inverse = lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+        # What is shorter than 1e-12 becomes zero. torch divides it by 1e-12, and its gradient with it, in every norm.
+        square = jnp.sum(x * x, axis=-1, keepdims=True)
+        inverse = lax.rsqrt(jnp.where(square > 1e-24, square, jnp.inf))
         return (x * inverse * (math.sqrt(x.shape[-1]) * self.scale[...].astype(jnp.float32))).astype(x_BTYXC.dtype)
 
 
@@ -283,10 +284,8 @@ class WanVAE(nnx.Module):
 
         `chunk` latent frames (of 4 video frames each) are made at a time after the first; None makes all at once.
         """
-        factor = self.config.time_factor
         self._check_video(video_BTYXC.shape)
-        moments = _by_chunks(self.encoder, _fold(video_BTYXC, self.config.patch), chunk and chunk * factor)
-        mean, logvar = jnp.split(self.quant_conv(moments)[0], 2, axis=-1)
+        mean, logvar = jnp.split(self._moments(_fold(video_BTYXC, self.config.patch), chunk), 2, axis=-1)
         return mean, logvar
 
     def decode(self, latents_BTYXC, chunk: int | None = None, clip: bool = True):
@@ -295,22 +294,31 @@ class WanVAE(nnx.Module):
         `chunk` latent frames are decoded at a time after the first; None decodes all at once. `clip` bounds the video
         to [-1, 1] as the published pipelines do; training leaves it off, for a clipped pixel has no gradient.
         """
-        video = _unfold(_by_chunks(self.decoder, self.post_quant_conv(latents_BTYXC)[0], chunk), self.config.patch)
+        video = _unfold(self._folded_video(latents_BTYXC, chunk), self.config.patch)
         return jnp.clip(video, -1, 1) if clip else video
 
     def encode_tiled(self, video_BTYXC, tile: int = 32, overlap: int = 8, chunk: int | None = 1):
         """`encode` in blended tiles of `tile`×`tile` latents; the numbers are those of diffusers' `enable_tiling`."""
         self._check_video(video_BTYXC.shape)
-        tiling = Tiling(size=tile, overlap=overlap, into=self.config.space_factor, out=1)
-        moments = code_in_tiles(lambda video: jnp.concatenate(self.encode(video, chunk), axis=-1), video_BTYXC, tiling)
+        patch = self.config.patch
+        tiling = Tiling(size=tile, overlap=overlap, into=self.config.space_factor // patch, out=1)
+        moments = code_in_tiles(lambda video: self._moments(video, chunk), _fold(video_BTYXC, patch), tiling)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, logvar
 
     def decode_tiled(self, latents_BTYXC, tile: int = 32, overlap: int = 8, chunk: int | None = 1):
         """`decode` in blended tiles of `tile`×`tile` latents; the numbers are those of diffusers' `enable_tiling`."""
-        tiling = Tiling(size=tile, overlap=overlap, into=1, out=self.config.space_factor)
-        video = code_in_tiles(lambda latents: self.decode(latents, chunk, clip=False), latents_BTYXC, tiling)
-        return jnp.clip(video, -1, 1)
+        patch = self.config.patch
+        tiling = Tiling(size=tile, overlap=overlap, into=1, out=self.config.space_factor // patch)
+        video = code_in_tiles(lambda latents: self._folded_video(latents, chunk), latents_BTYXC, tiling)
+        return jnp.clip(_unfold(video, patch), -1, 1)
+
+    def _moments(self, folded_BTYXC, chunk: int | None):
+        moments = _by_chunks(self.encoder, folded_BTYXC, chunk and chunk * self.config.time_factor)
+        return self.quant_conv(moments)[0]
+
+    def _folded_video(self, latents_BTYXC, chunk: int | None):
+        return _by_chunks(self.decoder, self.post_quant_conv(latents_BTYXC)[0], chunk)
 
     def normalise(self, latents_BTYXC):
         """Latents as the diffusion model sees them: zero mean, unit variance per channel."""

@@ -136,15 +136,12 @@ def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM, *, scale, interpret=False):
         interpret=interpret,
     )  # fmt: skip
     scaled = (q_BNHK.astype(jnp.float32) * scale).astype(q_BNHK.dtype)  # a scale rounded to bf16 would tilt every score
-    operands = [blocked(scaled, pad_q), blocked(k_BMHK, pad_k), blocked(v_BMHK, pad_k)]
-    if valid_BM is None:
-        out = jax.vmap(lambda q, k, v: kernel(q, k, v))(*operands)
-    else:
-        segments_k = jnp.pad(~valid_BM, ((0, 0), (0, pad_k - keys)), constant_values=True).astype(jnp.int32)
-        segments_q = jnp.zeros((q_BNHK.shape[0], pad_q), jnp.int32)
-        out = jax.vmap(lambda q, k, v, sq, sk: kernel(q, k, v, segment_ids=splash.SegmentIds(sq, sk)))(
-            *operands, segments_q, segments_k
-        )
+    q, k, v = blocked(scaled, pad_q), blocked(k_BMHK, pad_k), blocked(v_BMHK, pad_k)
+    segments = None
+    if valid_BM is not None:
+        padding = jnp.pad(~valid_BM, ((0, 0), (0, pad_k - keys)), constant_values=True).astype(jnp.int32)
+        segments = splash.SegmentIds(q=jnp.zeros((q_BNHK.shape[0], pad_q), jnp.int32), kv=padding)
+    out = jax.vmap(lambda q, k, v, segments: kernel(q, k, v, segment_ids=segments))(q, k, v, segments)
     return out.transpose(0, 2, 1, 3)[:, :queries, :, :width].astype(v_BMHK.dtype)
 
 

@@ -1,23 +1,33 @@
 """The sampling program compiled for TPU slices that are not there, and what its memory is made of."""
 
 import importlib.util
-import json
 import re
+from pathlib import Path
 
 import jax
 import pytest
 
-from dit_jax.models import wan
 from dit_jax.models.wan import WanConfig
 from infer import tpu_memory
-from infer.tpu_memory import GIB, Case, abstract_request, copied_stacks, main, make_mesh, measure, parse_mesh
+from infer.tpu_memory import (
+    GIB,
+    SIZES,
+    TABLE,
+    Case,
+    abstract_request,
+    copied_stacks,
+    main,
+    make_mesh,
+    measure,
+    parse_mesh,
+)
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'dit-jax[dev]'"
 )
-# Heads of 128 as in the published models; 12 of them are not whole tiles, as in the 1.3B.
+# The attention of the 1.3B: stacks too large for on-chip memory, and 12 heads, which are not whole tiles.
 SMALL = WanConfig(
-    blocks=5, width=384, heads=12, head_width=128, mlp_width=1024, text_width=128, in_channels=36, image_width=64
+    blocks=30, width=1536, heads=12, head_width=128, mlp_width=512, text_width=128, in_channels=36, image_width=64
 )
 CASE = Case(model="small", topology="v5e-4", mesh="data=2,fsdp=2", size="128x96", frames=9)
 
@@ -31,20 +41,20 @@ def test_the_sampling_program_compiles_for_tpu_with_one_copy_of_the_weights():
     assert memory.fits
     assert memory.copies == 0
     assert 0.5 * weights < memory.arguments < 0.6 * weights, "two chips share the weights"
-    assert memory.peak < 0.02 * 15.75 * GIB
+    assert memory.temporaries < 0.1 * weights
 
 
 @needs_libtpu
 def test_copies_of_stacked_weights_are_counted():
     model = abstract_request(SMALL, CASE.size, CASE.frames)[0].model
     mesh = make_mesh(parse_mesh(CASE.mesh), tpu_memory.tpu_devices(CASE.topology))
-    part, whole = 5 * 192 * 12 * 128 * 2, 5 * 384 * 1024 * 2
+    part, whole = 30 * 768 * 12 * 128 * 2, 30 * 1536 * 512 * 2
     text = """
-      %a = bf16[5,192,12,128]{3,1,2,0:T(8,128)(2,1)} parameter(3)
-      %b = bf16[5,192,12,128]{1,3,2,0:T(8,128)(2,1)} copy(%a), metadata={}
-      %c = bf16[1,192,12,128]{1,3,2,0:T(8,128)(2,1)} fusion(%a), kind=kLoop
-      %f = bf16[5,192,12,128]{1,3,2,0:T(8,128)(2,1)S(1)} copy(%a), metadata={}
-      %d = bf16[5,384,1024]{2,1,0:T(8,128)(2,1)} all-gather(%e), dimensions={1}
+      %a = bf16[30,768,12,128]{3,1,2,0:T(8,128)(2,1)} parameter(3)
+      %b = bf16[30,768,12,128]{1,3,2,0:T(8,128)(2,1)} copy(%a), metadata={}
+      %c = bf16[1,768,12,128]{1,3,2,0:T(8,128)(2,1)} fusion(%a), kind=kLoop
+      %f = bf16[30,768,12,128]{1,3,2,0:T(8,128)(2,1)S(1)} copy(%a), metadata={}
+      %d = bf16[30,1536,512]{2,1,0:T(8,128)(2,1)} all-gather(%e), dimensions={1}
     """
     assert copied_stacks(text, model, mesh) == part + whole
 
@@ -78,25 +88,29 @@ def test_bad_input_is_one_sentence_and_exit_code_2(options, message, capsys):
     assert re.search(message, error)
 
 
+def documented():
+    """The rows of the table in docs/tpu.md, as lists of cells."""
+    lines = (Path(__file__).parents[2] / "docs" / "tpu.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| wan2.1")]
+
+
+def test_the_documented_table_is_the_commands():
+    rows = [tuple(cells[:4]) for cells in documented()]
+    assert rows == [(model, f"{size}x81", topology, mesh) for model, topology, mesh in TABLE for size in SIZES]
+
+
 @needs_libtpu
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("model", "topology", "mesh", "size", "limit"),
-    [
-        ("wan2.1-t2v-1.3b", "v5e-8", "data=2,fsdp=4", "832x480", 2),
-        ("wan2.1-t2v-14b", "v5p-8", "data=2,fsdp=2", "832x480", 17),
-        ("wan2.1-t2v-14b", "v6e-8", "data=2,fsdp=4", "1280x720", 16),
-        ("wan2.1-i2v-14b", "v5e-8", "fsdp=4,tensor=2", "832x480", 8),
-    ],
-)
-def test_published_models_fit(model, topology, mesh, size, limit, capsys):
-    """Within `limit` GiB a chip, without a second copy of any stacked weight."""
-    assert main(["--model", model, "--topology", topology, "--mesh", mesh, "--size", size, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["fits"] and found["copies"] == 0
-    assert found["peak"] < limit * GIB
-
-
-def test_the_table_names_programs_that_exist():
-    for model, topology, mesh in tpu_memory.TABLE:
-        assert model in wan.PRESETS and topology in tpu_memory.SLICES and parse_mesh(mesh)
+@pytest.mark.parametrize("cells", documented(), ids=lambda cells: " ".join(cells[:3]))
+def test_a_published_model_takes_what_is_documented(cells, capsys):
+    """The command prints the documented row (GiB within 3 % and 0.03, not the time): one copy of the weights."""
+    model, video, topology, mesh, *expected = cells
+    size, _, frames = video.rpartition("x")
+    main(["--model", model, "--topology", topology, "--mesh", mesh, "--size", size, "--frames", frames])
+    row = capsys.readouterr().out.splitlines()[-1]
+    *found, fits, _ = (cell.strip() for cell in row.split("|")[5:-1])
+    assert fits == expected[-2], row
+    assert [float(x or 0) for x in found] == pytest.approx(
+        [float(x or 0) for x in expected[:-2]], rel=0.03, abs=0.03
+    ), row
+    assert fits != "yes" or float(found[2]) == 0, row

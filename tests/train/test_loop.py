@@ -34,9 +34,9 @@ def batch_at(position):
 
 
 def run(out, steps, *, batch_at=batch_at, hooks=(), **options):
-    optimizer, mesh = adam(0.05), training_mesh()
-    step = build_step(Line(), noisy_squares, optimizer, mesh)
     config = RunConfig(out=str(out), steps=steps, log_every=1, save_every=3, **options)
+    optimizer, mesh = adam(0.05), training_mesh(config.data, config.fsdp)
+    step = build_step(Line(), noisy_squares, optimizer, mesh)
     return train(config, init_state(Line(), optimizer, mesh), step, batch_at, hooks)
 
 
@@ -129,6 +129,26 @@ def test_sigterm_saves_and_ends_well(tmp_path):
     word, stopped, steps = ended.stdout.split()[-3:]
     assert (word, stopped) == ("stopped", "True")
     assert newest_step(tmp_path) == int(steps) < 20
+
+
+ON_A_MESH = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_loop
+test_loop.run({out!r}, 3, data=2)
+outcome = test_loop.run({out!r}, 6, data=2)
+print(*outcome.state.params["kernel"].ravel().tolist())
+"""
+
+
+def test_a_run_resumed_on_a_mesh_gives_the_same_weights(tmp_path):
+    code = ON_A_MESH.format(tests=str(Path(__file__).parent), out=str(tmp_path / "mesh"))
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    found = np.array([float(word) for word in ended.stdout.split()[-6:]])
+    np.testing.assert_allclose(found, np.ravel(run(tmp_path / "one", 6).state.params["kernel"]), rtol=1e-5)
 
 
 def test_signals_are_as_before_afterwards(tmp_path):

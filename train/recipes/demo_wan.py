@@ -7,6 +7,8 @@ The first latent frame of a clip is an image's latent (the autoencoder is causal
 alone, which cost a sixth of a clip and teach digits, colours and layout; then come clips, with a batch of first frames
 every few steps. Latents are made once and kept under runs/cache, text embeddings in memory. The weights shipped
 are the running mean.
+On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set data=2)
+keep both busy.
 About 1.5 hours on 2 CPU cores, minutes on a GPU; more steps still help.
 Score: `dit-eval --model FOLDER --suite moving-digits` after `python -m train.export_demo`.
 """
