@@ -1,6 +1,6 @@
 """Writes demo-wan as a complete pipeline in diffusers' layout: what ships, and what diffusers' `WanPipeline` opens.
 
-    python -m train.export_demo --wan runs/demo-wan [--vae runs/demo-vae] [--text runs/demo-text] [--out FOLDER]
+python -m train.export_demo --wan runs/demo-wan [--vae runs/demo-vae] [--text runs/demo-text] [--out FOLDER]
 """
 
 from __future__ import annotations

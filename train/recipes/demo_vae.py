@@ -108,8 +108,9 @@ def load_vae(out: str) -> WanVAE:
     """The trained autoencoder of a run, with its statistics."""
     folder = Path(out)
     file = folder / STATISTICS
-    statistics: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    config = dataclasses.replace(SHIPPED, **{name: tuple(values) for name, values in statistics.items()})
+    measured = json.loads(file.read_text()) if file.exists() else {}
+    statistics: dict[str, Any] = {name: tuple(values) for name, values in measured.items()}
+    config = dataclasses.replace(SHIPPED, **statistics)
     abstract = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
     return rebuild(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(folder).items()})
 
