@@ -35,16 +35,16 @@ newest:
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -qq --upgrade pip
 
 $(VENV)/.core: $(VENV)/bin/python pyproject.toml
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install -qq --editable .
 	@touch $@
 
 # torch first: its CPU build, where the index offers one.
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install -qq "$(TORCH)"
+	$(BIN)/pip install -qq --editable ".[dev]"
 	@touch $@
 
 clean:
