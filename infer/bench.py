@@ -28,7 +28,7 @@ VAE_LATENTS = (1, 3, 16, 16, 16)  # 9 frames of 128 x 128
 TEXT = (1, 512, 4096)
 
 
-def alternate(programs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def alternate(programs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each program, run in turn after one warm-up of each."""
     for program in programs.values():
         program()
@@ -70,7 +70,7 @@ def bench_dit(rounds: int) -> dict[str, float]:
             theirs(*torch_inputs)
 
     arguments = [jax.tree.map(jnp.asarray, value) for value in (ours, latents, t, text)]
-    return alternate({"ours": lambda: jax.block_until_ready(step(*arguments)) and None, "torch": run_theirs}, rounds)
+    return alternate({"ours": lambda: jax.block_until_ready(step(*arguments)), "torch": run_theirs}, rounds)
 
 
 def bench_vae(rounds: int) -> dict[str, float]:
@@ -97,15 +97,13 @@ def bench_vae(rounds: int) -> dict[str, float]:
             theirs.decode(theirs_latents)
 
     latents = jnp.asarray(noise)
-    return alternate(
-        {"ours": lambda: jax.block_until_ready(decode(ours, latents)) and None, "torch": run_theirs}, rounds
-    )
+    return alternate({"ours": lambda: jax.block_until_ready(decode(ours, latents)), "torch": run_theirs}, rounds)
 
 
 def bench_compile(rounds: int) -> dict[str, float]:
     """Compiling one step of a 40-block model against that of a 4-block one (the ratio is 40 blocks over 4)."""
 
-    def compile_with(blocks: int) -> Callable[[], None]:
+    def compile_with(blocks: int) -> Callable[[], object]:
         config = replace(WAN_1_3B, blocks=blocks, width=192, heads=6, head_width=32, mlp_width=384, text_width=64)
         model = nnx.eval_shape(lambda: Wan(config, nnx.Rngs(0)))
         shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 3, 16, 16, 16), (1,), (1, 32, 64))]
