@@ -17,7 +17,7 @@ from PIL import Image
 
 from dit_jax.ops.attention import attend
 from dit_jax.ops.linear import Linear, LinearGeneral
-from dit_jax.ops.norms import layer_norm
+from dit_jax.ops.norms import LayerNorm
 
 Activation = Literal["gelu", "quick_gelu"]
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -75,18 +75,6 @@ class Features(NamedTuple):
     projected: jax.Array | None
 
 
-class Norm(nnx.Module):
-    """Layer norm with scale and bias; returns fp32."""
-
-    def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
-        self.epsilon = epsilon
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
-
-
 class CLIPAttention(nnx.Module):
     """Multi-head self-attention over all tokens."""
 
@@ -105,9 +93,9 @@ class CLIPBlock(nnx.Module):
     """Attention and MLP on one residual stream, each behind a layer norm."""
 
     def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
-        self.norm1 = Norm(config.width, config.epsilon)
+        self.norm1 = LayerNorm(config.width, config.epsilon)
         self.attention = CLIPAttention(config, rngs)
-        self.norm2 = Norm(config.width, config.epsilon)
+        self.norm2 = LayerNorm(config.width, config.epsilon)
         self.up = Linear(config.width, config.mlp_width, rngs=rngs)
         self.down = Linear(config.mlp_width, config.width, rngs=rngs)
         self.activation = config.activation
@@ -126,9 +114,9 @@ class CLIPVision(nnx.Module):
         self.patch = Linear(config.patch**2 * config.channels, width, use_bias=False, rngs=rngs)
         self.class_token = nnx.Param(jax.random.normal(rngs.params(), (width,)) / width**0.5)
         self.positions = nnx.Param(jax.random.normal(rngs.params(), (1 + config.patches, width)) / width**0.5)
-        self.norm_in = Norm(width, config.epsilon)
+        self.norm_in = LayerNorm(width, config.epsilon)
         self.blocks = _stacked(config, rngs)
-        self.norm_out = Norm(width, config.epsilon)
+        self.norm_out = LayerNorm(width, config.epsilon)
         self.projection = nnx.data(
             Linear(width, config.projection, use_bias=False, rngs=rngs) if config.projection else None
         )

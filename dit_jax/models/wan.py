@@ -17,7 +17,7 @@ from flax import nnx
 from dit_jax.models.network import Conditioning, Patch, Place
 from dit_jax.ops.attention import attend
 from dit_jax.ops.linear import Linear, LinearGeneral
-from dit_jax.ops.norms import layer_norm, rms_norm
+from dit_jax.ops.norms import LayerNorm, layer_norm, rms_norm
 from dit_jax.ops.rope import Rope, rope_table, rotate
 
 TEXT_TOKENS_WITH_IMAGE = 512  # image-to-video was trained on text padded to this length, behind the image tokens
@@ -99,18 +99,6 @@ class Signal(NamedTuple):
     image: jax.Array | None
 
 
-class Norm(nnx.Module):
-    """Layer norm with scale and bias."""
-
-    def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
-        self.epsilon = epsilon
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
-
-
 class HeadProjection(nnx.Module):
     """Projection to heads, RMS-normalised over the full inner width (queries and keys)."""
 
@@ -175,7 +163,7 @@ class WanBlock(nnx.Module):
 
     def __init__(self, config: WanConfig, rngs: nnx.Rngs):
         self.attn1 = Attention(config, image=False, rngs=rngs)
-        self.cross_norm = Norm(config.width, config.epsilon)
+        self.cross_norm = LayerNorm(config.width, config.epsilon)
         self.attn2 = Attention(config, image=config.image_width is not None, rngs=rngs)
         self.mlp = Mlp(config.width, config.mlp_width, config.width, rngs)
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, config.width)) / config.width**0.5)
@@ -202,9 +190,9 @@ class ImageProjection(nnx.Module):
     def __init__(self, config: WanConfig, rngs: nnx.Rngs):
         inputs = config.image_width
         assert inputs is not None
-        self.norm1 = Norm(inputs, 1e-5)
+        self.norm1 = LayerNorm(inputs, 1e-5)
         self.mlp = Mlp(inputs, inputs, config.width, rngs, activation=gelu_exact)
-        self.norm2 = Norm(config.width, 1e-5)
+        self.norm2 = LayerNorm(config.width, 1e-5)
         positions = config.image_positions
         self.positions = nnx.data(nnx.Param(jnp.zeros((positions, inputs))) if positions else None)
 

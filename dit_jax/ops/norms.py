@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 def layer_norm(
@@ -22,3 +23,15 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float = 1e-6, axes: tuple[
     """Root-mean-square norm over `axes` (trailing; `scale` has their shape); returns fp32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + epsilon) * scale.astype(jnp.float32)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias; returns fp32."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
