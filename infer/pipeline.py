@@ -32,7 +32,7 @@ from dit_jax.ops import mesh as meshes
 from dit_jax.sampling.sampler import Carry, Guided, noise, sample, start
 from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
-from dit_jax.sharding import leaf_sharding
+from dit_jax.sharding import batch_sharding, leaf_sharding
 from infer import media
 from infer.programs import Programs
 from infer.request import Defaults, Job, Request, Strides, check, fill
@@ -252,8 +252,9 @@ class WanPipeline:
 
     def _rows(self, value) -> jax.Array:
         """An array of batch rows on the batch axes of the mesh."""
-        batch = meshes.activation_axes(self.mesh, value.shape[0])[0] if self.mesh is not None else ()
-        return self._place(value, PartitionSpec(batch or None))
+        if self.mesh is None:
+            return jnp.asarray(value)
+        return jax.device_put(value, batch_sharding(self.mesh, value.shape[0]))
 
     def _spread(self, latents) -> jax.Array:
         """Latents or a video [B, T, Y, X, C] over batch and, where they divide, rows of the picture: how the VAE is

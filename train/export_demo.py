@@ -71,14 +71,14 @@ _SCHEDULER = {
 
 
 def export_pipeline(folder: str | Path, wan, vae, text, tokenizer: str | Path) -> int:
-    """Writes the three models (the transformer in bf16) and what goes with them; returns the bytes on disk.
+    """Writes the three models (transformer and VAE in bf16) and what goes with them; returns the bytes on disk.
 
     `folder` is replaced as a whole or not at all. Raises UserError above 16 MB.
     """
     half = Precision(weights=jnp.bfloat16, exact=FP32_LEAVES)
     with staged(Path(folder), overwrite=Path(folder).exists()) as partial:
         write_model(partial / "transformer", cast(wan, half), wan_settings(wan.config))
-        write_model(partial / "vae", vae, config_to_diffusers(vae.config))
+        write_model(partial / "vae", cast(vae, Precision(weights=jnp.bfloat16)), config_to_diffusers(vae.config))
         write_model(partial / "text_encoder", text, t5_settings(text.config))
         shutil.copytree(tokenizer, partial / "tokenizer")
         _write_json(partial / "scheduler" / "scheduler_config.json", _SCHEDULER)

@@ -72,6 +72,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def spread(mesh: Mesh, leaf) -> NamedSharding:
+    """Splits a stack over all devices by its leading axis where that divides, so that each updates some of the blocks.
+
+    Without it every data-parallel device would orthogonalise every matrix itself.
+    """
+    devices = mesh.devices.size
+    stacked = leaf.ndim > 2 and leaf.shape[0] % devices == 0
+    return batch_sharding(mesh) if devices > 1 and stacked else leaf_sharding(mesh, leaf)
+
+
 def init_state(model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first step, born with its shardings."""
 
@@ -101,6 +111,7 @@ def build_step(
             return loss(rebuild(abstract, params), batch, key)
 
         (value, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+        gradients = jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, spread(mesh, leaf)), gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))

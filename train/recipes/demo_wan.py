@@ -38,7 +38,7 @@ from train.recipes.demo_text import TOKENIZER, load_text_encoder, tokenized
 from train.recipes.demo_vae import load_vae
 from train.step import build_step, init_state, muon, params_of, rebuild, schedule, training_mesh
 
-SHIPPED = WanConfig(blocks=10, width=144, heads=8, head_width=18, mlp_width=432, text_width=128)
+SHIPPED = WanConfig(blocks=10, width=192, heads=8, head_width=24, mlp_width=512, text_width=128)
 SHIPPED_NAME = "demo-wan"
 STILL, CLIP = 1, 17  # frames
 LATENT_FRAMES = 5
