@@ -15,12 +15,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from convert import original
-from convert.components import COMPONENTS, Component, Settings, component_of, read_json, with_class
+from convert.components import COMPONENTS, Component, Settings, class_in_index, component_of, read_json, with_class
 from convert.leaves import Leaf, check_leaves, leaves_from_tensors
 from convert.native import PARAMS, is_native, read_native
 from convert.safetensors_files import Tensor, read_tensors
 from dit_jax.config import UserError
-from dit_jax.parameters import with_leaves
+from dit_jax.parameters import Precision, with_leaves
 
 CheckpointLayout = Literal["diffusers", "native", "original"]
 INDEX = "model_index.json"
@@ -52,13 +52,6 @@ class Checkpoint:
     @property
     def is_pipeline(self) -> bool:
         return "" not in self.settings
-
-    def files_folder(self, name: str) -> Path:
-        """The folder on disk with a component's files other than weights: a tokenizer's, say."""
-        for place, file in self.files.items():
-            if place.startswith(f"{name}/") and isinstance(file, Path):
-                return file.parent
-        raise UserError(f"{self.folder} has no files for {name!r}; download the checkpoint again.")
 
     def component(self, name: str) -> Component:
         """The model and table of a component. Raises UserError when there is none of this name."""
@@ -141,16 +134,17 @@ def _open_pipeline(folder: Path) -> Checkpoint:
     files: dict[str, Path | bytes] = {name: folder / name for name in _top_files(folder)}
     native = set()
     for name, entry in read_json(folder / INDEX).items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[-1] is None:
+        named = class_in_index(entry)
+        if name.startswith("_") or named is None:
             continue
         if Path(name).name != name or not (folder / name).is_dir():
             raise UserError(f"{folder} lacks the folder {name}, which {INDEX} names; download the checkpoint again.")
         files |= _other_files(folder, name)
-        if not _has_weights(folder / name) and entry[-1] not in COMPONENTS:
+        if not _has_weights(folder / name) and named not in COMPONENTS:
             continue
         if not (folder / name / CONFIG).is_file():
             raise UserError(f"{folder / name} lacks {CONFIG}; download the checkpoint again.")
-        settings[name] = with_class(read_json(folder / name / CONFIG), entry[-1])
+        settings[name] = with_class(read_json(folder / name / CONFIG), named)
         native.add(is_native(folder / name))
     if len(native) > 1:
         raise UserError(f"{folder} mixes components with {PARAMS} and with safetensors; expected one or the other.")
@@ -167,7 +161,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _top_files(folder: Path) -> list[str]:
-    wanted = (INDEX, "generation_defaults.json", "README.md", "LICENSE", "LICENSE.txt", "NOTICE")
+    wanted = (INDEX, "generation_defaults.json", *_DOCUMENTS)
     return [name for name in wanted if (folder / name).is_file()]
 
 
@@ -198,10 +192,11 @@ def load_model(
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
     model, leaves = checkpoint.component(component), checkpoint.leaves(component)
+    precision = Precision(weights=dtype, exact=model.fp32)
     values = {}
     for name, leaf in leaves.items():
         if dtype is not None and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
-            leaf = leaf.cast(np.dtype(np.float32 if name.startswith(model.fp32) else dtype))
+            leaf = leaf.cast(np.dtype(precision.dtype(name)))
         values[name] = _placed(leaf, _sharding(name, leaf, mesh, shardings))
     return with_leaves(model.abstract, values)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -161,8 +162,9 @@ COMPONENTS: dict[str, Callable[[Settings, str], Component]] = {
 
 def class_name(settings: Settings) -> str | None:
     """The class that a config.json names: `_class_name` of diffusers, `architectures` of transformers."""
-    architectures = settings.get("architectures") or [None]
-    return settings.get("_class_name") or architectures[0]
+    architectures = settings.get("architectures")
+    named = settings.get("_class_name") or (isinstance(architectures, list) and architectures and architectures[0])
+    return named if isinstance(named, str) else None
 
 
 def with_class(settings: Settings, name: str) -> Settings:
@@ -170,11 +172,16 @@ def with_class(settings: Settings, name: str) -> Settings:
     return settings if class_name(settings) else settings | {"architectures": [name]}
 
 
+def class_in_index(entry: Any) -> str | None:
+    """The class that a value of model_index.json names; None for an absent component and for what is no component."""
+    return entry[-1] if isinstance(entry, list) and entry and isinstance(entry[-1], str) else None
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises UserError when it is not one."""
     try:
         content = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}); download it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} should hold a JSON object, found {type(content).__name__}; download it again.")
@@ -191,12 +198,21 @@ def component_of(settings: Settings, source: Path) -> Component:
         raise UserError(
             f"{source}: no converter for {name or 'a config without a class'}; known: {', '.join(COMPONENTS)}."
         )
-    try:
+    with usable_config(name, source):
         described = COMPONENTS[name](settings, name)
         described.abstract  # noqa: B018  sizes that no model can have show here
+    return described
+
+
+@contextlib.contextmanager
+def usable_config(name: str, source: Path) -> Iterator[None]:
+    """Raises UserError in place of what reading a config raises when a setting is missing or makes no model."""
+    try:
+        yield
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be used ({error})"
-        raise UserError(f"{source}: the config of {name} {reason}; expected the settings of its class.") from error
-    return described
+        raise UserError(
+            f"{source}: the config of {name} {reason}; expected the settings of its class; download it again."
+        ) from error

@@ -8,12 +8,13 @@ and from constants. A folder that we wrote also has `diffusers_configs.json`, wh
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.components import Settings, read_json, with_class
+from convert.components import Settings, class_in_index, read_json, usable_config, with_class
 from convert.encoders import ORIGINAL_CLIP, canonical_clip_vision_key, clip_vision_settings, t5_settings
 from convert.safetensors_files import Tensor, read_tensors
 from convert.vae_wan import config_to_diffusers
@@ -21,6 +22,7 @@ from convert.wan import wan_config, wan_original_settings, wan_settings
 from dit_jax.config import UserError
 from dit_jax.models.t5 import UMT5_XXL
 from dit_jax.models.vae_wan import WanVAEConfig
+from dit_jax.models.wan import WanConfig
 
 CONFIGS = "diffusers_configs.json"
 TRANSFORMER = "transformer"
@@ -62,7 +64,7 @@ def describe(folder: Path) -> tuple[dict[str, Settings], dict[str, Path | bytes]
     configs = _written_configs(folder) or _implied_configs(folder, names)
     index = configs.get("model_index.json", {})
     settings = {
-        _parent(place): with_class(config, index.get(_parent(place), [""])[-1])
+        _parent(place): with_class(config, class_in_index(index.get(_parent(place))) or "")
         for place, config in configs.items()
         if Path(place).name == "config.json"
     }
@@ -91,7 +93,7 @@ def side_files(settings: Mapping[str, Settings], files: Mapping[str, Path | byte
         if _parent(where) == "tokenizer":
             out[f"{TOKENIZER}/{Path(where).name}"] = content
         elif where.endswith(".json"):
-            configs[where] = json.loads(content if isinstance(content, bytes) else content.read_text())
+            configs[where] = json.loads(content) if isinstance(content, bytes) else read_json(content)
         else:
             out[where] = content
     return out | {CONFIGS: _json(configs)}
@@ -133,7 +135,9 @@ def _implied_configs(folder: Path, names: list[str]) -> dict[str, Any]:
     tensors = {name: read(folder, name) for name in names if name != "vae"}
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} lacks config.json, which gives the transformer's heads; download it again.")
-    transformer = _transformer(_read_config(folder), tensors[TRANSFORMER])
+    with usable_config("WanModel", folder / "config.json"):
+        config = wan_config(_read_config(folder))
+    transformer = _transformer(config, tensors[TRANSFORMER])
     if names == [TRANSFORMER]:
         return {"config.json": transformer}
     configs: dict[str, Any] = {"transformer/config.json": transformer, "scheduler/scheduler_config.json": SCHEDULER}
@@ -148,29 +152,29 @@ def _implied_configs(folder: Path, names: list[str]) -> dict[str, Any]:
     return configs
 
 
-def _transformer(config: Settings, tensors: Mapping[str, Tensor]) -> Settings:
+def _transformer(config: WanConfig, tensors: Mapping[str, Tensor]) -> Settings:
     """The authors' config leaves out what their code fixes; the shapes tell."""
-    settings = wan_settings(wan_config(config))
-    settings["text_dim"] = _shape(tensors, "text_embedding.0.weight")[1]
-    settings["patch_size"] = list(_shape(tensors, "patch_embedding.weight")[2:])
+    settings = wan_settings(config)
+    settings["text_dim"] = _shape(tensors, "text_embedding.0.weight", "width", "text width")[1]
+    settings["patch_size"] = list(_shape(tensors, "patch_embedding.weight", "width", "channels", "t", "y", "x")[2:])
     if "img_emb.proj.1.weight" in tensors:
-        settings["image_dim"] = _shape(tensors, "img_emb.proj.1.weight")[1]
-        settings["added_kv_proj_dim"] = config["dim"]
+        settings["image_dim"] = _shape(tensors, "img_emb.proj.1.weight", "hidden width", "image width")[1]
+        settings["added_kv_proj_dim"] = config.width
     if "img_emb.emb_pos" in tensors:
-        settings["pos_embed_seq_len"] = _shape(tensors, "img_emb.emb_pos")[1]
+        settings["pos_embed_seq_len"] = _shape(tensors, "img_emb.emb_pos", "1", "positions", "image width")[1]
     return settings
 
 
 def _umt5(tensors: Mapping[str, Tensor]) -> Settings:
-    vocabulary, width = _shape(tensors, "token_embedding.weight")
-    buckets, heads = _shape(tensors, "blocks.0.pos_embedding.embedding.weight")
+    vocabulary, width = _shape(tensors, "token_embedding.weight", "vocabulary", "width")
+    buckets, heads = _shape(tensors, "blocks.0.pos_embedding.embedding.weight", "buckets", "heads")
     config = replace(
         UMT5_XXL,
         vocab_size=vocabulary,
         width=width,
         heads=heads,
-        head_width=_shape(tensors, "blocks.0.attn.q.weight")[0] // heads,
-        mlp_width=_shape(tensors, "blocks.0.ffn.fc1.weight")[0],
+        head_width=_shape(tensors, "blocks.0.attn.q.weight", "heads x head width", "width")[0] // heads,
+        mlp_width=_shape(tensors, "blocks.0.ffn.fc1.weight", "hidden width", "width")[0],
         blocks=_depth(tensors, "blocks."),
         relative_buckets=buckets,
     )
@@ -178,31 +182,39 @@ def _umt5(tensors: Mapping[str, Tensor]) -> Settings:
 
 
 def _clip_vision(tensors: Mapping[str, Tensor]) -> Settings:
-    width, channels, patch, _ = _shape(tensors, "visual.patch_embedding.weight")
-    positions = _shape(tensors, "visual.pos_embedding")[1]
+    width, channels, patch, _ = _shape(tensors, "visual.patch_embedding.weight", "width", "channels", "y", "x")
+    positions = _shape(tensors, "visual.pos_embedding", "1", "positions", "width")[1]
     config = replace(
         ORIGINAL_CLIP,
         width=width,
         heads=width * ORIGINAL_CLIP.heads // ORIGINAL_CLIP.width,  # no shape tells the width of a head
-        mlp_width=_shape(tensors, "visual.transformer.0.mlp.0.weight")[0],
+        mlp_width=_shape(tensors, "visual.transformer.0.mlp.0.weight", "hidden width", "width")[0],
         blocks=_depth(tensors, "visual.transformer."),
         channels=channels,
         patch=patch,
         image_size=round((positions - 1) ** 0.5) * patch,
-        projection=_shape(tensors, "visual.head")[1],
+        projection=_shape(tensors, "visual.head", "width", "projection")[1],
     )
     return clip_vision_settings(config)
 
 
-def _shape(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, Tensor], key: str, *axes: str) -> tuple[int, ...]:
+    """The shape of a tensor, one size for each of the names `axes`."""
     if key not in tensors:
         where = next((tensor.file for tensor in tensors.values()), "the file")
         raise UserError(f"{where} lacks {key}; expected the original Wan layout; download the weights again.")
-    return tensors[key].shape
+    shape = tensors[key].shape
+    if len(shape) != len(axes) or 0 in shape:
+        raise UserError(
+            f"{tensors[key].file}: {key} has shape {shape}, expected ({', '.join(axes)}), none of them 0; "
+            "download the weights again."
+        )
+    return shape
 
 
 def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix))
+    numbers = (re.match(rf"{re.escape(prefix)}(\d+)\.", key) for key in tensors)
+    return len({number[1] for number in numbers if number})
 
 
 def _model_index(configs: Mapping[str, Any]) -> dict[str, Any]:

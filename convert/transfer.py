@@ -44,9 +44,9 @@ def convert(
     the destination is then as it was, with nothing left beside it.
     """
     _refuse_overlap(source.folder, destination)
-    files = original.side_files(source.settings, source.files) if layout == "original" else source.files
-    # All components are opened before anything is written: most mistakes show in names and shapes.
+    # All components are opened before anything is written: most mistakes show in configs, names and shapes.
     leaves = {name: source.leaves(name) for name in source.settings}
+    files = original.side_files(source.settings, source.files) if layout == "original" else source.files
     if progress is not None:
         progress.total = sum(len(leaf.blocks) for part in leaves.values() for leaf in part.values())
         leaves = {name: {key: _watched(leaf, progress) for key, leaf in part.items()} for name, part in leaves.items()}

@@ -210,6 +210,11 @@ def test_the_index_tells_the_class_that_a_config_leaves_out(tmp_path):
     assert load_model(folder, "toy").bias.shape == (F,)
 
 
+def test_index_entries_that_name_no_class_are_no_components(tmp_path):
+    folder = index_of(toy_pipeline(tmp_path / "pipe"), toy=["tests", "Toy"], empty=[], nested=[["Toy"]], number=[3])
+    assert list(open_checkpoint(folder).settings) == ["toy"]
+
+
 def with_config(folder: Path, text: str) -> None:
     (saved(folder) / "config.json").write_text(text)
 
@@ -218,6 +223,8 @@ def with_config(folder: Path, text: str) -> None:
 NO_CHECKPOINT = {
     "unknown class": (lambda f: saved(f / "a", architectures=["Other"]), "a", "no converter for Other"),
     "no class": (lambda f: saved(f / "a", architectures=None), "a", "no converter for a config without"),
+    "classes no list": (lambda f: saved(f / "a", architectures=5), "a", "no converter for a config without"),
+    "class no text": (lambda f: saved(f / "a", _class_name=["Toy"]), "a", "no converter for a config without"),
     "setting missing": (lambda f: with_config(f / "a", '{"_class_name": "Toy"}'), "a", "'num_layers'"),
     "setting of no use": (lambda f: saved(f / "a", num_layers="three"), "a", "cannot be used"),
     "config no json": (lambda f: with_config(f / "a", "{"), "a", "config.json is not JSON"),

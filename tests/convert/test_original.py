@@ -1,6 +1,7 @@
 """A folder as Wan's authors publish it: `.pth` files, one config, everything else implied by shapes and constants."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,23 +127,90 @@ def renamed(folder: Path) -> None:
     save_file(state, file)
 
 
+def reconfigured(settings: dict):
+    return lambda folder: (folder / "config.json").write_text(json.dumps(settings))
+
+
+def reshaped(component: str, key: str, *shape: int):
+    def damage(folder: Path) -> None:
+        file = folder / f"{original.STEMS[component]}.pth"
+        torch.save(torch.load(file, weights_only=True) | {key: torch.ones(shape)}, file)
+
+    return damage
+
+
+def patch_of_a_vector(folder: Path) -> None:
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"patch_embedding.weight": np.ones(4, np.float32)}, file)
+
+
+CLIP_PATCH = "visual.patch_embedding.weight"
 PROBLEMS = {
     "no transformer": (without("diffusion_pytorch_model"), "lacks diffusion_pytorch_model.safetensors"),
     "no config": (without("config.json"), "lacks config.json"),
     "a key of no Wan": (renamed, r"lacks blocks\.0\.modulation; expected shape \(1, 6, 24\)"),
     "damaged pickle": (lambda f: (f / "Wan2.1_VAE.pth").write_bytes(b"junk"), r"Wan2\.1_VAE\.pth cannot be read"),
+    "a config of one setting": (reconfigured({"dim": 4}), r"config\.json: the config of WanModel lacks 'num_layers'"),
+    "a config of no model": (reconfigured({"num_layers": 1, "dim": 4, "num_heads": 0}), "cannot be used"),
+    "a patch of a vector": (
+        patch_of_a_vector,
+        r"model\.safetensors: patch_embedding\.weight has shape \(4,\), expected \(width, channels, t, y, x\)",
+    ),
+    "tokens of a vector": (
+        reshaped("text_encoder", "token_embedding.weight", 4),
+        r"bf16\.pth: token_embedding\.weight has shape \(4,\), expected \(vocabulary, width\)",
+    ),
+    "a bias of no heads": (
+        reshaped("text_encoder", "blocks.0.pos_embedding.embedding.weight", 32, 0),
+        r"blocks\.0\.pos_embedding\.embedding\.weight has shape \(32, 0\), expected \(buckets, heads\)",
+    ),
+    "a block without a number": (
+        reshaped("text_encoder", "blocks.first.norm1.weight", 4),
+        r"unexpected tensor blocks\.first\.norm1\.weight of shape \(4,\)",
+    ),
+    "a patch of a matrix": (
+        reshaped("image_encoder", CLIP_PATCH, 80, 3),
+        r"visual\.patch_embedding\.weight has shape \(80, 3\), expected \(width, channels, y, x\)",
+    ),
+    "positions of a vector": (
+        reshaped("image_encoder", "visual.pos_embedding", 5),
+        r"visual\.pos_embedding has shape \(5,\), expected \(1, positions, width\)",
+    ),
+    "a layer without a number": (
+        reshaped("image_encoder", "visual.transformer.x.norm1.weight", 4),
+        r"unexpected tensor visual\.transformer\.x\.norm1\.weight",
+    ),
 }
 
 
 @pytest.mark.usefixtures("small_constants")
 @pytest.mark.parametrize("kind", PROBLEMS)
-def test_problems_are_named(kind, text_pipeline, tmp_path):
-    folder = as_published(text_pipeline, tmp_path / "published")
+def test_problems_are_named(kind, projecting_pipeline, tmp_path):
+    folder = as_published(projecting_pipeline, tmp_path / "published")
     damage, message = PROBLEMS[kind]
     damage(folder)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         convert(open_checkpoint(folder), tmp_path / "out", "native")
+    assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_a_transformer_that_lacks_a_setting(text_pipeline, tmp_path):
+    source = shutil.copytree(text_pipeline / "transformer", tmp_path / "source")
+    settings = json.loads((source / "config.json").read_text())
+    del settings["eps"]
+    (source / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="the config of WanTransformer3DModel lacks 'eps'"):
+        convert(open_checkpoint(source), tmp_path / "out", "original")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_damaged_side_file_is_named(text_pipeline, tmp_path):
+    source = shutil.copytree(text_pipeline, tmp_path / "source")
+    (source / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"scheduler_config\.json is not JSON"):
+        convert(open_checkpoint(source), tmp_path / "out", "original")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_configs_may_not_point_outside(text_pipeline, tmp_path):
