@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _EXPONENTS = {np.dtype(np.float32): 0x7F800000, np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
 _FLOATS = frozenset(dtype for name, dtype in DTYPES.items() if name.startswith(("F", "BF")))
 _MAX_HEADER = 100_000_000  # what the safetensors library itself allows
+_MAX_AXES = 64  # what numpy allows
 _PIECE = 1 << 22  # bytes that are looked at or written at once
 
 
@@ -102,7 +104,9 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         text = stream.read(length)
     try:
         header = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(file, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: its header is not JSON ({error}); download it again.") from error
     if not isinstance(header, dict):
         raise UserError(f"{file} is damaged: its header should be a JSON object; download it again.")
@@ -120,18 +124,17 @@ def _without_duplicates(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, A
 
 
 def _checked_entry(file: Path, key: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    try:
-        shape = tuple(int(size) for size in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-        name = entry["dtype"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{file} is damaged: the header entry of {key} is incomplete; download it again.") from error
+    if not _is_entry(entry):
+        raise UserError(
+            f"{file} is damaged: the header entry of {key} is not a dtype, a shape and two offsets; download it again."
+        )
+    name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if name not in DTYPES:
         raise UserError(
             f"{file}: {key} has dtype {name}, expected one of {', '.join(DTYPES)}; save it in another dtype."
         )
     dtype = DTYPES[name]
-    expected = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    expected = math.prod(shape) * dtype.itemsize
     if begin < 0 or min(shape, default=0) < 0 or end - begin != expected:
         raise UserError(
             f"{file} is damaged: {key} of shape {shape} and dtype {name} needs {expected} bytes, "
@@ -140,11 +143,19 @@ def _checked_entry(file: Path, key: str, entry: Any) -> tuple[np.dtype, tuple[in
     return dtype, shape, begin, end
 
 
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    return _are_integers(shape) and _are_integers(offsets) and len(shape) <= _MAX_AXES and len(offsets) == 2
+
+
+def _are_integers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and abs(value) < 1 << 63 for value in values)
+
+
 def _read_sharded(folder: Path, index: Path) -> dict[str, Tensor]:
-    try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{index} is damaged: it has no weight_map; download it again.") from error
+    weight_map = _read_weight_map(index)
     tensors: dict[str, Tensor] = {}
     for name in dict.fromkeys(weight_map.values()):
         for key, tensor in read_safetensors(_shard(folder, index, name)).items():
@@ -161,10 +172,25 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _shard(folder: Path, index: Path, name: Any) -> Path:
-    # A name and nothing else: an index may come from a stranger, and must not make us read files elsewhere.
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-        raise UserError(f"{index} points to {name!r}, outside its own folder; expected the name of a file beside it.")
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Key of every tensor -> name of its file, beside the index."""
+    try:
+        content = json.loads(index.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{index} is not JSON ({error}); download it again.") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} is damaged: it has no weight_map from keys to files; download it again.")
+    for name in weight_map.values():
+        # A name and nothing else: an index may come from a stranger, and must not make us read files elsewhere.
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(
+                f"{index} points to {name!r}, outside its own folder; expected the name of a file beside it."
+            )
+    return weight_map
+
+
+def _shard(folder: Path, index: Path, name: str) -> Path:
     if not (folder / name).is_file():
         raise UserError(f"{index} points to {name}, which is missing from {folder}; download it again.")
     return folder / name
