@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dit-convert: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"dit-convert: {error.filename or arguments.source}: {error.strerror or error}.", file=sys.stderr)
+        # A failing write names no file, a failing read does.
+        place = error.filename or getattr(arguments, "destination", arguments.source)
+        print(f"dit-convert: {place}: {error.strerror or error}.", file=sys.stderr)
         return 2
     return 0
 

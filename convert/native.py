@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,7 +36,10 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
 
 
 def write_native(folder: Path, leaves: Mapping[str, Leaf]) -> None:
-    """Save leaves (dotted path -> leaf) as an Orbax checkpoint, which StandardCheckpointer restores as nested dicts."""
+    """Save leaves (dotted path -> leaf) as an Orbax checkpoint, which StandardCheckpointer restores as nested dicts.
+
+    Raises OSError naming the leaf's folder when the disk is full or fails.
+    """
     with _only_errors_logged():
         handler = ocp.PyTreeCheckpointHandler(
             use_ocdbt=False,  # one folder a leaf: blocks go to disk as they come and nothing waits for a commit
@@ -77,9 +81,21 @@ def _write_leaf(leaf: Leaf, folder: Path) -> None:
         # A chunk of zeros is written too, so that a missing chunk always means damage.
         "store_data_equal_to_fill_value": True,
     }
-    store = ts.open(spec, create=True).result()
+    with _as_oserror(folder):
+        store = ts.open(spec, create=True).result()
     for block in leaf.blocks:
-        store[... if block is None else block].write(np.asarray(leaf.read(block), order="C")).result()
+        array = np.asarray(leaf.read(block), order="C")
+        with _as_oserror(folder):
+            store[... if block is None else block].write(array).result()
+
+
+@contextlib.contextmanager
+def _as_oserror(folder: Path) -> Iterator[None]:
+    """Tensorstore tells of a full disk or a folder that it may not write with a plain ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(errno.EIO, f"cannot be written ({_first_line(error)})", str(folder)) from error
 
 
 def _open_leaf(folder: Path, name: str, driver: str) -> Leaf:

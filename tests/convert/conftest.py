@@ -1,12 +1,30 @@
 """Small pipelines with random weights of ordinary size, saved by diffusers and transformers themselves."""
 
+import contextlib
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def largest_file():
+    """A context in which no file may exceed a number of bytes: to the code under test, a disk that fills up."""
+
+    @contextlib.contextmanager
+    def limited(size: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 def _randomised(model, torch, dtype=None):

@@ -61,6 +61,15 @@ def test_a_destination_that_cannot_be_written(text_pipeline, tmp_path, capsys):
     assert error.startswith("dit-convert: ") and "Traceback" not in error
 
 
+@pytest.mark.parametrize("command", ["to-jax", "to-torch"])
+def test_a_disk_that_fills_up(command, largest_file, text_pipeline, tmp_path, capsys):
+    with largest_file(1 << 12):
+        assert run(command, text_pipeline, tmp_path / "out") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"dit-convert: {tmp_path / 'out'}") and "File too large" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "arguments", [(), ("to-jax", "a"), ("to-torch", "a", "b", "--layout", "x"), ("inspect", "a", "-z")]
 )

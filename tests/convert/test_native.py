@@ -74,6 +74,14 @@ def test_nan_is_named(tmp_path):
         leaf.block(None)
 
 
+def test_a_failing_disk_is_an_oserror_that_names_the_leaf(largest_file, tmp_path):
+    kernel = np.ones((2, 1 << 16), np.float32)
+    leaf = Leaf(kernel.shape, kernel.dtype, True, lambda block: kernel[block])
+    with largest_file(1 << 17), pytest.raises(OSError, match=r"cannot be written \(.*blocks\.kernel") as caught:
+        write_native(tmp_path / "params", {"blocks.kernel": leaf})
+    assert str(tmp_path) in str(caught.value.filename) and "\n" not in str(caught.value)
+
+
 def test_an_error_while_writing_comes_through(tmp_path):
     def read(block):
         raise UserError("the source is damaged")
