@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from convert import original
 from convert.components import COMPONENTS, Component, Settings, class_in_index, component_of, read_json, with_class
 from convert.leaves import Leaf, check_leaves, leaves_from_tensors
 from convert.native import PARAMS, is_native, read_native
-from convert.safetensors_files import Tensor, read_tensors
+from convert.safetensors_files import Tensor, read_tensors, weight_files
 from dit_jax.config import UserError
 from dit_jax.parameters import Precision, with_leaves
 
@@ -68,6 +69,14 @@ class Checkpoint:
             return original.read(self.folder, name)
         model = self.component(name)
         return model.canonical_tensors(read_tensors(self.folder / name, model.stem))
+
+    def weight_files(self, name: str) -> list[Path]:
+        """The files on disk that hold a component's weights. Raises UserError when they are missing."""
+        if self.layout == "native":
+            return [file for file in (self.folder / name / PARAMS).rglob("*") if file.is_file()]
+        if self.layout == "original":
+            return weight_files(self.folder, original.STEMS[name or original.TRANSFORMER])
+        return weight_files(self.folder / name, self.component(name).stem)
 
     def leaves(self, name: str) -> dict[str, Leaf]:
         """Our leaves of a component, read when their turn comes.
@@ -216,30 +225,41 @@ def _placed(leaf: Leaf, sharding: Sharding | None) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, sharding, leaf.rectangle)
 
 
-def checkpoint_hash(folder: str | Path) -> str:
-    """Twelve hex digits that change when a checkpoint's weights or configs do.
+def checkpoint_hash(checkpoint: str | Path | Checkpoint) -> str:
+    """Twelve hex digits that change when a checkpoint's weights or configs do, whatever else lies in its folder.
 
-    SHA-256 over every file's place and size and samples of its contents: the first 64 KB, which hold a safetensors
-    header, and sixteen more pieces of 64 KB spread evenly; files of up to 17 pieces are hashed whole. An edit that
-    keeps a file's size and misses all samples goes unseen: this tells checkpoints apart and proves no integrity. The
-    same weights in two layouts have two hashes.
+    checkpoint  path, hub id, "demo-wan", or a Checkpoint that is already open
+    SHA-256 over the place and size of every file of the checkpoint and samples of its contents: the first 64 KB, which
+    hold a safetensors header, and sixteen more pieces of 64 KB spread evenly; files of up to 17 pieces are hashed
+    whole. An edit that keeps a file's size and misses all samples goes unseen: this tells checkpoints apart and proves
+    no integrity. The same weights in two layouts have two hashes. Raises UserError for what is no checkpoint.
     """
-    root = resolve(folder)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    contents = dict(checkpoint.files)
+    for name in checkpoint.settings:
+        contents |= {file.relative_to(checkpoint.folder).as_posix(): file for file in checkpoint.weight_files(name)}
     digest = hashlib.sha256()
-    for file in sorted(path for path in root.rglob("*") if path.is_file() and not _is_incidental(path, root)):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root).as_posix()}\0{size}\0".encode())
-        with open(file, "rb") as stream:
-            if size <= 17 * _PAGE:
-                digest.update(stream.read())
-                continue
-            for start in [0, *(i * (size - _PAGE) // 16 for i in range(1, 17))]:
-                stream.seek(start)
-                digest.update(stream.read(_PAGE))
+    for place in sorted(contents, key=Path):
+        if not _is_incidental(Path(place)):
+            for piece in _samples(place, contents[place]):
+                digest.update(piece)
     return digest.hexdigest()[:12]
 
 
-def _is_incidental(path: Path, root: Path) -> bool:
+def _samples(place: str, content: Path | bytes) -> Iterator[bytes]:
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    yield f"{place}\0{size}\0".encode()
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as stream:
+        if size <= 17 * _PAGE:
+            yield stream.read()
+            return
+        for start in [0, *(i * (size - _PAGE) // 16 for i in range(1, 17))]:
+            stream.seek(start)
+            yield stream.read(_PAGE)
+
+
+def _is_incidental(place: Path) -> bool:
     """Files that say nothing of the model: hidden ones, documents, and Orbax's time stamps."""
-    hidden = any(part.startswith(".") and part != ".zarray" for part in path.relative_to(root).parts)
-    return hidden or path.suffix == ".md" or path.name in ("_CHECKPOINT_METADATA", "commit_success.txt")
+    hidden = any(part.startswith(".") and part != ".zarray" for part in place.parts)
+    return hidden or place.suffix == ".md" or place.name in (*_DOCUMENTS, "_CHECKPOINT_METADATA", "commit_success.txt")

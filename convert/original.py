@@ -16,7 +16,7 @@ from typing import Any
 
 from convert.components import Settings, class_in_index, read_json, usable_config, with_class
 from convert.encoders import ORIGINAL_CLIP, canonical_clip_vision_key, clip_vision_settings, t5_settings
-from convert.safetensors_files import Tensor, read_tensors
+from convert.safetensors_files import WEIGHT_SUFFIXES, Tensor, read_tensors
 from convert.vae_wan import config_to_diffusers
 from convert.wan import wan_config, wan_original_settings, wan_settings
 from dit_jax.config import UserError
@@ -100,8 +100,7 @@ def side_files(settings: Mapping[str, Settings], files: Mapping[str, Path | byte
 
 
 def _present(folder: Path, name: str) -> bool:
-    suffixes = (".safetensors", ".safetensors.index.json", ".pth")
-    return any((folder / f"{STEMS[name]}{suffix}").is_file() for suffix in suffixes)
+    return any((folder / f"{STEMS[name]}{suffix}").is_file() for suffix in WEIGHT_SUFFIXES)
 
 
 def _parent(place: str) -> str:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +33,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The exponent bits: all set means infinity or not-a-number.
 _EXPONENTS = {np.dtype(np.float32): 0x7F800000, np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
 _FLOATS = frozenset(dtype for name, dtype in DTYPES.items() if name.startswith(("F", "BF")))
+INDEX_SUFFIX = ".safetensors.index.json"
+WEIGHT_SUFFIXES = (INDEX_SUFFIX, ".safetensors", ".pth")  # in the order in which they are looked for
 _MAX_HEADER = 100_000_000  # what the safetensors library itself allows
 _MAX_AXES = 64  # what numpy allows
 _PIECE = 1 << 22  # bytes that are looked at or written at once
@@ -54,14 +56,28 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
 
     Raises UserError for files that are missing, damaged, at odds with their index, or outside the folder.
     """
-    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-    if index.is_file():
-        return _read_sharded(folder, index)
-    if single.is_file():
-        return read_safetensors(single)
-    if (folder / f"{stem}.pth").is_file():
-        return read_torch(folder / f"{stem}.pth")
-    raise UserError(f"{folder} has no weights: expected {stem}.safetensors, or its shards with {index.name}.")
+    file = _first_file(folder, stem)
+    if file.name.endswith(INDEX_SUFFIX):
+        return _read_sharded(folder, file)
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The files that `read_tensors` reads. Raises UserError as it does for files that are missing or outside."""
+    file = _first_file(folder, stem)
+    if not file.name.endswith(INDEX_SUFFIX):
+        return [file]
+    return [file, *(_shard(folder, file, name) for name in sorted(set(_read_weight_map(file).values())))]
+
+
+def _first_file(folder: Path, stem: str) -> Path:
+    for suffix in WEIGHT_SUFFIXES:
+        if (folder / f"{stem}{suffix}").is_file():
+            return folder / f"{stem}{suffix}"
+    raise UserError(
+        f"{folder} has no weights: expected {stem}.safetensors, or its shards with {stem}{INDEX_SUFFIX}; "
+        "download the checkpoint again."
+    )
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -150,7 +166,7 @@ def _is_entry(entry: Any) -> bool:
     return _are_integers(shape) and _are_integers(offsets) and len(shape) <= _MAX_AXES and len(offsets) == 2
 
 
-def _are_integers(values: Any) -> bool:
+def _are_integers(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and abs(value) < 1 << 63 for value in values)
 
 
@@ -276,7 +292,7 @@ def write_tensors(folder: Path, stem: str, tensors: Sequence[Outgoing], max_shar
         weight_map.update({tensor.key: name for tensor in shard})
     total = sum(tensor.bytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_durably(folder / f"{stem}.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
+    write_durably(folder / f"{stem}{INDEX_SUFFIX}", (json.dumps(index, indent=2) + "\n").encode())
 
 
 def _shards(tensors: Sequence[Outgoing], limit: int) -> list[list[Outgoing]]:

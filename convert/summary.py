@@ -68,7 +68,7 @@ def summarise(checkpoint: Checkpoint) -> Summary:
         variant=_variant(checkpoint),
         parameters=sum(part.parameters for part in components.values()),
         dtypes=[name for name, _ in dtypes.most_common()],
-        hash=checkpoint_hash(checkpoint.folder),
+        hash=checkpoint_hash(checkpoint),
         components=components,
         other_components=sorted(folders - set(components)),
     )

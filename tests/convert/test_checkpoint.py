@@ -293,9 +293,46 @@ def test_the_hash_changes_with_contents_only(tmp_path):
     (source / "README.md").write_text("documents do not count")
     (source / "config.json").touch()
     assert checkpoint_hash(source) == before
-    raw = (source / "model.safetensors").read_bytes()
-    (source / "model.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    last_byte_flipped(source / "model.safetensors")
     assert checkpoint_hash(source) != before
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "native", "original"])
+def test_outputs_in_the_folder_leave_the_hash_alone(layout, text_pipeline, tmp_path):
+    folder = tmp_path / "pipe"
+    convert(open_checkpoint(text_pipeline), folder, layout, max_shard_bytes=20_000)
+    before = checkpoint_hash(folder)
+    (folder / "out.mp4").write_bytes(b"video")
+    save_file({"latents": np.ones(3, np.float32)}, folder / "out.mp4.latents.safetensors")
+    (folder / "sheets").mkdir()
+    (folder / "sheets" / "out.png").write_bytes(b"sheet")
+    assert checkpoint_hash(folder) == before == checkpoint_hash(open_checkpoint(folder))
+
+
+def last_byte_flipped(file: Path) -> None:
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "native", "original"])
+def test_every_file_of_a_checkpoint_counts_in_its_hash(layout, text_pipeline, tmp_path):
+    folder = tmp_path / "pipe"
+    convert(open_checkpoint(text_pipeline), folder, layout, max_shard_bytes=20_000)
+    seen = {checkpoint_hash(folder)}
+    weights = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name[0].isdigit()]
+    weights += sorted(folder.rglob("*.safetensors"))
+    files = [*weights[::5], *folder.rglob("spiece.model")]
+    for file in files:
+        last_byte_flipped(file)
+        seen.add(checkpoint_hash(folder))
+    assert len(seen) == len(files) + 1 > 3
+
+
+def test_the_hash_of_what_ships_is_of_all_its_files():
+    shipped = open_checkpoint(checkpoint.DEMO)
+    known = {file for file in shipped.files.values() if isinstance(file, Path)}
+    known |= {file for name in shipped.settings for file in shipped.weight_files(name)}
+    assert known == {file for file in checkpoint.DEMO.rglob("*") if file.is_file()}
 
 
 def test_the_hash_of_a_native_checkpoint_repeats(tmp_path):
