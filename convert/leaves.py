@@ -172,8 +172,8 @@ def _outgoing(key: str, pieces: list[tuple[Row, int | None]], leaves: Mapping[st
 
 
 def check_leaves(leaves: Mapping[str, Leaf], shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """Raises UserError when a native checkpoint's leaves are not those of the model that its config describes."""
-    remedy = "check that params and config.json belong together, or convert again."
+    """Raises UserError when leaves are not those, in name and shape, of the model that their config describes."""
+    remedy = "check that the weights and config.json belong together."
     for name, shape in shapes.items():
         if name not in leaves:
             raise UserError(f"{source} lacks {name}; expected shape {shape}, found nothing; {remedy}")

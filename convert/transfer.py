@@ -19,7 +19,7 @@ from tqdm import tqdm
 from convert import original
 from convert.checkpoint import CONFIG, INDEX, Checkpoint, CheckpointLayout
 from convert.components import Settings, component_of
-from convert.leaves import Leaf, tensors_from_leaves
+from convert.leaves import Leaf, check_leaves, tensors_from_leaves
 from convert.native import PARAMS, write_native
 from convert.safetensors_files import write_durably, write_tensors
 from dit_jax.config import UserError
@@ -89,34 +89,31 @@ def staged(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     _refuse_existing(destination, overwrite)
     destination = destination.absolute()
     partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}")
+    replaced = destination.with_name(f"{destination.name}.old-{os.getpid()}")
     made = [parent for parent in partial.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
         _flush_folders(partial)
-        _swap(partial, destination)
+        _swap(partial, destination, replaced)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not destination.exists():
+            replaced.rename(destination)
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
 
 
-def _swap(partial: Path, destination: Path) -> None:
-    old = destination.with_name(f"{destination.name}.old-{os.getpid()}")
-    replacing = destination.exists()
-    if replacing:
-        destination.rename(old)
-    try:
-        partial.rename(destination)
-    except BaseException:
-        if replacing:
-            old.rename(destination)
-        raise
+def _swap(partial: Path, destination: Path, replaced: Path) -> None:
+    if destination.exists():
+        destination.rename(replaced)
+    partial.rename(destination)
     _flush(destination.parent)
-    if replacing:
-        shutil.rmtree(old)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _refuse_existing(destination: Path, overwrite: bool) -> None:
@@ -156,10 +153,12 @@ def write_model(
     """Write a model that is in memory into a new folder: config.json and weights. Put it inside `staged` to be safe.
 
     settings  contents of config.json, which name the class
+    Raises UserError, with nothing written, when the model's leaves are not those of the model in `settings`.
     """
     component = component_of(settings, folder)
     stacked = {row.ours for row in component.rows if row.stacked("diffusers") or row.stacked("original")}
     leaves = {name: _array_leaf(array, name in stacked) for name, array in named_leaves(model)}
+    check_leaves(leaves, component.shapes, folder)
     folder.mkdir(parents=True)
     write_durably(folder / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
     if layout == "native":

@@ -1,6 +1,7 @@
 """Conversions of whole pipelines: tensors bit for bit, other files byte for byte, nothing left of a failure."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from convert import transfer
 from convert.checkpoint import checkpoint_hash, load_model, open_checkpoint
 from convert.components import component_of
 from convert.native import read_native
@@ -134,6 +136,15 @@ def test_a_model_in_memory_can_be_written(text_pipeline, tmp_path):
     assert component_of(settings, tmp_path).shapes.keys() == read_native(tmp_path / "pipe" / "native" / "params").keys()
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "native"])
+def test_a_model_of_another_width_than_its_config_is_refused(layout, text_pipeline, tmp_path):
+    opened = open_checkpoint(text_pipeline / "transformer")
+    settings = opened.settings[""] | {"ffn_dim": 44}
+    with pytest.raises(UserError, match=r"out: blocks\.mlp\.\S+ has shape \(.*40.*\), expected \(.*44.*\)"):
+        write_model(tmp_path / "out", load_model(opened), settings, layout)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_destination_is_refused_then_replaced(text_pipeline, tmp_path):
     source, destination = text_pipeline / "vae", tmp_path / "out"
     run(source, destination, "native")
@@ -180,6 +191,26 @@ def test_an_interruption_leaves_nothing(error, layout, text_pipeline, tmp_path):
     with pytest.raises(type(error)):
         run(text_pipeline, tmp_path / "new" / "deep", layout, progress=Interrupting(error))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("step", "left"), [("rename", "native"), ("_flush", "diffusers"), ("rmtree", "diffusers")])
+def test_an_interruption_of_the_swap_leaves_one_whole_checkpoint(step, left, text_pipeline, tmp_path, monkeypatch):
+    destination = run(text_pipeline / "vae", tmp_path / "out", "native")
+    owner = {"rename": Path, "_flush": transfer, "rmtree": transfer.shutil}[step]
+    real, interrupted = getattr(owner, step), []
+
+    def once(path, *arguments, **options):
+        if path in (tmp_path, tmp_path / f"out.{'partial' if step == 'rename' else 'old'}-{os.getpid()}"):
+            interrupted.append(path)
+            if len(interrupted) == 1:
+                raise KeyboardInterrupt
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(owner, step, once)
+    with pytest.raises(KeyboardInterrupt):
+        run(text_pipeline / "vae", destination, "diffusers", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert open_checkpoint(destination).layout == left
 
 
 def test_an_interruption_leaves_the_old_destination(text_pipeline, tmp_path):
