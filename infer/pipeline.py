@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import html
-import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from PIL import Image
 
 from convert.checkpoint import Checkpoint, checkpoint_hash, load_model, open_checkpoint
@@ -28,16 +28,16 @@ from dit_jax.config import UserError
 from dit_jax.models.clip import preprocess
 from dit_jax.models.network import Conditioning, grid
 from dit_jax.models.wan import TEXT_TOKENS_WITH_IMAGE
-from dit_jax.ops import mesh as meshes
 from dit_jax.sampling.sampler import Carry, Guided, noise, sample, start
-from dit_jax.sampling.schedules import Schedule, Shift
+from dit_jax.sampling.schedules import Schedule
 from dit_jax.sampling.solvers import SOLVERS
-from dit_jax.sharding import batch_sharding, leaf_sharding
+from dit_jax.sharding import batch_sharding, batch_shardings, leaf_sharding, replicated
 from infer import media
+from infer.placement import picture_sharding
 from infer.programs import Programs
-from infer.request import Defaults, Job, Request, Strides, check, fill
+from infer.request import Job, Request, Strides, check, fill
+from infer.side_files import check_supported, load_tokenizer, read_defaults, read_shift
 
-DEFAULTS_FILE = "generation_defaults.json"
 SEGMENT = 4  # steps a program runs at most before it reports progress
 VAE_CHUNK = 1  # latent frames that the VAE works on at a time
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -77,40 +77,30 @@ def load_pipeline(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dt
     if dtype is None:
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
-    return WanPipeline(checkpoint, mesh, dtype)
+    folder = Path(path).expanduser()
+    return WanPipeline(checkpoint, folder.resolve().name if folder.exists() else str(path), mesh, dtype)
 
 
 class WanPipeline:
     """`pipe(prompt, size=(W, H), frames=…, steps=…, guidance=…, solver=…, seed=…)`; see `Request` for every option."""
 
-    def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh | None, dtype: Any):
-        self.checkpoint, self.mesh, self.programs = checkpoint, mesh, Programs()
+    def __init__(self, checkpoint: Checkpoint, name: str, mesh: jax.sharding.Mesh | None, dtype: Any):
+        check_supported(checkpoint)
+        self.checkpoint, self.name, self.mesh, self.programs = checkpoint, name, mesh, Programs()
+        self.hash = checkpoint_hash(checkpoint.folder)
+        self.defaults = read_defaults(checkpoint)
+        self.shift = read_shift(checkpoint)
+        self.tokenizer = load_tokenizer(checkpoint)
         self.transformer = self._load("transformer", dtype)
         self.text_encoder = self._load("text_encoder", dtype)
         self.vae = self._load("vae", jnp.float32)
         self.takes_image = self.transformer.config.image_width is not None
         self.image_encoder = self._load("image_encoder", jnp.float32) if self.takes_image else None
-        self.defaults = _read_defaults(checkpoint)
-        self.shift = _read_shift(checkpoint)
 
     def _load(self, name: str, dtype: Any):
         table = self.checkpoint.component(name).axes
         placed = partial(leaf_sharding, table=table, mesh=self.mesh) if self.mesh is not None and table else None
         return load_model(self.checkpoint, name, mesh=self.mesh, shardings=placed, dtype=dtype)
-
-    @cached_property
-    def tokenizer(self):
-        from transformers import AutoTokenizer
-
-        for name, file in self.checkpoint.files.items():
-            if name.startswith("tokenizer/") and isinstance(file, Path):
-                return AutoTokenizer.from_pretrained(file.parent)
-        raise UserError(f"{self.checkpoint.folder} has no tokenizer: expected its files in the folder tokenizer")
-
-    @cached_property
-    def hash(self) -> str:
-        """Short hash of the checkpoint's contents."""
-        return checkpoint_hash(self.checkpoint.folder)
 
     @property
     def text_tokens(self) -> int:
@@ -155,7 +145,10 @@ class WanPipeline:
             solver = SOLVERS[job.solver]
             schedule = solver.schedule(job.steps, self.shift, self.tokens(job.size, job.frames))
             schedule = jax.tree.map(self._replicated, schedule)
-            carry = self._pin(start(denoiser, solver, self._starting_noise(job)))
+            carry = start(denoiser, solver, self._starting_noise(job))
+            pinned = None if self.mesh is None else batch_shardings(carry, self.mesh)
+            if pinned is not None:
+                carry = jax.device_put(carry, pinned)
             count = max(n for n in range(1, SEGMENT + 1) if job.steps % n == 0)
             run = _segment(solver, count)
             for first in range(0, job.steps, count):
@@ -163,23 +156,28 @@ class WanPipeline:
                     progress("denoise", first, job.steps)
                 step = self._replicated(np.int32(first))
                 carry = self.programs.run(
-                    (run.__name__, solver, count), run, denoiser, carry, schedule, step, donate=(1,)
-                )
+                    (run.__name__, solver, count), run, denoiser, carry, schedule, step,
+                    donate=(1,), out_shardings=pinned,
+                )  # fmt: skip
+                if progress:
+                    jax.block_until_ready(carry)
             if progress:
-                jax.block_until_ready(carry)
                 progress("denoise", job.steps, job.steps)
-            return np.asarray(carry.latents)
+            latents = np.asarray(carry.latents)
+        if not np.isfinite(latents).all():
+            raise UserError(
+                "the final latents hold NaN or infinity: expected numbers; look for NaN weights with `dit-convert "
+                "to-jax`, which names them, or load the pipeline with dtype=float32"
+            )
+        return latents
 
     def decode(self, job: Job, latents: np.ndarray, progress: Progress | None = None) -> Result:
         """Video of final latents."""
-        if not np.isfinite(latents).all():
-            raise UserError(
-                "the final latents are not finite: check the checkpoint with `dit-convert inspect`, or use fp32"
-            )
         if progress:
             progress("decode", 0, 1)
         with self._on_mesh():
-            video = self.programs.run("decode", _decode, self.vae, self._spread(latents))
+            spread = self._spread(job)
+            video = self.programs.run("decode", _decode, self.vae, _put(latents, spread), out_shardings=spread)
             frames = np.asarray(video)
         if progress:
             progress("decode", 1, 1)
@@ -220,10 +218,12 @@ class WanPipeline:
         resized = [image.resize(job.size, Image.Resampling.LANCZOS) for image in images]
         first = np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in resized])[:, None]
         video = np.concatenate([first, np.zeros((len(images), job.frames - 1, *first.shape[2:]), np.float32)], axis=1)
-        encoded = self.programs.run("encode", _encode_video, self.vae, self._rows(video))
+        spread = self._spread(job)
+        encoded = self.programs.run("encode", _encode_video, self.vae, _put(video, spread), out_shardings=spread)
         mask = np.zeros((*encoded.shape[:-1], self.vae.config.time_factor), np.float32)
         mask[:, 0] = 1
-        return jnp.repeat(states, branches, axis=0), jnp.concatenate([self._rows(mask), encoded], axis=-1)
+        extra = self._rows(jnp.concatenate([_put(mask, spread), encoded], axis=-1))
+        return jnp.repeat(states, branches, axis=0), extra
 
     def _starting_noise(self, job: Job) -> jax.Array:
         shape = self.latents_shape(job.size, job.frames)
@@ -232,49 +232,37 @@ class WanPipeline:
             return noise([job.seed + i for i in range(count)], shape)
         if job.latents.shape != (count, *shape):
             raise UserError(f"latents have shape {job.latents.shape}: expected {(count, *shape)}, channels last")
-        return jnp.asarray(job.latents, jnp.float32)
+        return jnp.array(job.latents, jnp.float32)  # a copy: the sampler donates it
 
     def _metadata(self, job: Job) -> list[dict[str, Any]]:
-        shared = {"model": self.checkpoint.folder.name, "checkpoint": self.hash, "plan": "dense"}
+        shared = {"model": self.name, "checkpoint": self.hash, "plan": "dense"}
         told = {name: value for name, value in job.describe().items() if name != "prompts"} | shared
-        return [told | {"prompt": prompt, "seed": job.seed + i} for i, prompt in enumerate(job.prompts)]
+        seeds = [job.seed + i if job.latents is None else None for i in range(len(job.prompts))]
+        return [told | {"prompt": prompt, "seed": seed} for prompt, seed in zip(job.prompts, seeds, strict=True)]
 
     def _on_mesh(self):
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
-    def _place(self, value, spec: PartitionSpec) -> jax.Array:
-        if self.mesh is None:
-            return jnp.asarray(value)
-        return jax.device_put(value, NamedSharding(self.mesh, spec))
-
     def _replicated(self, value) -> jax.Array:
-        return self._place(value, PartitionSpec())
+        return _put(value, None if self.mesh is None else replicated(self.mesh))
 
     def _rows(self, value) -> jax.Array:
         """An array of batch rows on the batch axes of the mesh."""
-        if self.mesh is None:
-            return jnp.asarray(value)
-        return jax.device_put(value, batch_sharding(self.mesh, value.shape[0]))
+        return _put(value, None if self.mesh is None else batch_sharding(self.mesh, value.shape[0]))
 
-    def _spread(self, latents) -> jax.Array:
-        """Latents or a video [B, T, Y, X, C] over batch and, where they divide, rows of the picture: how the VAE is
-        split."""
-        if self.mesh is None:
-            return jnp.asarray(latents)
-        batch, rest = meshes.activation_axes(self.mesh, latents.shape[0])
-        rows = rest if latents.shape[2] % meshes.axis_size(self.mesh, rest) == 0 else ()
-        return self._place(latents, PartitionSpec(batch or None, None, rows or None))
+    def _spread(self, job: Job) -> NamedSharding | None:
+        """How the VAE's latents and videos [B, T, Y, X, C] are split."""
+        _, rows, columns, _ = self.latents_shape(job.size, job.frames)
+        return None if self.mesh is None else picture_sharding(self.mesh, len(job.prompts), rows, columns)
 
-    def _pin(self, carry: Carry) -> Carry:
-        """The carry on the shardings that a segment gives back, so that the next one is the same program."""
-        return jax.tree.map(self._rows, carry)
+
+def _put(value, sharding: NamedSharding | None) -> jax.Array:
+    return jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)
 
 
 def _segment(solver, count: int):
     def segment(denoiser: Guided, carry: Carry, schedule: Schedule, first: jax.Array) -> Carry:
-        pinned = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, carry)
-        after = sample(denoiser, solver, carry, schedule, first, count)
-        return jax.lax.with_sharding_constraint(after, pinned) if meshes.current_mesh() else after
+        return sample(denoiser, solver, carry, schedule, first, count)
 
     return segment
 
@@ -297,24 +285,5 @@ def _decode(vae, latents):
 
 
 def clean(prompt: str) -> str:
-    """A prompt without HTML escapes and with single spaces."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
-
-
-def _read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    source = checkpoint.files.get(name)
-    if source is None:
-        return {}
-    return json.loads(source if isinstance(source, bytes) else source.read_text())
-
-
-def _read_defaults(checkpoint: Checkpoint) -> Defaults:
-    settings = _read_json(checkpoint, DEFAULTS_FILE)
-    if "size" in settings:
-        settings["size"] = tuple(settings["size"])
-    return Defaults(**settings)
-
-
-def _read_shift(checkpoint: Checkpoint) -> Shift:
-    settings = _read_json(checkpoint, "scheduler/scheduler_config.json")
-    return Shift(constant=float(settings.get("flow_shift") or settings.get("shift") or 1.0))
+    """A prompt with plain quotes, mended characters, no HTML escapes and single spaces, as diffusers cleans it."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()

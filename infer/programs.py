@@ -16,15 +16,22 @@ class Programs:
         self.seconds = 0.0
         self._compiled: dict[Hashable, Any] = {}
 
-    def run(self, name: Hashable, function: Callable, *arguments, donate: tuple[int, ...] = ()):
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def run(
+        self, name: Hashable, function: Callable, *arguments, donate: tuple[int, ...] = (), out_shardings: Any = None
+    ):
         """function(*arguments), compiled for the arguments' shapes, dtypes and shardings under `name`.
 
-        `name` tells apart what the arguments do not: the function and every static choice closed over by it.
+        `name` tells apart what the arguments do not: the function and every static choice closed over by it. Where the
+        outputs live follows from the arguments: `out_shardings` (None leaves it to the compiler) is no part of the key.
         """
         key = (name, jax.tree.structure(arguments), tuple(_signature(leaf) for leaf in jax.tree.leaves(arguments)))
         if key not in self._compiled:
             began = time.perf_counter()
-            self._compiled[key] = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+            jitted = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
+            self._compiled[key] = jitted.lower(*arguments).compile()
             self.seconds += time.perf_counter() - began
         return self._compiled[key](*arguments)
 

@@ -12,17 +12,22 @@ from PIL import Image
 from dit_jax.config import UserError
 from dit_jax.sampling.solvers import SOLVERS
 
+SEEDS = 2**32  # a threefry key keeps no more of a seed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a model is run with unless the request says otherwise; `generation_defaults.json` in the model's folder."""
+    """What a model is run with unless the request says otherwise; `generation_defaults.json` in the model's folder.
+
+    grammar  whether prompts keep to the grammar of moving digits, so that a word outside it deserves a warning
+    """
 
     size: tuple[int, int] = (832, 480)
     frames: int = 81
     steps: int = 50
     guidance: float = 5.0
     fps: int = 16
-    grammar: str | None = None
+    grammar: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +116,11 @@ def check(job: Job, strides: Strides, takes_image: bool) -> None:
         raise UserError(f"steps is {job.steps}: expected a whole number of at least 1")
     if not math.isfinite(job.guidance) or job.guidance < 0:
         raise UserError(f"guidance is {job.guidance}: expected a number of at least 0 (1 turns guidance off)")
+    if not isinstance(job.seed, int) or not 0 <= job.seed <= SEEDS - len(job.prompts):
+        raise UserError(
+            f"seed is {job.seed}: expected a whole number from 0 to {SEEDS - len(job.prompts)} "
+            f"(prompt i has seed + i, below 2**32); pass another --seed"
+        )
     _check_size(job.size, strides.space)
     if job.frames < 1 or (job.frames - 1) % strides.time:
         low = max(job.frames - 1, 0) // strides.time * strides.time + 1

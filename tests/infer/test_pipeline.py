@@ -1,14 +1,20 @@
 """Whole pipelines against diffusers', from the same starting noise."""
 
+import shutil
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
 
 from dit_jax.config import UserError
 from infer import load_pipeline
+from infer.pipeline import clean
+from infer.request import Request
 
 PROMPT, NEGATIVE = "a red cat runs under the moon", "blue fish"
 SIZE, FRAMES, STEPS = (48, 32), 9, 4  # 6x4 latent cells, 3 latent frames: 18 tokens
@@ -107,6 +113,10 @@ def test_a_second_call_compiles_nothing(pipe):
         (dict(image=Image.new("RGB", (8, 8))), ["text-to-video"]),
         (dict(latents=np.zeros((1, 2, 2, 2, 4), np.float32)), ["(1, 2, 2, 2, 4)", "(1, 3, 4, 6, 4)"]),
         (dict(colour="red"), ["colour"]),
+        (dict(seed=2**63), ["seed is 9223372036854775808", "4294967295"]),
+        (dict(seed=2**32), ["seed is 4294967296", "4294967295"]),
+        (dict(seed=-1), ["seed is -1"]),
+        (dict(seed=0.5), ["seed is 0.5", "whole number"]),
     ],
 )
 def test_bad_requests_are_refused_in_a_sentence(pipe, options, words):
@@ -123,3 +133,55 @@ def test_an_empty_prompt_is_refused(pipe):
 def test_image_to_video_needs_an_image(image_to_video):
     with pytest.raises(UserError, match="--image"):
         load_pipeline(image_to_video[0])(PROMPT, size=SIZE, frames=5, steps=1)
+
+
+def test_the_last_prompt_needs_a_seed_too(pipe):
+    assert pipe.prepare(Request(prompt=PROMPT, size=SIZE, frames=5, seed=2**32 - 1)).seed == 2**32 - 1
+    with pytest.raises(UserError, match="from 0 to 4294967294"):
+        pipe.prepare(Request(prompt=[PROMPT] * 2, size=SIZE, frames=5, seed=2**32 - 1))
+
+
+def test_the_callers_noise_stays_and_no_seed_is_told(pipe):
+    given = jnp.asarray(starting_noise())
+    result = pipe(PROMPT, size=SIZE, frames=FRAMES, steps=2, latents=given)
+    np.testing.assert_array_equal(given, starting_noise())
+    assert result.metadata[0]["seed"] is None
+    assert pipe(PROMPT, size=SIZE, frames=5, steps=1, seed=3).metadata[0]["seed"] == 3
+
+
+def test_progress_waits_for_the_steps_that_it_tells_of(pipe, monkeypatch):
+    told, waited = [], []
+    monkeypatch.setattr(jax, "block_until_ready", lambda carry: waited.append(len(told)))
+    job = pipe.prepare(Request(prompt=PROMPT, size=SIZE, frames=5, steps=8))
+    pipe.denoise(job, lambda stage, done, total: told.append(done))
+    assert told == [0, 4, 8] and waited == [1, 2]
+    pipe.denoise(job)
+    assert waited == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["“a red cat” isn’t under the moon", " a  dog &amp;amp; a\tfish ", "a cafÃ© <b>on</b> the ﬁsh", "the dog… sleeps"],
+)
+def test_prompts_are_cleaned_as_by_diffusers(prompt):
+    assert clean(prompt) == prompt_clean(prompt)
+
+
+def test_bf16_is_close_to_fp32(text_to_video, pipe):
+    half = by_ours(load_pipeline(text_to_video[0], dtype=jnp.bfloat16), "unipc", starting_noise())
+    assert half.latents.dtype == np.float32
+    assert 1e-5 < relative(half.latents, by_ours(pipe, "unipc", starting_noise()).latents) < 0.1
+
+
+def test_names_and_hash_are_those_of_loading(text_to_video, tmp_path, monkeypatch):
+    folder = shutil.copytree(text_to_video[0], tmp_path / "some-model")
+    monkeypatch.chdir(folder)
+    pipe = load_pipeline(".")
+    loaded = pipe.hash
+    (folder / "vae" / "config.json").write_text("{}")
+    told = pipe(PROMPT, size=SIZE, frames=5, steps=1).metadata[0]
+    assert told["model"] == "some-model" and told["checkpoint"] == loaded
+
+
+def test_a_shipped_model_keeps_its_name():
+    assert load_pipeline("demo-wan").name == "demo-wan"

@@ -1,0 +1,92 @@
+"""What a checkpoint says besides its weights: models that this pipeline does not run, and damaged files."""
+
+import json
+import shutil
+
+import pytest
+
+from dit_jax.config import UserError
+from infer import load_pipeline
+
+
+@pytest.fixture
+def copied(text_to_video, tmp_path):
+    return shutil.copytree(text_to_video[0], tmp_path / "copy")
+
+
+@pytest.fixture
+def copied_with_image(image_to_video, tmp_path):
+    return shutil.copytree(image_to_video[0], tmp_path / "copy")
+
+
+def change(file, **settings):
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def refused(folder, *words):
+    with pytest.raises(UserError) as error:
+        load_pipeline(folder)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_two_transformers_are_refused(copied):
+    shutil.copytree(copied / "transformer", copied / "transformer_2")
+    change(copied / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
+    refused(copied, "two transformers", "Wan 2.1")
+
+
+def test_a_boundary_between_experts_is_refused(copied):
+    change(copied / "model_index.json", boundary_ratio=0.875)
+    refused(copied, "boundary_ratio", "Wan 2.1")
+
+
+def test_first_and_last_frame_is_refused(copied_with_image):
+    change(copied_with_image / "transformer" / "config.json", pos_embed_seq_len=10)
+    refused(copied_with_image, "FLF2V", "10 image tokens", "I2V")
+
+
+def test_an_image_without_an_image_branch_is_refused(copied):
+    change(copied / "transformer" / "config.json", in_channels=12)
+    refused(copied, "without an image encoder", "12 channels", "expected 4")
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        ("{", ["is not JSON"]),
+        ('{"stepz": 3}', ["'stepz'", "steps"]),
+        ('{"size": 3}', ["size", "3", "[width, height]"]),
+        ('{"steps": "ten"}', ["steps", "'ten'", "whole number"]),
+        ('{"guidance": null}', ["guidance", "None", "number"]),
+    ],
+)
+def test_damaged_defaults(copied, contents, words):
+    (copied / "generation_defaults.json").write_text(contents)
+    refused(copied, "generation_defaults.json", *words)
+
+
+@pytest.mark.parametrize(("grammar", "kept"), [(True, True), ("prompt  one or two digits", True), (None, False)])
+def test_defaults_of_the_model(copied, grammar, kept):
+    settings = {"size": [48, 32], "frames": 5, "guidance": 2, "grammar": grammar}
+    (copied / "generation_defaults.json").write_text(json.dumps(settings))
+    defaults = load_pipeline(copied).defaults
+    assert (defaults.size, defaults.frames, defaults.steps, defaults.guidance) == ((48, 32), 5, 50, 2)
+    assert defaults.grammar is kept
+
+
+def test_damaged_shift(copied):
+    change(copied / "scheduler" / "scheduler_config.json", flow_shift="three")
+    refused(copied, "scheduler_config.json", "'three'", "number")
+
+
+def test_damaged_tokenizer(copied):
+    (copied / "tokenizer" / "tokenizer.json").write_text("{}")
+    refused(copied, "tokenizer", "download")
+
+
+def test_missing_tokenizer(copied):
+    shutil.rmtree(copied / "tokenizer")
+    index = json.loads((copied / "model_index.json").read_text())
+    del index["tokenizer"]
+    (copied / "model_index.json").write_text(json.dumps(index))
+    refused(copied, "no tokenizer")
