@@ -5,6 +5,7 @@ Shapes: B glyphs, 28 x 28 pixels, F features.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
@@ -164,15 +165,19 @@ def cache_path() -> Path:
 
 @lru_cache(maxsize=1)
 def load_reader(progress: Callable[[str], None] | None = None) -> DigitReader:
-    """The classifier from its cache; where it is not there, trained (about a minute on 2 cores) and put there."""
-    path = cache_path()
+    """The classifier from its cache; where it is not there, trained (about a minute on 2 cores) and put there.
+
+    Where there can be no cache, it is trained by every process.
+    """
     abstract, structure = jax.tree.flatten(nnx.eval_shape(lambda: DigitReader(rngs=nnx.Rngs(0))))
     try:
-        with np.load(path) as leaves:
+        with np.load(cache_path()) as leaves:
             return jax.tree.unflatten(structure, [jnp.asarray(leaves[f"arr_{i}"]) for i in range(len(abstract))])
     except (OSError, KeyError, ValueError, EOFError):
         reader = train_reader(progress=progress)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-    np.savez(partial, *map(np.asarray, jax.tree.leaves(reader)))
-    partial.replace(path)
+    with contextlib.suppress(OSError):
+        path = cache_path()
+        partial = path.with_name(f"{path.stem}.{os.getpid()}.npz")
+        np.savez(partial, *map(np.asarray, jax.tree.leaves(reader)))
+        partial.replace(path)
     return reader
