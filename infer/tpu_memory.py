@@ -97,7 +97,7 @@ class Memory:
 
 def chip(topology: str) -> str:
     """`v5e` of `v5e-8` or `v5e:2x4`; UserError for one whose HBM is not known."""
-    name = re.split("[-:]", topology)[0]
+    name = SLICES.get(topology, topology).partition(":")[0]
     if name not in CAPACITY:
         raise UserError(
             f"unknown topology {topology!r}: expected one of {', '.join(SLICES)} or a shape such as v5p:2x2x4"
@@ -112,13 +112,9 @@ def tpu_devices(topology: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    name = SLICES.get(topology, topology)
-    if name.partition(":")[0] not in CAPACITY:
-        raise UserError(
-            f"unknown topology {topology!r}: expected one of {', '.join(SLICES)} or a shape such as v5p:2x2x4"
-        )
+    chip(topology)
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+        return list(topologies.get_topology_desc(SLICES.get(topology, topology), platform="tpu").devices)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
