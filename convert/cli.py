@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from tqdm import tqdm
 
@@ -18,14 +19,18 @@ from convert.transfer import MAX_SHARD_BYTES, convert
 from dit_jax.config import UserError
 
 _SOURCE = "folder, hub id org/name[@revision], or demo-wan"
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 0, or 2 after one sentence on stderr for bad input."""
+    """Run the command. Returns the exit status: 0, or 2 after one sentence on stderr for bad input.
+
+    An interrupt or a polite kill raises SystemExit with 128 and the signal's number, once everything is cleaned up.
+    """
     arguments = _parser().parse_args(argv)
-    # A polite kill must clean up as an interrupt does.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in _STOPS:
+        signal.signal(number, _stop)
     try:
         if arguments.command == "inspect":
             _inspect(arguments.source, arguments.json)
@@ -40,6 +45,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dit-convert: {place}: {error.strerror or error}.", file=sys.stderr)
         return 2
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # The impatient press Ctrl-C again: that must not stop the cleaning up.
+    for other in _STOPS:
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,14 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from convert import cli
+from convert import cli, transfer
 
 
 def run(*arguments) -> int:
@@ -18,9 +18,10 @@ def run(*arguments) -> int:
 
 @pytest.fixture(autouse=True)
 def keep_signals():
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_there_and_back(text_pipeline, tmp_path, capsys):
@@ -91,20 +92,53 @@ def test_bad_sizes(text, capsys):
     assert "is no size" in capsys.readouterr().err
 
 
-def test_a_terminated_conversion_leaves_nothing(text_pipeline, tmp_path):
-    # A pipe instead of a shard: the conversion waits in the middle until it is told to stop.
-    code = (
-        "import sys, time; from convert import cli, transfer\n"
-        "transfer.write_native = lambda *a: (print('writing', flush=True), time.sleep(60))\n"
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "to-jax", str(text_pipeline), str(tmp_path / "out")]
+WAITS_IN_THE_MIDDLE = """
+import sys, time
+from convert import cli, transfer
+
+def read_third(leaf, progress):
+    def read(block):
+        progress.update()
+        if progress.n == 3:
+            print("writing", flush=True)
+            time.sleep(60)
+        return leaf.read(block)
+    return transfer.replace(leaf, read=read)
+
+transfer._watched = read_third
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "number"), [("to-jax", signal.SIGTERM), ("to-jax", signal.SIGINT), ("to-torch", signal.SIGTERM)]
+)
+def test_a_signal_stops_a_conversion_and_leaves_nothing(command, number, text_pipeline, tmp_path):
+    arguments = [sys.executable, "-c", WAITS_IN_THE_MIDDLE, command, str(text_pipeline / "transformer")]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout.readline() == b"writing\n"
+    with subprocess.Popen(
+        [*arguments, str(tmp_path / "out")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "writing\n"
         assert [path.name for path in tmp_path.iterdir()] == [f"out.partial-{process.pid}"]
-        process.terminate()
-        start = time.monotonic()
-        assert process.wait(30) == 128 + signal.SIGTERM
-        assert time.monotonic() - start < 30
+        process.send_signal(number)
+        errors = process.communicate(timeout=50)[1]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_signal_does_not_stop_the_cleaning_up(text_pipeline, tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def impatient(path, **options):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        remove(path, **options)
+
+    monkeypatch.setattr(transfer, "_flush_folders", lambda folder: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(transfer.shutil, "rmtree", impatient)
+    with pytest.raises(SystemExit) as caught:
+        run("to-torch", text_pipeline / "vae", tmp_path / "out")
+    assert caught.value.code == 128 + signal.SIGINT
     assert list(tmp_path.iterdir()) == []
