@@ -1,33 +1,78 @@
-"""What `test_pipeline_mesh.py` runs in a process of its own: a saved pipeline on eight fake CPU devices. Writes
+"""What `test_pipeline_mesh.py` runs in a process of its own: saved pipelines on eight fake CPU devices. Writes
 OUT.npz."""
 
 import sys
 
 import jax
 import numpy as np
+from PIL import Image
 
 from dit_jax.sharding import make_mesh, parse_mesh
 from infer import load_pipeline
+from infer.request import Request
+
+SMALL = dict(size=(48, 64), frames=5, guidance=3.0)
+PROMPTS = ["the dog sleeps", "a red cat runs"]
+IMAGE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8))
+WIDE = dict(size=(832, 480), frames=1)  # latents of 60 x 104: eight devices divide the columns alone
 
 
-def main(folder: str, out: str, meshes: list[str]) -> None:
-    frames, compiled = {}, []
+def wide_latents():
+    return np.random.default_rng(4).standard_normal((1, 1, 60, 104, 4)).astype(np.float32)
+
+
+def record_runs(pipe):
+    """Fills the returned list with (program, shard shape of its last argument) of every run of the pipeline."""
+    runs, run = [], pipe.programs.run
+
+    def recording(name, function, *arguments, **options):
+        last = arguments[-1]
+        runs.append((name, last.sharding.shard_shape(last.shape) if isinstance(last, jax.Array) else None))
+        return run(name, function, *arguments, **options)
+
+    pipe.programs.run = recording
+    return runs
+
+
+def text_to_video(folder: str, mesh: str, compiled: list[str]) -> dict[str, np.ndarray]:
+    pipe = load_pipeline(folder, mesh=make_mesh(parse_mesh(mesh)))
+    kernel = pipe.transformer.blocks.mlp.up.kernel[...]
+    if "fsdp" in mesh:
+        assert kernel.addressable_shards[0].data.size < kernel.size, "the transformer is not sharded"
+    found = {mesh: pipe("a red cat runs", seed=7, steps=8, **SMALL).frames[0]}
+    before = len(compiled)
+    pipe("the dog sleeps", seed=8, steps=8, **SMALL)
+    found[f"{mesh} compiled"] = np.array(len(compiled) - before)
+    known = len(pipe.programs)
+    found[f"{mesh} batch"] = pipe(PROMPTS, seed=6, steps=8, **SMALL).frames[1]
+    found[f"{mesh} batch programs"] = np.array(len(pipe.programs) - known)
+    before = len(compiled)
+    pipe(PROMPTS[::-1], seed=9, steps=8, **SMALL)
+    found[f"{mesh} batch compiled"] = np.array(len(compiled) - before)
+    runs = record_runs(pipe)
+    job = pipe.prepare(Request(prompt="a red cat", **WIDE))
+    found[f"{mesh} wide"] = pipe.decode(job, wide_latents()).frames[0]
+    found[f"{mesh} wide shard"] = np.array(runs[-1][1])
+    return found
+
+
+def image_to_video(folder: str, mesh: str) -> dict[str, np.ndarray]:
+    pipe = load_pipeline(folder, mesh=make_mesh(parse_mesh(mesh)))
+    runs = record_runs(pipe)
+    video = pipe(PROMPTS, image=IMAGE, seed=6, steps=2, **SMALL).frames
+    return {f"{mesh} image": video, f"{mesh} image shard": np.array(dict(runs)["encode"])}
+
+
+def main(text_folder: str, image_folder: str, out: str, meshes: list[str]) -> None:
+    compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    for text in meshes:
-        pipe = load_pipeline(folder, mesh=make_mesh(parse_mesh(text)))
-        kernel = pipe.transformer.blocks.mlp.up.kernel[...]
-        if "fsdp" in text:
-            assert kernel.addressable_shards[0].data.size < kernel.size, "the transformer is not sharded"
-        options = dict(size=(48, 64), frames=5, steps=8, guidance=3.0)
-        frames[text] = pipe("a red cat runs", seed=7, **options).frames[0]
-        before = len(compiled)
-        pipe("the dog sleeps", seed=8, **options)
-        frames[f"{text} compiled"] = np.array(len(compiled) - before)
-        frames[f"{text} batch"] = pipe(["the dog sleeps", "a red cat runs"], seed=6, **options).frames[1]
-    np.savez(out, **frames)
+    found: dict[str, np.ndarray] = {}
+    for mesh in meshes:
+        found |= text_to_video(text_folder, mesh, compiled)
+    np.savez(out, **found, **image_to_video(image_folder, meshes[0]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])
