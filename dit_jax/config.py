@@ -1,4 +1,4 @@
-"""What every floor shares: the error for bad input and the dtype policy."""
+"""What every floor shares: the error for bad input."""
 
 from __future__ import annotations
 

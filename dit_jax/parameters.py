@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from dit_jax.config import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,11 @@ class Precision:
         return jnp.float32 if name.startswith(self.exact) and self.exact else self.weights
 
 
+def stacked(build: Callable[[nnx.Rngs], Any], count: int, rngs: nnx.Rngs) -> Any:
+    """`count` modules in one, every parameter with a leading axis over them, as `lax.scan` takes them."""
+    return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.fork(split=count))
+
+
 def leaf_name(path) -> str:
     """The dotted path of a leaf of an NNX module: `blocks.attn1.q.kernel`."""
     return ".".join(str(getattr(p, "name", getattr(p, "key", getattr(p, "idx", "")))) for p in path).removesuffix(
@@ -39,8 +47,16 @@ def named_leaves(model) -> list[tuple[str, Any]]:
 
 
 def with_leaves(model, values: Mapping[str, Any]):
-    """`model` with every leaf replaced by the array of the same dotted path."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: values[leaf_name(path)], model)
+    """`model` (or its abstract form) with the arrays of the same dotted paths; UserError for one of another shape."""
+
+    def value(path, leaf):
+        name = leaf_name(path)
+        if values[name].shape != leaf.shape:
+            expected = f"expected {leaf.shape}, found {values[name].shape}"
+            raise UserError(f"weight {name} has the wrong shape: {expected}; use weights of a model of these sizes")
+        return values[name]
+
+    return jax.tree_util.tree_map_with_path(value, model)
 
 
 def cast(model, precision: Precision):
@@ -53,8 +69,3 @@ def cast(model, precision: Precision):
         return leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(convert, model)
-
-
-def parameter_count(model) -> int:
-    """Number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(model))

@@ -57,7 +57,7 @@ class Outcome:
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or its gradient is no longer a number."""
 
 
 def train(
@@ -72,8 +72,12 @@ def train(
     `batch_at(i)` is the host batch of step i and depends on nothing else, so that the data position is a number. A
     checkpoint holds the state, that position and the random key: a resumed run repeats the uninterrupted one bit for
     bit.
-    Raises TrainingDivergedError naming the step whose loss is not finite; the newest checkpoint is from before it.
+    Raises TrainingDivergedError naming the step whose loss or gradient is not finite; the newest checkpoint is from
+    before it. Raises UserError for an interval that is not positive.
     """
+    for interval in (config.log_every, config.save_every, *(hook.every for hook in hooks)):
+        if interval < 1:
+            raise UserError(f"an interval is {interval} steps, expected 1 or more: see the options ending in _every")
     out = Path(config.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
@@ -84,8 +88,7 @@ def train(
             state, metrics = step(state, batch, key)
             run.note(position, metrics)
             taken = position + 1
-            last = taken == config.steps or stop.set
-            if last or taken % config.save_every == 0:
+            if taken == config.steps or taken % config.save_every == 0:
                 run.check()
                 run.save(state, taken, key)
             for hook in hooks:
@@ -93,6 +96,8 @@ def train(
                     run.check()
                     run.write(taken, hook.run(state, taken) or {})
             if stop.set and taken < config.steps:
+                run.check()
+                run.save(state, taken, key)
                 run.bar.close()
                 return Outcome(state, taken, True)
         run.bar.close()
@@ -140,12 +145,14 @@ class _Run:
         position, metrics = self.pending
         self.pending = None
         loss = float(metrics["loss"])
-        if not math.isfinite(loss):
-            self.bar.close()
-            raise TrainingDivergedError(
-                f"The loss at step {position} is {loss}, expected a finite number; "
-                f"go on from the checkpoint before it in {self.config.out} with a lower learning rate or another seed."
-            )
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(value := float(metrics[name])):
+                self.bar.close()
+                before = f"go on from the checkpoint before it in {self.config.out}"
+                raise TrainingDivergedError(
+                    f"The {name} at step {position} is {value}, expected a finite number; "
+                    f"{before} with a lower learning rate or another seed."
+                )
         self.loss = loss if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * loss
         self.bar.set_postfix(loss=f"{self.loss:.4g}", refresh=False)
         if (position + 1) % self.config.log_every == 0:
@@ -163,7 +170,7 @@ class _Run:
 
     def save(self, state: TrainState, taken: int, key: jax.Array) -> None:
         if taken not in self.saved.all_steps():
-            tree = {**_as_tree(state), "position": jnp.asarray(taken), "key": jax.random.key_data(key)}
+            tree = {**_as_tree(state), "position": np.asarray(taken), "key": _key_data(key)}
             self.saved.save(taken, args=ocp.args.StandardSave(tree))
 
 
@@ -184,14 +191,18 @@ def _resume(saved: ocp.CheckpointManager, state: TrainState, key: jax.Array) -> 
         sharding = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    wanted = {**_as_tree(state), "position": jnp.zeros((), jnp.int32), "key": jax.random.key_data(key)}
-    tree = saved.restore(newest, args=ocp.args.StandardRestore(jax.tree.map(abstract, wanted)))
+    wanted = {**jax.tree.map(abstract, _as_tree(state)), "position": np.zeros((), int), "key": _key_data(key)}
+    tree = saved.restore(newest, args=ocp.args.StandardRestore(wanted))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
     optimiser = [tree["optimiser"][jax.tree_util.keystr(path)] for path in paths]
     opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), optimiser)
     restored = TrainState(tree["step"], tree["params"], opt_state, tree["ema"])
-    # Through the host: a restored array is bound to one device, and the step runs on the whole mesh.
-    return restored, int(tree["position"]), jax.random.wrap_key_data(jnp.asarray(np.asarray(tree["key"])))
+    return restored, int(tree["position"]), jax.random.wrap_key_data(jnp.asarray(tree["key"]))
+
+
+def _key_data(key: jax.Array) -> np.ndarray:
+    # On the host: an array on a device could only be restored onto a device of the same name.
+    return np.asarray(jax.random.key_data(key))
 
 
 def _manager(out: Path, config: RunConfig):

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.models.network import Conditioning, NetworkCall, layout, network, unlayout
-
-TIMESTEPS = 1000.0  # the model's timestep is the noise level times this
+from dit_jax.sampling.schedules import TRAIN_STEPS, shifted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ def noise_levels(key: jax.Array, batch: int, settings: FlowSettings) -> jax.Arra
     offset = jax.random.uniform(key, ())
     quantiles = (jnp.arange(batch) + offset) / batch
     levels = jax.nn.sigmoid(settings.spread * jax.scipy.special.ndtri(jnp.clip(quantiles, 1e-4, 1 - 1e-4)))
-    return settings.shift * levels / (1 + (settings.shift - 1) * levels)
+    return shifted(levels, settings.shift)
 
 
 def flow_matching(model, batch: dict[str, jax.Array], key: jax.Array, settings: FlowSettings):
@@ -55,7 +54,11 @@ def flow_matching(model, batch: dict[str, jax.Array], key: jax.Array, settings: 
     noisy = (1 - weight) * latents + weight * noise
     patch = model.config.patch
     rows, _ = network(
-        model, settings.call, layout(noisy, patch), levels * TIMESTEPS, Conditioning(batch["text"].astype(jnp.float32))
+        model,
+        settings.call,
+        layout(noisy, patch),
+        levels * TRAIN_STEPS,
+        Conditioning(batch["text"].astype(jnp.float32)),
     )
     error = jnp.mean(jnp.square(unlayout(rows, latents.shape, patch) - (noise - latents)), axis=(1, 2, 3, 4))
     low = levels < 0.5

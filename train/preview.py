@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from dit_jax.models.network import Conditioning
@@ -34,6 +35,7 @@ class Preview:
     embed: Callable[[list[str]], np.ndarray]
     shift: float
     folder: Path
+    mesh: Mesh
     prompts: int = 12
     steps: int = 20
     guidance: float = 4.0
@@ -70,7 +72,8 @@ def _generate(preview: Preview, model, pairs: np.ndarray, latents: jax.Array) ->
     """Video uint8 by Euler; `pairs` holds each prompt's text states and the empty prompt's."""
     solver = SOLVERS["euler"]
     schedule = solver.schedule(preview.steps, Shift(constant=preview.shift), 0)
-    return _program(model, preview.vae, pairs, latents, schedule, preview.guidance, preview.steps)
+    with jax.set_mesh(preview.mesh):
+        return _program(model, preview.vae, pairs, latents, schedule, preview.guidance, preview.steps)
 
 
 @partial(jax.jit, static_argnums=6)

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import UserError
-from dit_jax.parameters import named_leaves
+from dit_jax.parameters import named_leaves, with_leaves
 
 Params = dict[str, jax.Array]
 LossFunction = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -38,12 +38,6 @@ class TrainState(NamedTuple):
 def params_of(model) -> Params:
     """The weights of a model by dotted path (`blocks.attn1.q.kernel`)."""
     return dict(named_leaves(model))
-
-
-def rebuild(model, params: Params):
-    """`model` (or its abstract form) with the weights given."""
-    treedef = jax.tree.structure(model)
-    return jax.tree.unflatten(treedef, [params[name] for name, _ in named_leaves(model)])
 
 
 def training_mesh(data: int = 1, fsdp: int = 1) -> Mesh:
@@ -77,7 +71,7 @@ def spread(mesh: Mesh, leaf) -> NamedSharding:
 
     Without it every data-parallel device would orthogonalise every matrix itself.
     """
-    devices = mesh.devices.size
+    devices = mesh.size
     stacked = leaf.ndim > 2 and leaf.shape[0] % devices == 0
     return batch_sharding(mesh) if devices > 1 and stacked else leaf_sharding(mesh, leaf)
 
@@ -101,6 +95,7 @@ def build_step(
 
     `loss(model, batch, key)` returns a scalar, the mean over the batch, and a dict of scalars to report. The key of a
     step is `fold_in(key, state.step)`. The running mean starts with a short memory: it forgets the initial weights.
+    The step raises UserError for a batch that the mesh does not divide.
     """
     abstract = jax.eval_shape(lambda: model)
 
@@ -108,7 +103,7 @@ def build_step(
         key = jax.random.fold_in(key, state.step)
 
         def objective(params: Params):
-            return loss(rebuild(abstract, params), batch, key)
+            return loss(with_leaves(abstract, params), batch, key)
 
         (value, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
         gradients = jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, spread(mesh, leaf)), gradients)
@@ -123,6 +118,9 @@ def build_step(
     jitted = jax.jit(step, donate_argnums=0)
 
     def run(state: TrainState, batch, key: jax.Array):
+        rows, devices = jax.tree.leaves(batch)[0].shape[0], mesh.size
+        if rows % devices:
+            raise UserError(f"a batch of {rows} does not divide over {devices} devices: choose a multiple of {devices}")
         with jax.set_mesh(mesh):
             return jitted(state, jax.device_put(batch, batch_sharding(mesh)), key)
 

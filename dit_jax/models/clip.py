@@ -18,6 +18,7 @@ from PIL import Image
 from dit_jax.ops.attention import attend
 from dit_jax.ops.linear import Linear, LinearGeneral
 from dit_jax.ops.norms import LayerNorm
+from dit_jax.parameters import stacked
 
 Activation = Literal["gelu", "quick_gelu"]
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -115,7 +116,7 @@ class CLIPVision(nnx.Module):
         self.class_token = nnx.Param(jax.random.normal(rngs.params(), (width,)) / width**0.5)
         self.positions = nnx.Param(jax.random.normal(rngs.params(), (1 + config.patches, width)) / width**0.5)
         self.norm_in = LayerNorm(width, config.epsilon)
-        self.blocks = _stacked(config, rngs)
+        self.blocks = stacked(lambda rngs: CLIPBlock(config, rngs), config.blocks, rngs)
         self.norm_out = LayerNorm(width, config.epsilon)
         self.projection = nnx.data(
             Linear(width, config.projection, use_bias=False, rngs=rngs) if config.projection else None
@@ -178,12 +179,3 @@ def preprocess(images: np.ndarray, size: int = 224) -> np.ndarray:
 def _activate(x: jax.Array, activation: Activation) -> jax.Array:
     """GELU by the error function, or the sigmoid approximation that OpenAI's models were trained with."""
     return x * jax.nn.sigmoid(1.702 * x) if activation == "quick_gelu" else jax.nn.gelu(x, approximate=False)
-
-
-def _stacked(config: CLIPVisionConfig, rngs: nnx.Rngs) -> CLIPBlock:
-    @nnx.split_rngs(splits=config.blocks)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def build(rngs):
-        return CLIPBlock(config, rngs)
-
-    return build(rngs)

@@ -15,6 +15,7 @@ from flax import nnx
 
 from dit_jax.ops.linear import Linear, LinearGeneral
 from dit_jax.ops.norms import rms_norm
+from dit_jax.parameters import stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,7 @@ class T5Encoder(nnx.Module):
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
         self.tokens = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.width)))
         self.bias = nnx.data(None if config.per_block_bias else DistanceBias(config, rngs))
-        self.blocks = _stacked(config, rngs)
+        self.blocks = stacked(lambda rngs: T5Block(config, rngs), config.blocks, rngs)
         self.norm = nnx.Param(jnp.ones(config.width))
         self.config = config
 
@@ -161,12 +162,3 @@ def relative_buckets(distances: np.ndarray, buckets: int, farthest: int) -> np.n
     ratio = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(farthest / exact))
     logarithmic = exact + (ratio * np.float32(one_side - exact)).astype(np.int64)
     return np.where(far < exact, far, np.minimum(logarithmic, one_side - 1)) + one_side * (distances > 0)
-
-
-def _stacked(config: T5Config, rngs: nnx.Rngs) -> T5Block:
-    @nnx.split_rngs(splits=config.blocks)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def build(rngs):
-        return T5Block(config, rngs)
-
-    return build(rngs)

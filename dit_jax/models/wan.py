@@ -19,6 +19,7 @@ from dit_jax.ops.attention import attend
 from dit_jax.ops.linear import Linear, LinearGeneral
 from dit_jax.ops.norms import LayerNorm, layer_norm, rms_norm
 from dit_jax.ops.rope import Rope, rope_table, rotate
+from dit_jax.parameters import stacked
 
 TEXT_TOKENS_WITH_IMAGE = 512  # image-to-video was trained on text padded to this length, behind the image tokens
 
@@ -214,7 +215,7 @@ class Wan(nnx.Module):
         self.time_out = Linear(width, 6 * width, rngs=rngs)
         self.text = Mlp(config.text_width, width, width, rngs)
         self.image: Any = nnx.data(ImageProjection(config, rngs) if config.image_width else None)
-        self.blocks = _stacked(WanBlock, config, rngs)
+        self.blocks = stacked(lambda rngs: WanBlock(config, rngs), config.blocks, rngs)
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, width)) / width**0.5)
         self.out = Linear(width, config.out_channels * cells, rngs=rngs)
         self.config = config
@@ -250,12 +251,3 @@ def sinusoids(t_B: jax.Array, channels: int) -> jax.Array:
     frequencies = np.exp(-np.log(10_000.0) * np.arange(half, dtype=np.float64) / half)
     angles = t_B.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def _stacked(block, config: WanConfig, rngs: nnx.Rngs):
-    @nnx.split_rngs(splits=config.blocks)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def build(rngs):
-        return block(config, rngs)
-
-    return build(rngs)

@@ -49,14 +49,12 @@ def _on_mesh(mesh, body, q, k, v, valid):
     queries = (tokens or None) if q.shape[1] % shards == 0 else None
     row = PartitionSpec(batch or None, None, heads)
     spec_q = PartitionSpec(batch or None, queries, heads)
-    if valid is None:
-        valid = jnp.ones(k.shape[:2], bool)
-    return jax.shard_map(
-        body, mesh=mesh, in_specs=(spec_q, row, row, PartitionSpec(batch or None)), out_specs=spec_q, check_vma=False
-    )(q, k, v, valid)
+    operands: list[jax.Array] = [q, k, v] if valid is None else [q, k, v, valid]
+    specs = (spec_q, row, row, PartitionSpec(batch or None))[: len(operands)]
+    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=spec_q, check_vma=False)(*operands)
 
 
-def _cpu(q_BNHK, k_BMHK, v_BMHK, valid_BM, *, scale):
+def _cpu(q_BNHK, k_BMHK, v_BMHK, valid_BM=None, *, scale):
     """Loops over groups of heads and blocks of queries that fit a cache, and divides by the sum of weights after the
     second product."""
     batch, queries, heads, width = q_BNHK.shape
@@ -103,13 +101,15 @@ def _head_group(heads: int, scores: int) -> int:
     return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * scores <= 2 * CPU_SCORES))
 
 
-def _gpu(q, k, v, valid_BM, *, scale):
-    mask = None if valid_BM is None else valid_BM[:, None, None, :]
-    fused = q.dtype in (jnp.bfloat16, jnp.float16)
+def _gpu(q, k, v, valid_BM=None, *, scale):
+    # cuDNN takes half precision, heads of a multiple of 8, and a mask only at full length.
+    every_pair = (q.shape[0], 1, q.shape[1], k.shape[1])
+    mask = None if valid_BM is None else jnp.broadcast_to(valid_BM[:, None, None, :], every_pair)
+    fused = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn" if fused else "xla")
 
 
-def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM, *, scale, interpret=False):
+def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM=None, *, scale, interpret=False):
     """Splash attention; lengths are padded to whole blocks, padding is masked by segment ids. `interpret` runs it
     anywhere."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash

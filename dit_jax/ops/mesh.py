@@ -15,9 +15,9 @@ Axes = tuple[str, ...]
 
 
 def current_mesh():
-    """The abstract mesh in force, or None outside any (and on a mesh of one device)."""
+    """The abstract mesh in force; None outside any, on one device, and inside a `shard_map` over the whole of it."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or math.prod(mesh.axis_sizes) == 1 else mesh
+    return None if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.are_all_axes_manual else mesh
 
 
 def platform() -> str:

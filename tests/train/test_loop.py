@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -98,6 +99,43 @@ def test_divergence_on_a_saving_step_saves_nothing(tmp_path):
     with pytest.raises(TrainingDivergedError, match="at step 2 is nan"):
         run(tmp_path, 9, batch_at=poisoned)
     assert newest_step(tmp_path) is None
+
+
+def test_divergence_of_the_gradient_saves_nothing(tmp_path):
+    """The square root of nothing has a loss and no gradient."""
+
+    def root(model, batch, key):
+        return jnp.sqrt(jnp.sum(jnp.square(model.kernel[...] * 0))) + 1.0, {}
+
+    optimizer, mesh = adam(0.05), training_mesh()
+    config = RunConfig(out=str(tmp_path), steps=2, save_every=1)
+    with pytest.raises(TrainingDivergedError, match="gradient_norm at step 0 is nan"):
+        train(config, init_state(Line(), optimizer, mesh), build_step(Line(), root, optimizer, mesh), batch_at)
+    assert newest_step(tmp_path) is None
+
+
+def test_a_signal_inside_a_hook_saves(tmp_path):
+    hook = Hook(4, lambda state, taken: os.kill(os.getpid(), signal.SIGTERM))
+    outcome = run(tmp_path, 100, hooks=(hook,))
+    assert outcome.stopped
+    assert newest_step(tmp_path) == outcome.steps == 4
+
+
+@pytest.mark.parametrize("name", ["log_every", "save_every"])
+def test_an_interval_of_no_steps_is_told(tmp_path, name):
+    config = RunConfig(out=str(tmp_path), **{name: 0})
+    with pytest.raises(UserError, match="0 steps, expected 1 or more"):
+        train(config, None, None, batch_at)
+
+
+def test_what_only_the_host_reads_is_saved_from_the_host(tmp_path):
+    """An array of a device could be restored only where a device has the same name."""
+    run(tmp_path, 3)
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(tmp_path / "checkpoints" / "3" / "default").item_metadata.tree
+    assert tree["position"].sharding is None
+    assert tree["key"].sharding is None
+    assert tree["params"]["kernel"].sharding is not None
 
 
 def test_metrics_and_hooks_are_logged(tmp_path):

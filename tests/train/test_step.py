@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from dit_jax.config import UserError
+from dit_jax.parameters import with_leaves
 from train.step import (
     TrainState,
     adam,
@@ -18,8 +19,8 @@ from train.step import (
     matrix_axes,
     muon,
     params_of,
-    rebuild,
     schedule,
+    spread,
     training_mesh,
 )
 
@@ -85,8 +86,13 @@ def test_clipping_bounds_the_gradient(batch):
 def test_rebuild_is_the_inverse_of_params_of():
     model = Line()
     model.kernel.set_value(jnp.arange(6.0).reshape(3, 2))
-    again = rebuild(nnx.eval_shape(Line), params_of(model))
+    again = with_leaves(nnx.eval_shape(Line), params_of(model))
     np.testing.assert_array_equal(again.kernel[...], model.kernel[...])
+
+
+def test_weights_of_another_size_are_refused():
+    with pytest.raises(UserError, match=r"kernel has the wrong shape: expected \(3, 2\), found \(4, 2\)"):
+        with_leaves(nnx.eval_shape(Line), {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(2)})
 
 
 def test_state_is_a_tree_of_arrays():
@@ -135,6 +141,20 @@ def test_large_leaves_are_split_over_fsdp_and_small_ones_are_not():
     assert tuple(leaf_sharding(mesh, jnp.zeros((8, 8))).spec) == (None, None)
     assert tuple(leaf_sharding(mesh, jnp.zeros((151, 151))).spec) == (None, None)
     assert tuple(batch_sharding(mesh).spec) == (("data", "fsdp"),)
+
+
+def test_each_device_updates_a_share_of_a_stack():
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"))
+    assert tuple(spread(mesh, jnp.zeros((8, 64, 64))).spec) == (("data", "fsdp"),)
+    assert tuple(spread(mesh, jnp.zeros((7, 128, 256))).spec) == (None, None, "fsdp")
+    assert tuple(spread(mesh, jnp.zeros((512, 256))).spec) == ("fsdp", None)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_told(batch):
+    mesh = jax.sharding.AbstractMesh((3, 1), ("data", "fsdp"))
+    step = build_step(Line(), squares, adam(0.1), mesh)
+    with pytest.raises(UserError, match="batch of 8 does not divide over 3 devices"):
+        step(None, batch, jax.random.key(0))
 
 
 def test_too_few_devices_is_told():

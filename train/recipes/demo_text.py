@@ -23,6 +23,7 @@ from flax import nnx
 from transformers import AutoTokenizer
 
 from dit_jax.models.t5 import T5Config, T5Encoder
+from dit_jax.parameters import with_leaves
 from infer.digit_grammar import (
     BACKGROUNDS,
     COLOURS,
@@ -35,7 +36,7 @@ from infer.digit_grammar import (
 )
 from train.demo_tokenizer import TOKENS, train_tokenizer
 from train.loop import Hook, RunConfig, load_ema, train
-from train.step import build_step, init_state, muon, params_of, rebuild, schedule, training_mesh
+from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
 
 SHIPPED = T5Config(vocab_size=128, width=128, heads=4, head_width=32, mlp_width=256, blocks=2)
 PLACES = ("alone", *RELATIONS)
@@ -91,7 +92,7 @@ def run(config: Config) -> None:
         return {name: values[picked] for name, values in examples.items()}
 
     def score(state, taken: int) -> dict[str, float]:
-        exact = float(np.mean(_exact(rebuild(model, state.ema), held_out)))
+        exact = float(np.mean(_exact(with_leaves(model, state.ema), held_out)))
         print(f"\nstep {taken}: {100 * exact:.2f} % of unseen captions read without error", flush=True)
         return {"held_out_exact": exact}
 
@@ -102,7 +103,7 @@ def load_text_encoder(out: str):
     """The trained encoder of a run, and its tokenizer."""
     weights = load_ema(out)
     abstract = nnx.eval_shape(lambda: T5Encoder(SHIPPED, rngs=nnx.Rngs(0)))
-    encoder = rebuild(abstract, {name: jnp.asarray(weights[f"encoder.{name}"]) for name in params_of(abstract)})
+    encoder = with_leaves(abstract, {name: jnp.asarray(weights[f"encoder.{name}"]) for name in params_of(abstract)})
     return encoder, AutoTokenizer.from_pretrained(Path(out) / TOKENIZER)
 
 

@@ -22,10 +22,11 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.models.vae_wan import WanVAE, WanVAEConfig
+from dit_jax.parameters import with_leaves
 from train.data import CropSettings, clip_pool, random_crops
 from train.loop import Hook, RunConfig, load_ema, train
 from train.losses import AutoencoderWeights, autoencoding, decibels, pixels
-from train.step import build_step, init_state, muon, params_of, rebuild, schedule, training_mesh
+from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
 
 # Folding 2×2 pixels into channels first (as Wan 2.2 does) costs a quarter of the pixels and gains four times the
 # channels.
@@ -85,7 +86,7 @@ def run(config: Config) -> None:
     score = partial(_held_out_psnr, vae, held_out)
     outcome = train(config, init_state(vae, optimizer, mesh), step, batch_at, (Hook(100, score),))
     if not outcome.stopped:
-        write_statistics(config.out, rebuild(vae, outcome.state.ema), pool)
+        write_statistics(config.out, with_leaves(vae, outcome.state.ema), pool)
 
 
 def fresh_vae(seed: int) -> WanVAE:
@@ -93,7 +94,7 @@ def fresh_vae(seed: int) -> WanVAE:
 
     def start() -> WanVAE:
         vae = WanVAE(SHIPPED, rngs=nnx.Rngs(seed))
-        return rebuild(vae, {name: _image_first(name, leaf) for name, leaf in params_of(vae).items()})
+        return with_leaves(vae, {name: _image_first(name, leaf) for name, leaf in params_of(vae).items()})
 
     return jax.jit(start)()
 
@@ -112,7 +113,7 @@ def load_vae(out: str) -> WanVAE:
     statistics: dict[str, Any] = {name: tuple(values) for name, values in measured.items()}
     config = dataclasses.replace(SHIPPED, **statistics)
     abstract = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
-    return rebuild(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(folder).items()})
+    return with_leaves(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(folder).items()})
 
 
 def write_statistics(out: str, vae: WanVAE, pool: np.ndarray, clips: int = 96) -> None:
@@ -133,7 +134,7 @@ def write_statistics(out: str, vae: WanVAE, pool: np.ndarray, clips: int = 96) -
 
 
 def _held_out_psnr(abstract: WanVAE, clips: np.ndarray, state, taken: int) -> dict[str, float]:
-    vae = rebuild(abstract, state.ema)
+    vae = with_leaves(abstract, state.ema)
     psnr = float(np.mean([decibels(_squared_error(vae, clip[None])) for clip in clips]))
     print(f"\nstep {taken}: {psnr:.2f} dB on held-out clips", flush=True)
     return {"held_out_psnr": psnr}

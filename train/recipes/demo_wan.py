@@ -27,8 +27,10 @@ import numpy as np
 from flax import nnx
 
 from convert.checkpoint import load_model, open_checkpoint
+from dit_jax.config import UserError
 from dit_jax.models.network import NetworkCall
 from dit_jax.models.wan import Wan, WanConfig
+from dit_jax.parameters import with_leaves
 from train.data import LatentSet, LatentSource, cached_latents
 from train.export_demo import export_pipeline
 from train.loop import Hook, RunConfig, load_ema, newest_step, train
@@ -36,10 +38,9 @@ from train.losses import FlowSettings, flow_matching, pixels
 from train.preview import Preview, write_preview
 from train.recipes.demo_text import TOKENIZER, load_text_encoder, tokenized
 from train.recipes.demo_vae import load_vae
-from train.step import build_step, init_state, muon, params_of, rebuild, schedule, training_mesh
+from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
 
 SHIPPED = WanConfig(blocks=10, width=192, heads=8, head_width=24, mlp_width=512, text_width=128)
-SHIPPED_NAME = "demo-wan"
 STILL, CLIP = 1, 17  # frames
 LATENT_FRAMES = 5
 
@@ -51,7 +52,6 @@ class Config(RunConfig):
     out: str = "runs/demo-wan"
     steps: int = 3000
     image_steps: int = 1400
-    short_steps: int = 0
     decay_steps: int = 400
     image_every: int = 4
     image_batch: int = 32
@@ -73,7 +73,9 @@ class Config(RunConfig):
 
 def run(config: Config) -> None:
     """Encodes what is missing from the cache, then trains."""
-    vae = load_vae(config.vae) if Path(config.vae).exists() else load_model(open_checkpoint(config.vae), "vae")
+    if config.image_every < 2:
+        raise UserError(f"image_every is {config.image_every}, expected 2 or more: one batch in so many is of stills")
+    vae = _vae(config.vae)
     text, tokenizer = _text(config.text)
     if config.encode_only:
         _latents(config, vae, STILL, config.stills)
@@ -89,15 +91,15 @@ def run(config: Config) -> None:
     step = build_step(model, loss, optimizer, mesh, ema_decay=0.998)
     embed = _embedder(text, tokenizer)
     batches = Batches(config, vae, embed)
-    preview = Preview(vae=vae, embed=embed, shift=config.shift, folder=Path(config.out) / "previews")
+    preview = Preview(vae=vae, embed=embed, shift=config.shift, folder=Path(config.out) / "previews", mesh=mesh)
 
     def show(state, taken: int) -> dict[str, float] | None:
         frames = 1 if taken <= config.image_steps else LATENT_FRAMES
-        return write_preview(preview, rebuild(model, state.ema), frames, taken)
+        return write_preview(preview, with_leaves(model, state.ema), frames, taken)
 
     def export(state, taken: int) -> None:
         if config.export:
-            export_pipeline(config.export, rebuild(model, state.ema), vae, text, _tokenizer_folder(config.text))
+            export_pipeline(config.export, with_leaves(model, state.ema), vae, text, _tokenizer_folder(config.text))
 
     hooks = (Hook(config.export_every, export), Hook(config.preview_every, show))
     train(config, init_state(model, optimizer, mesh), step, batches, hooks)
@@ -108,7 +110,7 @@ def fresh_wan(seed: int) -> Wan:
 
     def start() -> Wan:
         model = Wan(SHIPPED, nnx.Rngs(seed))
-        return rebuild(model, {name: leaf * _start_scale(name) for name, leaf in params_of(model).items()})
+        return with_leaves(model, {name: leaf * _start_scale(name) for name, leaf in params_of(model).items()})
 
     return jax.jit(start)()
 
@@ -124,11 +126,13 @@ def load_wan(source: str) -> Wan:
     if newest_step(source) is None:
         return load_model(open_checkpoint(source), "transformer", dtype=jnp.float32)  # type: ignore[return-value]
     abstract = nnx.eval_shape(lambda: Wan(SHIPPED, nnx.Rngs(0)))
-    return rebuild(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(source).items()})
+    return with_leaves(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(source).items()})
 
 
 class Batches:
-    """The host batch of any step: first frames until `image_steps`, then clips and now and then first frames."""
+    """The host batch of any step: first frames until `image_steps`, then clips and, each `image_every`-th, first
+    frames.
+    """
 
     def __init__(self, config: Config, vae, embed):
         self.config, self.vae, self.embed = config, vae, embed
@@ -138,16 +142,19 @@ class Batches:
     def __call__(self, position: int) -> dict[str, np.ndarray]:
         config = self.config
         into_clips = position - config.image_steps
-        if into_clips < 0 or into_clips % config.image_every == config.image_every - 1:
-            return self._batch(STILL, config.image_batch, position, 1)
-        return self._batch(CLIP, config.clip_batch, position, 3 if into_clips < config.short_steps else LATENT_FRAMES)
+        between = max(0, into_clips + 1) // config.image_every  # batches of stills among those of clips so far
+        if into_clips < 0:
+            return self._batch(STILL, config.image_batch, position, position)
+        if into_clips % config.image_every == config.image_every - 1:
+            return self._batch(STILL, config.image_batch, position, config.image_steps + between - 1)
+        return self._batch(CLIP, config.clip_batch, position, into_clips - between)
 
-    def _batch(self, frames: int, size: int, position: int, kept: int) -> dict[str, np.ndarray]:
+    def _batch(self, frames: int, size: int, position: int, turn: int) -> dict[str, np.ndarray]:
         latents, text = self._set(frames)
-        picked = latents.indices(size, self.config.seed, position)
+        picked = latents.indices(size, self.config.seed, turn)
         dropped = np.random.default_rng([self.config.seed, position]).random(size) < self.config.caption_dropout
         embedded = np.where(dropped[:, None, None], self.blank, text[picked])
-        return {"latents": latents.latents[picked, :kept], "text": embedded}
+        return {"latents": latents.latents[picked], "text": embedded}
 
     def _set(self, frames: int) -> tuple[LatentSet, np.ndarray]:
         if frames not in self.sets:
@@ -173,6 +180,12 @@ def _hash(vae) -> str:
     for name, leaf in params_of(vae).items():
         digest.update(name.encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()[:10]
+
+
+def _vae(source: str):
+    if newest_step(source) is not None:
+        return load_vae(source)
+    return load_model(open_checkpoint(source), "vae", dtype=jnp.float32)
 
 
 def _text(source: str):

@@ -231,6 +231,21 @@ def test_the_program_of_chunks_does_not_grow_with_the_clip():
     assert len({len(str(program).splitlines()) for program in decoders}) == 1
 
 
+def test_memory_of_chunks_does_not_grow_with_the_clip():
+    """By no more than the video itself, twice: what the decoder holds is of a chunk, however long the clip."""
+    vae = our_vae("patched")
+
+    def memory(frames, chunk):
+        return jax.jit(lambda z: vae.decode(z, chunk)).lower(latents(frames)).compile().memory_analysis()
+
+    def growth(chunk):
+        short, long = memory(4, chunk), memory(12, chunk)
+        video = long.output_size_in_bytes - short.output_size_in_bytes
+        return (long.temp_size_in_bytes - short.temp_size_in_bytes) / video
+
+    assert growth(1) <= 2 < growth(None)
+
+
 def test_bfloat16_model_runs_in_bfloat16():
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), our_vae("patched"))
     decoded = jax.jit(WanVAE.decode, static_argnums=2)(low, latents(), 1)

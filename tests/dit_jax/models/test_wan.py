@@ -86,17 +86,19 @@ def test_config_survives_both_directions():
     assert wan_config(wan_settings(config)) == config
 
 
-def test_bf16_is_as_good_as_pytorchs():
+@pytest.mark.parametrize("settings", [TINY, IMAGE], ids=["t2v", "i2v"])
+def test_bf16_is_as_good_as_pytorchs(settings):
     """The error that bf16 brings is at most 1.2 times that of the PyTorch model, whose own fp32 modules are ours."""
+    given = inputs(settings, 512 if settings is IMAGE else 7)
     for seed in range(2):
-        reference = torch_model(TINY, seed)
-        exact = run_torch(reference, *inputs(TINY))
+        reference = torch_model(settings, seed)
+        exact = run_torch(reference, *given)
         model = cast(jax_model(reference), Precision(weights=jnp.bfloat16, exact=FP32_LEAVES))
-        ours = relative(run_jax(model, *inputs(TINY)), exact)
+        ours = relative(run_jax(model, *given), exact)
         for name, module in reference.named_parameters():
             keep = any(part in WanTransformer3DModel._keep_in_fp32_modules for part in name.split("."))
             module.data = module.data.to(torch.float32 if keep else torch.bfloat16)
-        theirs = relative(run_torch(reference, *inputs(TINY), dtype=torch.bfloat16), exact)
+        theirs = relative(run_torch(reference, *given, dtype=torch.bfloat16), exact)
         assert 1e-4 < ours <= 1.2 * theirs
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from dit_jax.ops import attention
 from dit_jax.ops.attention import attend
@@ -90,6 +91,40 @@ def test_bf16(body):
     out = BODIES[body](q, k, v, valid, scale=0.1443)
     assert out.dtype == jnp.bfloat16
     assert 1e-4 < relative(out, softmax_attention(*(np.asarray(x) for x in (q, k, v)), valid, 0.1443)) <= 4e-3
+
+
+@pytest.mark.parametrize(("width", "implementation"), [(24, "cudnn"), (18, "xla")])
+def test_what_cudnn_is_asked_for_it_can_do(monkeypatch, width, implementation):
+    """Heads of a multiple of 8, and a mask of every query; other heads go to XLA."""
+    asked = {}
+
+    def ask(q, k, v, *, mask, scale, implementation):
+        asked.update(mask=mask.shape, implementation=implementation)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", ask)
+    q, k, v, valid = operands(5, 9, width=width)
+    attention._gpu(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), jnp.asarray(valid), scale=0.4)
+    assert asked == {"mask": (2, 1, 5, 9), "implementation": implementation}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_on_a_mesh_a_body_gets_a_mask_only_if_there_is_one(monkeypatch, masked):
+    """Also inside a `shard_map` over the whole mesh, where `attend` runs its body as it is."""
+    got = []
+
+    def body(q, k, v, valid_BM=None, *, scale):
+        got.append(valid_BM is not None)
+        return q
+
+    monkeypatch.setitem(attention._BODIES, "cpu", body)
+    q, k, v, valid = operands(8, 8)
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.sharding.use_abstract_mesh(mesh):
+        inside = jax.shard_map(attend, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+        for function in (attend, inside):
+            jax.eval_shape(function, q, k, v, *([valid] if masked else []))
+    assert got == [masked, masked]
 
 
 def test_large_scores_do_not_overflow():
