@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, metavar="N", help="seed of the starting noise; prompt i of a file has seed N + i"
     )
     add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")
-    add("--sheet", metavar="FILE", help="also write a contact sheet of the frames as PNG")
+    add("--sheet", metavar="FILE", help="also write a contact sheet of the frames: .png; numbered as outputs are")
     add("--from-latents", metavar="FILE", help="decode latents that an earlier run left behind; no prompt needed")
     add("--json", action="store_true", help="print one JSON object as the last line")
     return options
@@ -59,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         report = generate(options)
     except UserError as error:
         print(f"dit-generate: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"dit-generate: {error.filename or options.out}: {error.strerror or error}.", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps(report))
@@ -76,8 +79,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
 
     prompts = _prompts(options)
     media.check_output(options.out)
-    if options.sheet:
-        media.check_output(options.sheet, frames=1)
+    if options.sheet and Path(options.sheet).suffix.lower() != ".png":
+        raise UserError(f"cannot write the sheet {options.sheet!r}: expected a PNG; name a file that ends in .png")
     request = Request(
         prompt=prompts,
         negative_prompt=options.negative_prompt,
@@ -89,6 +92,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         solver=options.solver,
         seed=options.seed,
     )
+    for path in filter(None, (options.out, options.sheet)):
+        media.make_room(path)
     pipe = _load(options)
     if options.from_latents:
         return _from_latents(pipe, options)
@@ -97,15 +102,17 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     job = pipe.prepare(request)
     media.check_output(options.out, job.frames)
     began, outputs = time.perf_counter(), []
-    for index, out in enumerate(_outputs(Path(options.out), len(prompts))):
+    sheets = _numbered(options.sheet, len(prompts)) if options.sheet else [None] * len(prompts)
+    for index, (out, sheet) in enumerate(zip(_numbered(options.out, len(prompts)), sheets, strict=True)):
         images = None if job.images is None else job.images[index : index + 1]
         one = replace(job, prompts=prompts[index : index + 1], images=images, seed=job.seed + index)
-        outputs += _denoise_and_decode(pipe, one, out, options.sheet)
+        outputs += _denoise_and_decode(pipe, one, out, sheet)
     return _report(pipe, job, began, outputs)
 
 
-def _outputs(out: Path, count: int) -> list[Path]:
-    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index:03d}") for index in range(count)]
+def _numbered(name: str, count: int) -> list[Path]:
+    path = Path(name)
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{index:03d}") for index in range(count)]
 
 
 def _warn_of_unknown_words(model: str, prompts: list[str]) -> None:
@@ -142,18 +149,16 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _load(options: argparse.Namespace):
-    import jax
-
     from dit_jax.sharding import make_mesh, parse_mesh
-    from infer.caches import cache_folder
+    from infer.caches import keep_compiled_programs
     from infer.pipeline import load_pipeline
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder("programs")))
+    keep_compiled_programs()
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
     return load_pipeline(options.model, mesh=mesh)
 
 
-def _denoise_and_decode(pipe, job, out: Path, sheet: str | None) -> list[Path]:
+def _denoise_and_decode(pipe, job, out: Path, sheet: Path | None) -> list[Path]:
     """Keeps the latents beside the output until the video is there."""
     from infer import latents_file
 
@@ -171,17 +176,18 @@ def _from_latents(pipe, options: argparse.Namespace) -> dict[str, Any]:
     latents, job = latents_file.read(Path(options.from_latents), pipe.hash)
     began, out = time.perf_counter(), Path(options.out)
     with Bar(out.name) as bar:
-        paths = _decode(pipe, job, latents, out, options.sheet, bar)
+        paths = _decode(pipe, job, latents, out, Path(options.sheet) if options.sheet else None, bar)
     return _report(pipe, job, began, paths)
 
 
-def _decode(pipe, job, latents, out: Path, sheet: str | None, bar: Bar) -> list[Path]:
+def _decode(pipe, job, latents, out: Path, sheet: Path | None, bar: Bar) -> list[Path]:
     from infer.contact_sheet import contact_sheet
 
     result = pipe.decode(job, latents, bar)
+    paths = result.save(out)
     if sheet:
-        contact_sheet(result.frames[0], job.prompts[0], Path(sheet))
-    return result.save(out)
+        contact_sheet(result.frames[0], job.prompts[0], sheet)
+    return paths
 
 
 class Bar:

@@ -20,7 +20,12 @@ def write(out: Path, latents: np.ndarray, job: Job, checkpoint: str) -> Path:
     path = out.with_name(out.name + SUFFIX)
     path.parent.mkdir(parents=True, exist_ok=True)
     details = {"job": json.dumps(job.describe()), "checkpoint": checkpoint}
-    save_file({"latents": np.ascontiguousarray(latents)}, path, details)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file({"latents": np.ascontiguousarray(latents)}, partial, details)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

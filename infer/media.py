@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from dit_jax.config import UserError
@@ -31,6 +34,21 @@ def check_output(path: Path | str, frames: int | None = None) -> None:
         raise UserError(
             f"cannot write {frames} frames to {str(path)!r}: a {suffix} holds one; name an .mp4 or ask for --frames 1"
         )
+
+
+def make_room(path: Path | str) -> None:
+    """Makes the folder of an output and tries to write there; UserError where that or the name itself is refused."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {str(path)!r} ({error.strerror or error}): expected a file name in a folder that can be "
+            "written to; name another"
+        ) from error
 
 
 def save(path: Path | str, frames: np.ndarray, fps: int, metadata: dict[str, Any]) -> None:
@@ -69,19 +87,31 @@ def _save_images(path: Path, frames: np.ndarray, fps: int, comment: str) -> None
         text.add_text("Comment", comment)
         images[0].save(path, pnginfo=text)
         return
-    options: dict[str, Any] = {"comment": comment.encode()} if path.suffix.lower() == ".gif" else {"lossless": True}
+    options: dict[str, Any]
+    if path.suffix.lower() == ".gif":
+        options = {"comment": comment.encode()}
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = comment
+        options = {"lossless": True, "exif": exif}
     images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, **options)
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
-    """The metadata that `save` put into a video or PNG."""
+    """The metadata that `save` put into a file."""
     path = Path(path)
-    if path.suffix.lower() == ".png":
+    if path.suffix.lower() in (*IMAGE_TYPES, *ANIMATIONS):
         with Image.open(path) as image:
-            return json.loads(image.text["Comment"])  # type: ignore[attr-defined]
+            return json.loads(_image_comment(image))
     with av.open(str(path)) as container:
         tags = {key.lower(): value for key, value in container.metadata.items()}
         return json.loads(tags["comment"])
+
+
+def _image_comment(image: Image.Image) -> str | bytes:
+    if image.format == "WEBP":
+        return image.getexif()[ExifTags.Base.ImageDescription]
+    return image.info["comment" if image.format == "GIF" else "Comment"]
 
 
 def open_image(path: Path | str) -> Image.Image:
