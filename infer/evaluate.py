@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.config import UserError
+from infer import media
 from infer.digit_grammar import Scene, caption, random_scene
 
 SUITES = ("moving-digits",)
@@ -64,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"dit-eval: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"dit-eval: {error.filename or options.model}: {error.strerror or error}.", file=sys.stderr)
+        return 2
     print(json.dumps(report) if options.json else _table(report))
     return 0
 
@@ -74,6 +79,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"unknown suite {options.suite!r}: expected {' or '.join(SUITES)}")
     if options.videos < 2:
         raise UserError(f"--videos is {options.videos}: expected at least 2, to compare distributions")
+    if options.sheets:
+        media.make_room(Path(options.sheets) / "000.png")
     # The model first: a wrong name should not wait for the classifier.
     pipe = None if options.real else _load(options.model)
     settings = {} if pipe is None else _settings(pipe, options)
@@ -104,12 +111,10 @@ def suite_prompts(count: int) -> tuple[list[Scene], list[str]]:
 
 
 def _load(model: str):
-    import jax
-
     from infer import load_pipeline
-    from infer.caches import cache_folder
+    from infer.caches import keep_compiled_programs
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder("programs")))
+    keep_compiled_programs()
     return load_pipeline(model)
 
 
@@ -120,7 +125,7 @@ def _settings(pipe, options: argparse.Namespace) -> dict[str, Any]:
 
     form = ClipSpec()
     asked = Request(
-        prompt="a red 7",
+        prompt=["a red 7"] * _BATCH * math.ceil(options.videos / _BATCH),
         size=(form.size, form.size),
         frames=form.frames,
         steps=options.steps,

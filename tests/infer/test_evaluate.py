@@ -102,6 +102,7 @@ def test_table_for_reading(monkeypatch, capsys):
         (["--suite", "moving-cats"], "moving-cats"),
         (["--videos", "0"], "--videos is 0"),
         (["--model", "no-such-model"], "no-such-model"),
+        (["--sheets", f"{__file__}/sheets"], "sheets"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, named, capsys):
@@ -122,3 +123,25 @@ def test_bad_flags_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main(arguments)
     assert stop.value.code == 2
+
+
+def test_every_prompt_needs_a_seed(monkeypatch, capsys):
+    asked = []
+
+    class Refusing(Drawer):
+        def prepare(self, request):
+            asked.append(request.prompt)
+            return super().prepare(request)
+
+    monkeypatch.setattr(evaluate, "_load", lambda model: Refusing())
+    assert evaluate.main(["--videos", "6", "--solver", "magic"]) == 2
+    assert len(asked[0]) == 8
+
+
+def test_a_failing_disk_is_one_sentence(monkeypatch, capsys):
+    def full(model):
+        raise OSError(28, "No space left on device", "weights")
+
+    monkeypatch.setattr(evaluate, "_load", full)
+    assert evaluate.main([]) == 2
+    assert capsys.readouterr().err == "dit-eval: weights: No space left on device.\n"
