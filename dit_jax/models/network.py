@@ -113,6 +113,12 @@ def network(model, call: NetworkCall, tokens: Tokens, t_B, conditioning: Conditi
     signal = model.signal(t_B, conditioning)
     x_BMD = meshes.constrain_tokens(model.embed(tokens.rows))
     place = Place(model.rope(tokens.positions), tokens.valid)
+    x_BMD, state = model.trunk(x_BMD, signal, place, call, state, aux)
+    return model.head(x_BMD, signal).astype(jnp.float32), state
+
+
+def run_blocks(blocks, x_BMD: jax.Array, signal, place: Place, call: NetworkCall, state=None, aux=None):
+    """Tokens through a stack of blocks, one after the other: (x [B, M, D], state)."""
 
     def step(carry, block_and_index):
         x, cache = carry
@@ -121,6 +127,5 @@ def network(model, call: NetworkCall, tokens: Tokens, t_B, conditioning: Conditi
         return (meshes.constrain_tokens(x), cache), None
 
     step = jax.checkpoint(step) if call.remat else step
-    count = jax.tree.leaves(model.blocks)[0].shape[0]
-    (x_BMD, state), _ = jax.lax.scan(step, (x_BMD, state), (model.blocks, jnp.arange(count)))
-    return model.head(x_BMD, signal).astype(jnp.float32), state
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    return jax.lax.scan(step, (x_BMD, state), (blocks, jnp.arange(count)))[0]

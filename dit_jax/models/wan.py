@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.models.network import Conditioning, Patch, Place
+from dit_jax.models.network import Conditioning, NetworkCall, Patch, Place, run_blocks
 from dit_jax.ops.attention import attend
 from dit_jax.ops.linear import Linear, LinearGeneral
 from dit_jax.ops.norms import LayerNorm, layer_norm, rms_norm
@@ -205,7 +205,7 @@ class ImageProjection(nnx.Module):
 
 
 class Wan(nnx.Module):
-    """The Wan transformer: `signal`, `rope`, `embed`, stacked `blocks`, `head`; run it with `network`."""
+    """The Wan transformer: `signal`, `rope`, `embed`, `trunk`, `head`; run it with `network`."""
 
     def __init__(self, config: WanConfig, rngs: nnx.Rngs):
         width = config.width
@@ -236,6 +236,10 @@ class Wan(nnx.Module):
     def embed(self, rows_BNP: jax.Array) -> jax.Array:
         """Patch rows to tokens."""
         return self.patch(rows_BNP)
+
+    def trunk(self, x_BND: jax.Array, signal: Signal, place: Place, call: NetworkCall, state=None, aux=None):
+        """Tokens through all blocks: (x [B, N, D], the attention strategy's state)."""
+        return run_blocks(self.blocks, x_BND, signal, place, call, state, aux)
 
     def head(self, x_BND: jax.Array, signal: Signal) -> jax.Array:
         """Tokens to velocity rows."""

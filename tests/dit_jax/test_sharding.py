@@ -37,7 +37,7 @@ def abstract_mesh(text):
     return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-# Every model with a table; the VAE has none and is whole on every device.
+# Every model whose parameters are split; those of the VAE are whole on every device.
 FIRST_LAST = replace(wan.PRESETS["wan2.1-i2v-14b"], image_positions=514)
 MODELS = (
     [(wan, wan.Wan, config) for config in (*wan.PRESETS.values(), FIRST_LAST)]
