@@ -72,6 +72,7 @@ def test_a_program_that_exceeds_hbm_is_reported_not_raised():
     ("options", "message"),
     [
         ("--topology h100-8", "unknown topology 'h100-8'"),
+        ("--topology v5e-99", "unknown topology 'v5e-99'"),
         ("--size 830x480", "multiples of 16"),
         ("--size large", "expected WIDTHxHEIGHT"),
         ("--frames 80", "ask for 81"),
