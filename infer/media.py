@@ -45,8 +45,9 @@ def make_room(path: Path | str) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
+        reason = f"{path.parent} is a file" if isinstance(error, FileExistsError) else error.strerror or error
         raise UserError(
-            f"cannot write {str(path)!r} ({error.strerror or error}): expected a file name in a folder that can be "
+            f"cannot write {str(path)!r} ({reason}): expected a file name in a folder that can be "
             "written to; name another"
         ) from error
 
