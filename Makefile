@@ -11,7 +11,7 @@ export TPU_SKIP_MDS_QUERY := 1
 PROMPT ?= a red 7 moving left above a blue 2 on a striped background
 SEED ?= 0
 
-.PHONY: demo test check-long lint newest clean
+.PHONY: demo test check-long check-convert check-tpu check-demo lint newest clean
 
 demo: $(VENV)/.core
 	@mkdir -p out
@@ -21,8 +21,17 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev lint
 	$(BIN)/pytest -n 2 -m "not long"
 
-check-long: $(VENV)/.dev
-	$(BIN)/pytest -m long
+# What is too slow for every change, in parts of at most half an hour on 2 cores.
+check-long: check-convert check-tpu check-demo
+
+check-convert: $(VENV)/.dev
+	$(BIN)/pytest -m long tests/convert
+
+check-tpu: $(VENV)/.dev
+	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(BIN)/pytest -n 2 -m long tests/infer/test_tpu_memory.py
+
+check-demo: $(VENV)/.dev
+	$(BIN)/pytest -m long tests/infer --ignore tests/infer/test_tpu_memory.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
