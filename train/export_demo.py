@@ -22,11 +22,10 @@ from convert.wan import wan_settings
 from dit_jax.config import UserError
 from dit_jax.models.wan import FP32_LEAVES
 from dit_jax.parameters import Precision, cast
-from infer.digit_grammar import GRAMMAR
 
 MOST_BYTES = 16 * 10**6
 SHIFT = 3.0
-DEFAULTS = {"size": [128, 128], "frames": 17, "steps": 30, "guidance": 4.0, "fps": 8, "grammar": GRAMMAR}
+DEFAULTS = {"size": [128, 128], "frames": 17, "steps": 30, "guidance": 4.0, "fps": 8, "grammar": True}
 
 _INDEX = {
     "_class_name": "WanPipeline",
