@@ -166,7 +166,7 @@ def _outgoing(key: str, pieces: list[tuple[Row, int | None]], leaves: Mapping[st
 
     def read() -> np.ndarray:
         arrays = [row.to_outside(leaves[row.ours].block(block), layout) for row, block in pieces]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, row.parts[layout].axis)
 
     return Outgoing(key, dtypes.pop(), row.outside_shape(shape if block is None else shape[1:], layout), read)
 

@@ -31,11 +31,12 @@ SAME = "... -> ..."
 
 @dataclass(frozen=True)
 class Part:
-    """Rows [start, stop) along the first axis of an outside tensor that holds `total` of them (a fused projection)."""
+    """Rows [start, stop) along an axis of an outside tensor that holds `total` of them (a fused projection)."""
 
     start: int
     stop: int
     total: int
+    axis: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +74,13 @@ class Row:
         """Shape of the outside tensor for one block, given our leaf's shape without the stack axis."""
         shape = _shape_after(_reversed(self.pattern_for(layout)), ours, self.sizes)
         part = self.parts.get(layout)
-        return (part.total, *shape[1:]) if part else shape
+        return (*shape[: part.axis], part.total, *shape[part.axis + 1 :]) if part else shape
 
     def to_ours(self, tensor: np.ndarray, ours: Sequence[int], layout: Layout) -> np.ndarray:
         """Our leaf (one block, a view where the pattern allows) from the outside tensor."""
         part = self.parts.get(layout)
         if part:
-            tensor = tensor[part.start : part.stop]
+            tensor = tensor[(slice(None),) * part.axis + (slice(part.start, part.stop),)]
         pattern = self.pattern_for(layout)
         if pattern == SAME:
             return tensor

@@ -31,33 +31,77 @@ class Tokens(NamedTuple):
     valid: jax.Array | None
 
 
-class Place(NamedTuple):
-    """What self-attention knows of its tokens besides their features: rotation table and validity (None: all real)."""
+class Context(NamedTuple):
+    """Queries, keys and values of text that shares the tokens' attention (FLUX), [B, L, H, K] each."""
 
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+class Place(NamedTuple):
+    """What self-attention knows of its tokens besides their features.
+
+    positions  (t, y, x) in token units [B, M, 3]
+    rope       rotation table
+    valid      which tokens are real [B, M] (None: all)
+    context    text that attends and is attended with them, or None
+    """
+
+    positions: jax.Array
     rope: Rope
     valid: jax.Array | None
+    context: Context | None = None
 
 
 class Conditioning(NamedTuple):
-    """Text embeddings [B, L, E] and, for image-to-video, the image encoder's hidden states [B, I, E']."""
+    """What a model is told besides the timestep; a backbone reads the fields that it has weights for.
+
+    text      embeddings [B, L, E]
+    image     hidden states of the image encoder [B, I, E'] (image-to-video)
+    pooled    one embedding a text [B, E'']
+    guidance  scale of distilled guidance [B]
+    """
 
     text: jax.Array
     image: jax.Array | None = None
+    pooled: jax.Array | None = None
+    guidance: jax.Array | None = None
+
+
+class Attended(NamedTuple):
+    """Output of self-attention: the tokens' projected [B, M, D], and of a context's queries its heads [B, L, H, K]."""
+
+    tokens: jax.Array
+    context: jax.Array | None = None
 
 
 class Strategy(Protocol):
     """How a block's self-attention runs: which tokens are projected, what they attend, what is kept for later steps."""
 
-    def __call__(self, attention, x_BMD: jax.Array, place: Place, block: jax.Array, cache: Any, aux: Any) -> tuple: ...
+    def __call__(
+        self, attention, x_BMD: jax.Array, place: Place, block: jax.Array, cache: Any, aux: Any
+    ) -> tuple[Attended, Any]: ...
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Every token is projected and attends every valid token."""
+    """Every token is projected and attends every valid token (and the context, which attends them too)."""
 
     def __call__(self, attention, x_BMD, place, block, cache, aux):
         q, k, v = attention.qkv(x_BMD, place.rope)
-        return attention.out(attend(q, k, v, place.valid)), cache
+        if place.context is None:
+            return Attended(attention.out(attend(q, k, v, place.valid))), cache
+        k, v, valid = with_context(place.context, k, v, place.valid)
+        context = attend(place.context.q, k, v, valid)
+        return Attended(attention.out(attend(q, k, v, valid)), context), cache
+
+
+def with_context(context: Context, k_BMHK: jax.Array, v_BMHK: jax.Array, valid_BM: jax.Array | None):
+    """Keys, values and validity with the context's in front."""
+    k, v = (jnp.concatenate(pair, axis=1) for pair in ((context.k, k_BMHK), (context.v, v_BMHK)))
+    real = jnp.ones(context.k.shape[:2], bool)
+    return k, v, None if valid_BM is None else jnp.concatenate([real, valid_BM], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +156,30 @@ def network(model, call: NetworkCall, tokens: Tokens, t_B, conditioning: Conditi
     """
     signal = model.signal(t_B, conditioning)
     x_BMD = meshes.constrain_tokens(model.embed(tokens.rows))
-    place = Place(model.rope(tokens.positions), tokens.valid)
+    place = Place(tokens.positions, model.rope(tokens.positions), tokens.valid)
     x_BMD, state = model.trunk(x_BMD, signal, place, call, state, aux)
     return model.head(x_BMD, signal).astype(jnp.float32), state
 
 
-def run_blocks(blocks, x_BMD: jax.Array, signal, place: Place, call: NetworkCall, state=None, aux=None):
-    """Tokens through a stack of blocks, one after the other: (x [B, M, D], state)."""
+def run_blocks(blocks, x, signal, place: Place, call: NetworkCall, state=None, aux=None, first: int = 0):
+    """Tokens through a stack of blocks, one after the other: (x, state).
+
+    x      [B, M, D], or a tuple of that and of text tokens [B, L, D] that the blocks also change
+    first  index of the stack's first block in the model
+    """
 
     def step(carry, block_and_index):
         x, cache = carry
         block, index = block_and_index
         x, cache = block(x, signal, place, call.attention, index, cache, aux)
-        return (meshes.constrain_tokens(x), cache), None
+        return (_pinned(x), cache), None
 
     step = jax.checkpoint(step) if call.remat else step
     count = jax.tree.leaves(blocks)[0].shape[0]
-    return jax.lax.scan(step, (x_BMD, state), (blocks, jnp.arange(count)))[0]
+    return jax.lax.scan(step, (_pinned(x), state), (blocks, first + jnp.arange(count)))[0]
+
+
+def _pinned(x):
+    if isinstance(x, tuple):
+        return meshes.constrain_tokens(x[0]), *(meshes.constrain_rows(text) for text in x[1:])
+    return meshes.constrain_tokens(x)

@@ -16,9 +16,10 @@ from flax import nnx
 
 from dit_jax.models.network import Conditioning, NetworkCall, Patch, Place, run_blocks
 from dit_jax.ops.attention import attend
-from dit_jax.ops.linear import Linear, LinearGeneral
+from dit_jax.ops.linear import Linear, LinearGeneral, Mlp
 from dit_jax.ops.norms import LayerNorm, layer_norm, rms_norm
 from dit_jax.ops.rope import Rope, rope_table, rotate
+from dit_jax.ops.timestep import sinusoids
 from dit_jax.parameters import stacked
 
 TEXT_TOKENS_WITH_IMAGE = 512  # image-to-video was trained on text padded to this length, behind the image tokens
@@ -147,18 +148,6 @@ def gelu_exact(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-class Mlp(nnx.Module):
-    """Two linear maps with an activation between (by default the tanh form of GELU)."""
-
-    def __init__(self, inputs: int, hidden: int, outputs: int, rngs: nnx.Rngs, activation=jax.nn.gelu):
-        self.up = Linear(inputs, hidden, rngs=rngs)
-        self.down = Linear(hidden, outputs, rngs=rngs)
-        self.activation = activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(self.activation(self.up(x)))
-
-
 class WanBlock(nnx.Module):
     """Self-attention, cross-attention and MLP on one residual stream; the first and last are modulated by time."""
 
@@ -179,7 +168,7 @@ class WanBlock(nnx.Module):
             return (layer_norm(x, epsilon=self.epsilon) * (1 + scale) + shift).astype(dtype)
 
         attended, cache = strategy(self.attn1, modulated(x_BND, scale1, shift1), place, index, cache, aux)
-        x = (x_BND + attended.astype(jnp.float32) * gate1).astype(dtype)
+        x = (x_BND + attended.tokens.astype(jnp.float32) * gate1).astype(dtype)
         x = x + self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image).astype(dtype)
         update = self.mlp(modulated(x, scale2, shift2))
         return (x + update.astype(jnp.float32) * gate2).astype(dtype), cache
@@ -247,11 +236,3 @@ class Wan(nnx.Module):
         shift, scale = jnp.split(table, 2, axis=1)
         normed = layer_norm(x_BND, epsilon=self.config.epsilon) * (1 + scale) + shift
         return self.out(normed.astype(x_BND.dtype))
-
-
-def sinusoids(t_B: jax.Array, channels: int) -> jax.Array:
-    """Cosines, then sines, of t at geometric frequencies from 1 to 1/10,000; [B, channels] in fp32."""
-    half = channels // 2
-    frequencies = np.exp(-np.log(10_000.0) * np.arange(half, dtype=np.float64) / half)
-    angles = t_B.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -28,6 +28,18 @@ class LinearGeneral(nnx.LinearGeneral):
         return y if self.bias is None else y + self.bias[...]
 
 
+class Mlp(nnx.Module):
+    """Two linear maps with an activation between (by default the tanh form of GELU)."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, rngs: nnx.Rngs, activation=jax.nn.gelu):
+        self.up = Linear(inputs, hidden, rngs=rngs)
+        self.down = Linear(hidden, outputs, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.activation(self.up(x)))
+
+
 def as_stored(kernel: jax.Array) -> jax.Array:
     """A block's [D, H, K] or [H, K, D] kernel, held on TPU to the memory order of the stack that it is a slice of.
 

@@ -53,6 +53,14 @@ def token_multiple(mesh) -> int:
     return axis_size(mesh, tuple(axis for axis in ("fsdp", "context") if axis in mesh.axis_names))
 
 
+def constrain_rows(x_BND: jax.Array) -> jax.Array:
+    """Pins [B, ...] activations to the batch axes of the mesh in force, whole along everything else."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x_BND
+    return jax.lax.with_sharding_constraint(x_BND, PartitionSpec(activation_axes(mesh, x_BND.shape[0])[0] or None))
+
+
 def constrain_tokens(x_BND: jax.Array) -> jax.Array:
     """Pins [B, N, ...] activations to the batch and token axes of the mesh in force."""
     mesh = current_mesh()

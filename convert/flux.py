@@ -1,0 +1,211 @@
+"""The FLUX transformer's keys and configs, in diffusers' layout and in Black Forest Labs' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convert.tables import HEADS_IN, HEADS_IN_BIAS, HEADS_OUT, LINEAR, SAME, Part, Row
+from dit_jax.config import UserError
+from dit_jax.models.flux import FluxConfig
+
+# Queries and keys are stored with the two channels of a rotated pair half a head apart (dit_jax/ops/rope.py).
+ROTATED_IN = "(h k two) d -> d h (two k)"
+ROTATED_BIAS = "(h k two) -> h (two k)"
+ROTATED_NORM = "(k two) -> (two k)"
+PAIRS = {"two": 2}
+PACK = 2  # pixels of latents along each side of a packed token
+
+
+def flux_config(settings: dict[str, Any]) -> FluxConfig:
+    """Our config from a diffusers `FluxTransformer2DModel` config; UserError for one that FLUX.1 is not."""
+    heads, head_width = settings["num_attention_heads"], settings["attention_head_dim"]
+    channels = settings["in_channels"]
+    if settings.get("patch_size", 1) != 1 or channels % PACK**2 or settings.get("out_channels") not in (None, channels):
+        raise UserError(
+            f"expected a FLUX.1 text-to-image transformer (patch_size 1, as many channels out as in, a multiple of 4), "
+            f"found patch_size {settings.get('patch_size', 1)}, channels {channels} to {settings.get('out_channels')}; "
+            "fill, depth and control models are not supported."
+        )
+    return FluxConfig(
+        double_blocks=settings["num_layers"],
+        single_blocks=settings["num_single_layers"],
+        width=heads * head_width,
+        heads=heads,
+        head_width=head_width,
+        mlp_width=4 * heads * head_width,
+        in_channels=channels // PACK**2,
+        out_channels=channels // PACK**2,
+        text_width=settings["joint_attention_dim"],
+        pooled_width=settings["pooled_projection_dim"],
+        guidance=settings["guidance_embeds"],
+        rope_widths=tuple(settings.get("axes_dims_rope", (16, 56, 56))),
+    )
+
+
+def flux_settings(config: FluxConfig) -> dict[str, Any]:
+    """The diffusers config of a model of ours."""
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": config.in_channels * PACK**2,
+        "out_channels": None,
+        "num_layers": config.double_blocks,
+        "num_single_layers": config.single_blocks,
+        "attention_head_dim": config.head_width,
+        "num_attention_heads": config.heads,
+        "joint_attention_dim": config.text_width,
+        "pooled_projection_dim": config.pooled_width,
+        "guidance_embeds": config.guidance,
+        "axes_dims_rope": list(config.rope_widths),
+    }
+
+
+def flux_rows(config: FluxConfig) -> list[Row]:
+    """The table of a FLUX transformer."""
+    packed = {"y": config.patch[1], "x": config.patch[2]}
+    rows = [
+        *_linear("patch", "x_embedder", "img_in", pattern="d (c y x) -> (y x c) d", sizes=packed),
+        *_linear("text", "context_embedder", "txt_in"),
+        *_embedding("time", "timestep_embedder", "time_in"),
+        *_embedding("pooled", "text_embedder", "vector_in"),
+        *(_embedding("guidance", "guidance_embedder", "guidance_in") if config.guidance else []),
+        *_halves("out_scale", config, {"diffusers": 0, "original": 1}),
+        *_halves("out_shift", config, {"diffusers": 1, "original": 0}),
+        Row(
+            ours="out.kernel",
+            pattern="(c y x) d -> d (y x c)",
+            sizes=packed,
+            diffusers="proj_out.weight",
+            original="final_layer.linear.weight",
+        ),
+        Row(
+            ours="out.bias",
+            pattern="(c y x) -> (y x c)",
+            sizes=packed,
+            diffusers="proj_out.bias",
+            original="final_layer.linear.bias",
+        ),
+    ]
+    return rows + _double_rows(config) + _single_rows(config)
+
+
+def _double_rows(config: FluxConfig) -> list[Row]:
+    mine, theirs, authors = "double.", "transformer_blocks.{i}.", "double_blocks.{i}."
+    rows = []
+    for ours, suffix, short, joint in (("image", "", "img", ""), ("text", "_context", "txt", "added_")):
+        stream, attn = f"{mine}{ours}.", f"{theirs}attn."
+        projections = {name: f"{attn}add_{name}_proj" if joint else f"{attn}to_{name}" for name in "qkv"}
+        rows += [
+            *_linear(f"{stream}modulation.linear", f"{theirs}norm1{suffix}.linear", f"{authors}{short}_mod.lin"),
+            *_qkv_rows(f"{stream}attn.", projections, f"{authors}{short}_attn.qkv", config.width, 3 * config.width),
+            *_norm_rows(f"{stream}attn.", f"{attn}norm_{joint}", f"{authors}{short}_attn.norm."),
+            *_linear(
+                f"{stream}attn.o",
+                f"{attn}to_add_out" if joint else f"{attn}to_out.0",
+                f"{authors}{short}_attn.proj",
+                HEADS_OUT,
+                sizes={"h": config.heads},
+            ),
+            *_linear(f"{stream}mlp.up", f"{theirs}ff{suffix}.net.0.proj", f"{authors}{short}_mlp.0"),
+            *_linear(f"{stream}mlp.down", f"{theirs}ff{suffix}.net.2", f"{authors}{short}_mlp.2"),
+        ]
+    return rows
+
+
+def _single_rows(config: FluxConfig) -> list[Row]:
+    mine, theirs, authors = "single.", "single_transformer_blocks.{i}.", "single_blocks.{i}."
+    width, hidden = config.width, config.mlp_width
+    fused, joined = 3 * width + hidden, width + hidden
+    up, down = Part(3 * width, fused, fused), Part(width, joined, joined, axis=1)
+    out = Part(0, width, joined, axis=1)
+    projections = {name: f"{theirs}attn.to_{name}" for name in "qkv"}
+    return [
+        *_linear(f"{mine}modulation.linear", f"{theirs}norm.linear", f"{authors}modulation.lin"),
+        *_qkv_rows(f"{mine}attn.", projections, f"{authors}linear1", width, fused),
+        *_norm_rows(f"{mine}attn.", f"{theirs}attn.norm_", f"{authors}norm."),
+        *_linear(f"{mine}mlp.up", f"{theirs}proj_mlp", f"{authors}linear1", parts={"original": up}),
+        Row(
+            ours=f"{mine}attn.o.kernel",
+            pattern=HEADS_OUT,
+            sizes={"h": config.heads},
+            diffusers=f"{theirs}proj_out.weight",
+            original=f"{authors}linear2.weight",
+            parts={"diffusers": out, "original": out},
+        ),
+        Row(
+            ours=f"{mine}mlp.down.kernel",
+            pattern=LINEAR,
+            diffusers=f"{theirs}proj_out.weight",
+            original=f"{authors}linear2.weight",
+            parts={"diffusers": down, "original": down},
+        ),
+        Row(ours=f"{mine}mlp.down.bias", diffusers=f"{theirs}proj_out.bias", original=f"{authors}linear2.bias"),
+    ]
+
+
+def _qkv_rows(ours: str, theirs: dict[str, str], fused: str, width: int, total: int) -> list[Row]:
+    rows = []
+    for place, (name, key) in enumerate(theirs.items()):
+        part = {"original": Part(place * width, (place + 1) * width, total)}
+        if name == "v":
+            rows += _linear(f"{ours}v", key, fused, HEADS_IN, HEADS_IN_BIAS, parts=part)
+        else:
+            rows += _linear(f"{ours}{name}.linear", key, fused, ROTATED_IN, ROTATED_BIAS, PAIRS, part)
+    return rows
+
+
+def _norm_rows(ours: str, theirs: str, authors: str) -> list[Row]:
+    return [
+        Row(
+            ours=f"{ours}{name}.norm",
+            pattern=ROTATED_NORM,
+            sizes=PAIRS,
+            diffusers=f"{theirs}{name}.weight",
+            original=f"{authors}{long}_norm.scale",
+        )
+        for name, long in (("q", "query"), ("k", "key"))
+    ]
+
+
+def _embedding(ours: str, theirs: str, authors: str) -> list[Row]:
+    return [
+        *_linear(f"{ours}.up", f"time_text_embed.{theirs}.linear_1", f"{authors}.in_layer"),
+        *_linear(f"{ours}.down", f"time_text_embed.{theirs}.linear_2", f"{authors}.out_layer"),
+    ]
+
+
+def _halves(ours: str, config: FluxConfig, order: dict[str, int]) -> list[Row]:
+    """Scale and shift of the last norm are fused, and in another order by the authors than by diffusers."""
+    width = config.width
+    parts = {layout: Part(half * width, (half + 1) * width, 2 * width) for layout, half in order.items()}
+    return _linear(ours, "norm_out.linear", "final_layer.adaLN_modulation.1", parts=parts)
+
+
+def _linear(
+    ours: str,
+    diffusers: str,
+    original: str,
+    pattern: str = LINEAR,
+    bias: str = SAME,
+    sizes: dict[str, int] | None = None,
+    parts: dict[str, Part] | None = None,
+) -> list[Row]:
+    sizes = sizes or {}
+    return [
+        Row(
+            ours=f"{ours}.kernel",
+            pattern=pattern,
+            sizes=sizes,
+            parts=parts or {},
+            diffusers=f"{diffusers}.weight",
+            original=f"{original}.weight",
+        ),
+        Row(
+            ours=f"{ours}.bias",
+            pattern=bias,
+            sizes={name: size for name, size in sizes.items() if name in bias.split()[0] or name in bias},
+            parts=parts or {},
+            diffusers=f"{diffusers}.bias",
+            original=f"{original}.bias",
+        ),
+    ]
