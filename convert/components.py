@@ -146,15 +146,49 @@ def _clip_vision(settings: Settings, name: str) -> Component:
     )
 
 
+def _clip_text(settings: Settings, name: str) -> Component:
+    from convert.encoders import canonical_clip_text_key, clip_text_config, clip_text_prefixed, clip_text_rows
+    from dit_jax.models import clip_text
+
+    config = clip_text_config(settings)
+    return Component(
+        class_name=name,
+        config=config,
+        model=clip_text.CLIPText,
+        rows=clip_text_rows(config),
+        written=clip_text_rows(config, clip_text_prefixed(settings)),
+        stem=TRANSFORMERS_STEM,
+        canonical=canonical_clip_text_key,
+        axes=_axes(clip_text),
+    )
+
+
+def _flux(settings: Settings, name: str) -> Component:
+    from convert.flux import flux_config, flux_rows
+    from dit_jax.models import flux
+
+    config = flux_config(settings)
+    return Component(
+        class_name=name,
+        config=config,
+        model=flux.Flux,
+        rows=flux_rows(config),
+        stem=DIFFUSERS_STEM,
+        axes=_axes(flux),
+    )
+
+
 def _axes(module: ModuleType) -> Mapping[str, tuple[str | None, ...]]:
     return getattr(module, "AXES", {})
 
 
 COMPONENTS: dict[str, Callable[[Settings, str], Component]] = {
     "WanTransformer3DModel": _wan,
+    "FluxTransformer2DModel": _flux,
     "AutoencoderKLWan": _vae_wan,
     "UMT5EncoderModel": _t5,
     "T5EncoderModel": _t5,
+    "CLIPTextModel": _clip_text,
     "CLIPVisionModel": _clip_vision,
     "CLIPVisionModelWithProjection": _clip_vision,
 }

@@ -7,7 +7,8 @@ from typing import Any
 
 from convert.tables import HEADS_IN, HEADS_IN_BIAS, HEADS_OUT, LINEAR, SAME, Part, Row
 from dit_jax.config import UserError
-from dit_jax.models.clip import VIT_H, CLIPVisionConfig
+from dit_jax.models.clip import VIT_H, CLIPVisionConfig, TowerConfig
+from dit_jax.models.clip_text import CLIPTextConfig
 from dit_jax.models.t5 import T5Config
 
 ORIGINAL_CLIP = replace(VIT_H, projection=1024)
@@ -15,6 +16,7 @@ ORIGINAL_CLIP = replace(VIT_H, projection=1024)
 
 PATCH_IN = "d c y x -> (y x c) d"
 OTHER_TOWER = ("textual.", "text_model.", "text_projection.", "log_scale", "logit_scale")
+BESIDE_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 # What transformers takes for a key that config.json leaves out.
 _T5_DEFAULTS: dict[str, Any] = {
@@ -29,6 +31,11 @@ _CLIP_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512, "num_hidden_layers": 12,
     "num_attention_heads": 12, "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
+}  # fmt: skip
+_CLIP_TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+    "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "eos_token_id": 49407,
 }  # fmt: skip
 
 
@@ -121,22 +128,14 @@ def clip_vision_config(settings: dict[str, Any]) -> CLIPVisionConfig:
         found = settings["model_type"]
         raise UserError(f"model_type: expected clip_vision_model, found {found!r}; use a CLIP image encoder.")
     settings = _CLIP_DEFAULTS | settings
-    if settings["hidden_act"] not in ("gelu", "quick_gelu"):
-        found = settings["hidden_act"]
-        raise UserError(f"hidden_act: expected gelu or quick_gelu, found {found!r}; use a CLIP image encoder.")
     for name in ("image_size", "patch_size"):
         if not isinstance(settings[name], int):
             raise UserError(f"{name}: expected one integer, found {settings[name]!r}; use a CLIP of square images.")
     return CLIPVisionConfig(
-        blocks=settings["num_hidden_layers"],
-        width=settings["hidden_size"],
-        heads=settings["num_attention_heads"],
-        mlp_width=settings["intermediate_size"],
+        **_tower_sizes(settings),
         patch=settings["patch_size"],
         image_size=settings["image_size"],
         channels=settings["num_channels"],
-        activation=settings["hidden_act"],
-        epsilon=settings["layer_norm_eps"],
         projection=settings["projection_dim"] if _projects(settings) else None,
     )
 
@@ -146,17 +145,11 @@ def clip_vision_settings(config: CLIPVisionConfig) -> dict[str, Any]:
     return {
         "architectures": ["CLIPVisionModelWithProjection" if config.projection else "CLIPVisionModel"],
         "model_type": "clip_vision_model",
-        "num_hidden_layers": config.blocks,
-        "hidden_size": config.width,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_width,
+        **_tower_settings(config),
         "patch_size": config.patch,
         "image_size": config.image_size,
         "num_channels": config.channels,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.epsilon,
         "projection_dim": config.projection or _CLIP_DEFAULTS["projection_dim"],
-        "attention_dropout": 0.0,
     }
 
 
@@ -206,8 +199,7 @@ def clip_vision_rows(config: CLIPVisionConfig, prefixed: bool = True) -> list[Ro
 
 def clip_vision_prefixed(settings: dict[str, Any]) -> bool:
     """Whether the transformers that wrote this config writes the tower's keys with `vision_model.`."""
-    version = str(settings.get("transformers_version", "4")).split(".")[0]
-    return _projects(settings) or not version.isdigit() or int(version) < 5
+    return _projects(settings) or _before_version_5(settings)
 
 
 def canonical_clip_vision_key(key: str) -> str | None:
@@ -218,6 +210,98 @@ def canonical_clip_vision_key(key: str) -> str | None:
     if key.endswith("position_ids") or key.startswith(OTHER_TOWER):
         return None
     return key if key.startswith(("vision_model.", "visual.", "visual_projection.")) else f"vision_model.{key}"
+
+
+def clip_text_config(settings: dict[str, Any]) -> CLIPTextConfig:
+    """Our config from transformers' CLIPTextConfig.
+
+    Raises UserError for another model or activation, or for several tokens that end a text.
+    """
+    if settings.get("model_type", "clip_text_model") != "clip_text_model":
+        found = settings["model_type"]
+        raise UserError(f"model_type: expected clip_text_model, found {found!r}; use a CLIP text encoder.")
+    settings = _CLIP_TEXT_DEFAULTS | settings
+    end = settings["eos_token_id"]
+    if not isinstance(end, int):
+        raise UserError(f"eos_token_id: expected one integer, found {end!r}; use a CLIP text encoder.")
+    return CLIPTextConfig(
+        **_tower_sizes(settings),
+        vocab_size=settings["vocab_size"],
+        positions=settings["max_position_embeddings"],
+        end_token=end,
+    )
+
+
+def clip_text_settings(config: CLIPTextConfig) -> dict[str, Any]:
+    """The transformers config of a text tower of ours."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        **_tower_settings(config),
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.positions,
+        "eos_token_id": config.end_token,
+    }
+
+
+def clip_text_rows(config: CLIPTextConfig, prefixed: bool = True) -> list[Row]:
+    """The table of a CLIP text tower; `prefixed`: whether transformers' keys start with `text_model.`.
+
+    Every version of transformers reads the prefix, version 5 writes none: `clip_text_prefixed` tells which form a
+    checkpoint has. FLUX's authors take the tower from transformers, and have no layout of their own.
+    """
+    theirs = "text_model." if prefixed else ""
+    rows = [
+        Row(ours="tokens", diffusers=theirs + "embeddings.token_embedding.weight"),
+        Row(ours="positions", diffusers=theirs + "embeddings.position_embedding.weight"),
+        *_affine("norm", theirs + "final_layer_norm", ""),
+        *_clip_block_rows(config, theirs + "encoder.layers.{i}."),
+    ]
+    return [replace(row, original="", parts={}) for row in rows]
+
+
+def clip_text_prefixed(settings: dict[str, Any]) -> bool:
+    """Whether the transformers that wrote this config writes the tower's keys with `text_model.`."""
+    return _before_version_5(settings)
+
+
+def canonical_clip_text_key(key: str) -> str | None:
+    """The (prefixed) table's key for a key on disk; None for buffers and the rest of a whole CLIP."""
+    if key.endswith("position_ids") or key.startswith(BESIDE_TEXT):
+        return None
+    return key if key.startswith("text_model.") else f"text_model.{key}"
+
+
+def _tower_sizes(settings: dict[str, Any]) -> dict[str, Any]:
+    """The fields of our `TowerConfig`."""
+    if settings["hidden_act"] not in ("gelu", "quick_gelu"):
+        found = settings["hidden_act"]
+        raise UserError(f"hidden_act: expected gelu or quick_gelu, found {found!r}; use a CLIP encoder.")
+    return {
+        "blocks": settings["num_hidden_layers"],
+        "width": settings["hidden_size"],
+        "heads": settings["num_attention_heads"],
+        "mlp_width": settings["intermediate_size"],
+        "activation": settings["hidden_act"],
+        "epsilon": settings["layer_norm_eps"],
+    }
+
+
+def _tower_settings(config: TowerConfig) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": config.blocks,
+        "hidden_size": config.width,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.epsilon,
+        "attention_dropout": 0.0,
+    }
+
+
+def _before_version_5(settings: dict[str, Any]) -> bool:
+    version = str(settings.get("transformers_version", "4")).split(".")[0]
+    return not version.isdigit() or int(version) < 5
 
 
 def _projects(settings: dict[str, Any]) -> bool:
@@ -240,7 +324,7 @@ def _kernel(ours: str, diffusers: str, original: str, pattern: str) -> Row:
     )
 
 
-def _clip_block_rows(config: CLIPVisionConfig, theirs: str) -> list[Row]:
+def _clip_block_rows(config: TowerConfig, theirs: str) -> list[Row]:
     authors, width = "visual.transformer.{i}.", config.width
     rows = []
     for index, name in enumerate("qkv"):

@@ -1,6 +1,8 @@
-"""The image tower of CLIP (Radford et al., arXiv 2103.00020), which Wan's image-to-video models look through.
+"""The image tower of CLIP (Radford et al., arXiv 2103.00020), which Wan's image-to-video models look through, and the
+block that it shares with the text tower (clip_text.py).
 
-Shapes: B batch, Y X pixels, C colours, N patches, D width, P width of the shared image-text space.
+Shapes: B batch, Y X pixels, C colours, N patches (or tokens), H heads, K head width, D width, P width of the shared
+image-text space.
 """
 
 from __future__ import annotations
@@ -26,18 +28,24 @@ DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPVisionConfig:
+class TowerConfig:
+    """What the image tower's config has in common with the text tower's."""
+
+    blocks: int
+    width: int
+    heads: int
+    mlp_width: int
+    activation: Activation = "gelu"
+    epsilon: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPVisionConfig(TowerConfig):
     """Sizes of an image tower; `projection` is the width of the shared space, None for a tower without it."""
 
-    blocks: int = 32
-    width: int = 1280
-    heads: int = 16
-    mlp_width: int = 5120
     patch: int = 14
     image_size: int = 224
     channels: int = 3
-    activation: Activation = "gelu"
-    epsilon: float = 1e-5
     projection: int | None = None
 
     @property
@@ -46,16 +54,11 @@ class CLIPVisionConfig:
         return (self.image_size // self.patch) ** 2
 
 
-VIT_H = CLIPVisionConfig()
+VIT_H = CLIPVisionConfig(blocks=32, width=1280, heads=16, mlp_width=5120)
 PRESETS = {"clip-vit-h-14": VIT_H}
 
 # Logical axes of every leaf (dit_jax/sharding.py).
-AXES = {
-    "patch.kernel": (None, "embed"),
-    "class_token": (None,),
-    "positions": (None, None),
-    "norm_*": (None,),
-    "projection.kernel": ("embed", None),
+BLOCK_AXES: dict[str, tuple[str | None, ...]] = {
     "blocks.norm[12].*": ("blocks", None),
     "blocks.attention.[qkv].kernel": ("blocks", "embed", "heads", None),
     "blocks.attention.[qkv].bias": ("blocks", "heads", None),
@@ -65,6 +68,14 @@ AXES = {
     "blocks.up.bias": ("blocks", "mlp"),
     "blocks.down.kernel": ("blocks", "mlp", "embed"),
     "blocks.down.bias": ("blocks", None),
+}
+AXES = {
+    "patch.kernel": (None, "embed"),
+    "class_token": (None,),
+    "positions": (None, None),
+    "norm_*": (None,),
+    "projection.kernel": ("embed", None),
+    **BLOCK_AXES,
 }
 
 
@@ -77,25 +88,26 @@ class Features(NamedTuple):
 
 
 class CLIPAttention(nnx.Module):
-    """Multi-head self-attention over all tokens."""
+    """Multi-head self-attention over all tokens, or over those up to each one where it is causal."""
 
-    def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, rngs: nnx.Rngs, causal: bool):
         heads = (config.heads, config.width // config.heads)
         self.q = LinearGeneral(config.width, heads, rngs=rngs)
         self.k = LinearGeneral(config.width, heads, rngs=rngs)
         self.v = LinearGeneral(config.width, heads, rngs=rngs)
         self.o = LinearGeneral(heads, config.width, axis=(-2, -1), rngs=rngs)
+        self.attend = _attend_causally if causal else attend
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
-        return self.o(attend(self.q(x_BND), self.k(x_BND), self.v(x_BND)))
+        return self.o(self.attend(self.q(x_BND), self.k(x_BND), self.v(x_BND)))
 
 
 class CLIPBlock(nnx.Module):
     """Attention and MLP on one residual stream, each behind a layer norm."""
 
-    def __init__(self, config: CLIPVisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: TowerConfig, rngs: nnx.Rngs, causal: bool = False):
         self.norm1 = LayerNorm(config.width, config.epsilon)
-        self.attention = CLIPAttention(config, rngs)
+        self.attention = CLIPAttention(config, rngs, causal)
         self.norm2 = LayerNorm(config.width, config.epsilon)
         self.up = Linear(config.width, config.mlp_width, rngs=rngs)
         self.down = Linear(config.mlp_width, config.width, rngs=rngs)
@@ -176,6 +188,17 @@ def preprocess(images: np.ndarray, size: int = 224) -> np.ndarray:
     return (cut.astype(np.float32) / np.float32(255) - MEAN) / DEVIATION
 
 
+def _attend_causally(q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array) -> jax.Array:
+    """Attention of each token to itself and those before it, with all scores at once: a text is short."""
+    scores = jnp.einsum("bqhk,bmhk->bhqm", q_BNHK, k_BNHK, preferred_element_type=jnp.float32)
+    scores = scores * q_BNHK.shape[-1] ** -0.5
+    before = jnp.tri(q_BNHK.shape[1], dtype=bool)
+    weights = jax.nn.softmax(jnp.where(before, scores, -jnp.inf), axis=-1).astype(v_BNHK.dtype)
+    return jnp.einsum("bhqm,bmhk->bqhk", weights, v_BNHK)
+
+
 def _activate(x: jax.Array, activation: Activation) -> jax.Array:
-    """GELU by the error function, or the sigmoid approximation that OpenAI's models were trained with."""
-    return x * jax.nn.sigmoid(1.702 * x) if activation == "quick_gelu" else jax.nn.gelu(x, approximate=False)
+    """GELU by the error function, or the sigmoid approximation that OpenAI's models were trained with; fp32 within."""
+    y = x.astype(jnp.float32)
+    y = y * jax.nn.sigmoid(1.702 * y) if activation == "quick_gelu" else jax.nn.gelu(y, approximate=False)
+    return y.astype(x.dtype)

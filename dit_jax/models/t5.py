@@ -80,11 +80,12 @@ class T5Attention(nnx.Module):
         self.v = LinearGeneral(width, heads, use_bias=False, rngs=rngs)
         self.o = LinearGeneral(heads, width, axis=(-2, -1), use_bias=False, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, bias_HLL: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, bias_HLL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
         scores = jnp.einsum("bqhk,bmhk->bhqm", q, k, preferred_element_type=jnp.float32) + bias_HLL
-        # Finite, so that a row without a valid token gives numbers and not NaN.
-        scores = jnp.where(valid_BL[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+        if valid_BL is not None:
+            # Finite, so that a row without a valid token gives numbers and not NaN.
+            scores = jnp.where(valid_BL[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return self.o(jnp.einsum("bhqm,bmhk->bqhk", weights, v))
 
@@ -112,7 +113,7 @@ class T5Block(nnx.Module):
         self.mlp = GatedMlp(config, rngs)
         self.epsilon = config.epsilon
 
-    def __call__(self, x_BLD: jax.Array, bias_HLL: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, bias_HLL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
         attended = self.attention(rms_norm(x_BLD, self.norm1[...], self.epsilon), bias_HLL, valid_BL)
         x_BLD = x_BLD + attended.astype(x_BLD.dtype)
         return x_BLD + self.mlp(rms_norm(x_BLD, self.norm2[...], self.epsilon)).astype(x_BLD.dtype)
@@ -128,17 +129,19 @@ class T5Encoder(nnx.Module):
         self.norm = nnx.Param(jnp.ones(config.width))
         self.config = config
 
-    def __call__(self, ids_BL: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    def __call__(self, ids_BL: jax.Array, valid_BL: jax.Array | None = None) -> jax.Array:
         """States [B, L, D] in the dtype of the embedding, before the padding is cut or zeroed.
 
-        ids_BL int, valid_BL bool: false where a token is padding, which no token attends to.
+        ids_BL int, valid_BL bool: false where a token is padding, which no token attends to. Without it every token
+        attends to all, padding too (FLUX).
         """
         buckets = cyclic_buckets(ids_BL.shape[1], self.config)
         shared = None if self.bias is None else self.bias(buckets)
+        valid_BL = None if valid_BL is None else valid_BL.astype(bool)
 
         def step(x, block):
             bias = block.bias(buckets) if shared is None else shared
-            return block(x, bias, valid_BL.astype(bool)), None
+            return block(x, bias, valid_BL), None
 
         x_BLD, _ = jax.lax.scan(step, self.tokens[...][ids_BL], self.blocks)
         return rms_norm(x_BLD, self.norm[...], self.config.epsilon).astype(x_BLD.dtype)

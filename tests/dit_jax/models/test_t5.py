@@ -68,6 +68,18 @@ def test_equals_transformers(family):
     assert relative(run_jax(jax_model(reference)), run_torch(reference)) <= 1e-5
 
 
+def test_without_a_mask_equals_transformers():
+    """FLUX runs T5 over rows that are mostly padding, and hides none of it."""
+    reference, ids = torch_model("t5"), np.zeros((2, 128), int)
+    ids[:, :29] = inputs()[0][:2]
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids)).last_hidden_state.numpy()
+    model = jax_model(reference)
+    states = jax.jit(lambda model, ids: model(ids))(model, ids)
+    assert relative(states, expected) <= 1e-5
+    assert relative(jax.jit(T5Encoder.__call__)(model, ids, ids > 0), expected) > 1e-2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_errs_no_more_than_torch(family):
     reference = torch_model(family)
