@@ -113,6 +113,21 @@ def _vae_wan(settings: Settings, name: str) -> Component:
     )
 
 
+def _vae_kl(settings: Settings, name: str) -> Component:
+    from convert.vae_kl import config_from_diffusers, vae_kl_rows
+    from dit_jax.models import vae_kl
+
+    config = config_from_diffusers(settings)
+    return Component(
+        class_name=name,
+        config=config,
+        model=vae_kl.AutoencoderKL,
+        rows=vae_kl_rows(config),
+        stem=DIFFUSERS_STEM,
+        axes=_axes(vae_kl),
+    )
+
+
 def _t5(settings: Settings, name: str) -> Component:
     from convert.encoders import canonical_t5_key, t5_config, t5_rows
     from dit_jax.models import t5
@@ -186,6 +201,7 @@ COMPONENTS: dict[str, Callable[[Settings, str], Component]] = {
     "WanTransformer3DModel": _wan,
     "FluxTransformer2DModel": _flux,
     "AutoencoderKLWan": _vae_wan,
+    "AutoencoderKL": _vae_kl,
     "UMT5EncoderModel": _t5,
     "T5EncoderModel": _t5,
     "CLIPTextModel": _clip_text,
