@@ -1,7 +1,9 @@
 """Memory and time of a conversion with the true shapes of Wan2.1-1.3B: `python -m convert.benchmark [--folder F]`.
 
-Writes 2.8 GB of random bfloat16 weights, copies the file, converts it to native and back in processes of their own, all
-flushed to disk, and prints the peak of anonymous memory (RssAnon) of each and its time as a multiple of the copy's.
+Writes 2.8 GB of random bfloat16 weights; then, in several rounds, copies the file and converts it to native and back in
+processes of their own, all flushed to disk. Prints the highest peak of anonymous memory (RssAnon) of each and its
+median time as a multiple of the copy's: a machine that has to find memory for its file cache may take ten times as long
+for one copy as for the next.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import ml_dtypes
 import numpy as np
@@ -59,22 +62,26 @@ class Result:
         return rows
 
 
-def measure(folder: Path, config: WanConfig) -> Result:
+def measure(folder: Path, config: WanConfig, rounds: int = 3) -> Result:
     """Converts random weights of a config to native and back inside `folder`, which must be empty."""
     source, largest = _random_checkpoint(folder / "diffusers", config)
-    file = source / "diffusion_pytorch_model.safetensors"
-    copy_seconds = _copied(file, folder / "copy.safetensors")
-    native_seconds, native_peak = _converted("to-jax", source, folder / "native")
-    shutil.rmtree(source)
-    back_seconds, back_peak = _converted("to-torch", folder / "native", folder / "again")
+    file, native, again = source / "diffusion_pytorch_model.safetensors", folder / "native", folder / "again"
+    copies, there, back = [], [], []
+    for _ in range(rounds):
+        copies.append(_copied(file, folder / "copy.safetensors"))
+        there.append(_converted("to-jax", source, native))
+        back.append(_converted("to-torch", native, again))
+        written = (again / file.name).stat().st_size
+        shutil.rmtree(native)
+        shutil.rmtree(again)
     return Result(
-        file_bytes=(folder / "again" / file.name).stat().st_size,
+        file_bytes=written,
         largest_leaf_bytes=largest,
-        copy_seconds=copy_seconds,
-        to_native_seconds=native_seconds,
-        to_native_anonymous_bytes=native_peak,
-        to_diffusers_seconds=back_seconds,
-        to_diffusers_anonymous_bytes=back_peak,
+        copy_seconds=median(copies),
+        to_native_seconds=median(seconds for seconds, _ in there),
+        to_native_anonymous_bytes=max(peak for _, peak in there),
+        to_diffusers_seconds=median(seconds for seconds, _ in back),
+        to_diffusers_anonymous_bytes=max(peak for _, peak in back),
     )
 
 
@@ -142,9 +149,10 @@ def _anonymous_bytes(pid: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="where to write about 9 GB; removed again")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        print("\n".join(measure(Path(folder), PRESETS["wan2.1-t2v-1.3b"]).lines()))
+        print("\n".join(measure(Path(folder), PRESETS["wan2.1-t2v-1.3b"], arguments.rounds).lines()))
 
 
 if __name__ == "__main__":

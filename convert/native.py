@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,15 @@ import tensorstore as ts
 from absl import logging
 
 from convert.leaves import Leaf, finite
+from convert.safetensors_files import workers
+from convert.tables import contiguous
 from dit_jax.config import UserError
 
 PARAMS = "params"
 _METADATA = "_METADATA"
 _OCDBT_MANIFEST = "manifest.ocdbt"
+BLOCKS_AT_ONCE = 3  # read, reordered and written side by side
+PIECE = 1 << 22  # bytes written at once
 
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
@@ -47,6 +53,8 @@ def write_native(folder: Path, leaves: Mapping[str, Leaf]) -> None:
         )
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(_nested(leaves)))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_flush, (file for file in folder.rglob("*") if file.is_file())))
 
 
 def read_native(folder: Path) -> dict[str, Leaf]:
@@ -78,24 +86,36 @@ def _write_leaf(leaf: Leaf, folder: Path) -> None:
         "dtype": leaf.dtype.name,
         # Trained weights hardly compress, and raw chunks cost no processor time to read.
         "metadata": {"shape": leaf.shape, "chunks": chunk, "compressor": None, "order": "C"},
-        # A chunk of zeros is written too, so that a missing chunk always means damage.
-        "store_data_equal_to_fill_value": True,
     }
     with _as_oserror(folder):
-        store = ts.open(spec, create=True).result()
-    for block in leaf.blocks:
-        array = np.asarray(leaf.read(block), order="C")
-        with _as_oserror(folder):
-            store[... if block is None else block].write(array).result()
+        ts.open(spec, create=True).result()
+
+    def write(block: int | None) -> None:
+        # A raw chunk is its array's bytes; through tensorstore they would be copied twice.
+        raw = contiguous(leaf.read(block)).reshape(-1).view(np.uint8)
+        with _as_oserror(folder), open(_chunk_file(folder, block, len(leaf.shape)), "xb") as stream:
+            for start in range(0, raw.size, PIECE):
+                stream.write(raw[start : start + PIECE].data)
+
+    with workers(BLOCKS_AT_ONCE) as pool:
+        for written in [pool.submit(write, block) for block in leaf.blocks]:
+            written.result()
+
+
+def _flush(file: Path) -> None:
+    with open(file, "rb+") as stream:
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager
 def _as_oserror(folder: Path) -> Iterator[None]:
-    """Tensorstore tells of a full disk or a folder that it may not write with a plain ValueError."""
+    """A write's error names no file, and tensorstore's of a full or forbidden disk is a plain ValueError."""
     try:
         yield
     except ValueError as error:
         raise OSError(errno.EIO, f"cannot be written ({_first_line(error)})", str(folder)) from error
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(folder)) from error
 
 
 def _open_leaf(folder: Path, name: str, driver: str) -> Leaf:
@@ -108,7 +128,12 @@ def _open_leaf(folder: Path, name: str, driver: str) -> Leaf:
     def place(block: int | None) -> str:
         return f"{folder}: {name}" if block is None else f"{folder}: block {block} of {name}"
 
+    mapped = _mapped_reader(store, folder / name, driver, dtype)
+
     def read(block: int | None) -> np.ndarray:
+        array = mapped(block)
+        if array is not None:
+            return array
         try:
             return store[... if block is None else block].read().result()
         except ValueError as error:
@@ -119,6 +144,31 @@ def _open_leaf(folder: Path, name: str, driver: str) -> Leaf:
 
     chunk = store.chunk_layout.read_chunk.shape or (0,)
     return finite(Leaf(shape, dtype, bool(shape) and shape[0] > 1 and chunk[0] == 1, read), place)
+
+
+def _chunk_file(folder: Path, block: int | None, axes: int, separator: str = ".") -> Path:
+    """Where Zarr 2 keeps the chunk of a block, or the only chunk (None)."""
+    return folder / separator.join([str(block or 0), *["0"] * (axes - 1)])
+
+
+def _mapped_reader(store: ts.TensorStore, folder: Path, driver: str, dtype: np.dtype):
+    """Reads raw chunks as `_write_leaf` makes them without copying them; None for whatever is not such a chunk."""
+    metadata = store.spec().to_json().get("metadata", {})
+    shape, chunk = tuple(store.shape), tuple(metadata.get("chunks", ()))
+    raw = driver == "zarr" and metadata.get("compressor") is None and not metadata.get("filters")
+    whole_blocks = bool(shape) and metadata.get("order") == "C" and chunk in ((1, *shape[1:]), shape)
+    separator = metadata.get("dimension_separator", ".")
+
+    def read(block: int | None) -> np.ndarray | None:
+        if not (raw and whole_blocks) or (block is None) != (chunk == shape):
+            return None
+        file = _chunk_file(folder, block, len(shape), separator)
+        own = shape if block is None else shape[1:]
+        if not file.is_file() or file.stat().st_size != dtype.itemsize * int(np.prod(own, dtype=np.int64)):
+            return None
+        return np.memmap(file, dtype, mode="r", shape=own)
+
+    return read
 
 
 def _read_spec(folder: Path, name: str, driver: str) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -38,6 +41,7 @@ WEIGHT_SUFFIXES = (INDEX_SUFFIX, ".safetensors", ".pth")  # in the order in whic
 _MAX_HEADER = 100_000_000  # what the safetensors library itself allows
 _MAX_AXES = 64  # what numpy allows
 _PIECE = 1 << 22  # bytes that are looked at or written at once
+TENSORS_AHEAD = 2  # computed while one is written
 
 
 @dataclass(frozen=True)
@@ -321,13 +325,38 @@ def write_safetensors(file: Path, tensors: Sequence[Outgoing]) -> None:
     text += b" " * (-len(text) % 8)
     with open(file, "xb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in ordered:
-            array = np.asarray(tensor.read(), order="C")
+        for tensor, array in zip(ordered, _read_ahead(ordered), strict=True):
             assert array.shape == tensor.shape and array.dtype == tensor.dtype, tensor.key
             for piece in _pieces(array):
                 stream.write(piece.data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that, when the block is left by an error or a signal, finish what they are at and start nothing more."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_ahead(tensors: Sequence[Outgoing]) -> Iterator[np.ndarray]:
+    """The tensors' values in order, the next ones being computed while one is used."""
+    with workers(TENSORS_AHEAD) as pool:
+        waiting: deque[Future[np.ndarray]] = deque()
+        for tensor in tensors:
+            waiting.append(pool.submit(_values, tensor))
+            if len(waiting) > TENSORS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _values(tensor: Outgoing) -> np.ndarray:
+    return np.asarray(tensor.read(), order="C")
 
 
 def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:

@@ -27,6 +27,7 @@ HEADS_IN = "(h k) d -> d h k"
 HEADS_IN_BIAS = "(h k) -> h k"
 HEADS_OUT = "d (h k) -> h k d"
 SAME = "... -> ..."
+SLAB = 64  # rows that are reordered at once
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Row:
         pattern = self.pattern_for(layout)
         if pattern == SAME:
             return leaf
-        return np.ascontiguousarray(einops.rearrange(leaf, _reversed(pattern), **self.sizes))
+        return contiguous(einops.rearrange(leaf, _reversed(pattern), **self.sizes))
 
 
 def _reversed(pattern: str) -> str:
@@ -144,6 +145,20 @@ def assign(model, rows: Sequence[Row], tensors, layout: Layout = "diffusers"):
     if unread:
         raise KeyError(f"unexpected tensors {sorted(unread)[:10]}")
     return with_leaves(model, {name: jnp.asarray(value) for name, value in values.items()})
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order; a reordered view is copied by slabs along its widest stride, which stay in the cache."""
+    if array.flags.c_contiguous:
+        return array
+    # As plain integers: numpy copies other people's dtypes (bfloat16) slowly and holds the interpreter's lock.
+    bits = array.view(f"u{array.dtype.itemsize}")
+    out = np.empty(bits.shape, bits.dtype)
+    axis = int(np.argmax(np.abs(bits.strides)))
+    for start in range(0, bits.shape[axis], SLAB):
+        slab = (slice(None),) * axis + (slice(start, start + SLAB),)
+        out[slab] = bits[slab]
+    return out.view(array.dtype)
 
 
 def _own(shape: Sequence[int], block: int | None) -> tuple[int, ...]:

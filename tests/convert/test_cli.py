@@ -99,9 +99,9 @@ from convert import cli, transfer
 def read_third(leaf, progress):
     def read(block):
         progress.update()
-        if progress.n == 3:
+        if progress.n >= 3:
             print("writing", flush=True)
-            time.sleep(60)
+            time.sleep(5)
         return leaf.read(block)
     return transfer.replace(leaf, read=read)
 

@@ -6,6 +6,7 @@ import pytest
 
 from convert.leaves import Leaf
 from convert.native import read_native, write_native
+from convert.tables import contiguous
 from dit_jax.config import UserError
 
 RNG = np.random.default_rng(0)
@@ -88,3 +89,13 @@ def test_an_error_while_writing_comes_through(tmp_path):
 
     with pytest.raises(UserError, match="the source is damaged"):
         write_native(tmp_path / "params", {"blocks.kernel": Leaf(KERNEL.shape, KERNEL.dtype, True, read)})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8_e4m3fn", "int64"])
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (0, 2, 1), (0, 1, 2)])
+def test_reordered_arrays_are_copied_bit_for_bit(dtype, order):
+    bits = np.random.default_rng(0).integers(0, 256, (70, 3, 130, np.dtype(dtype).itemsize), np.uint8)
+    view = bits.view(dtype)[..., 0].transpose(order)
+    copied = contiguous(view)
+    assert copied.flags.c_contiguous and copied.dtype == view.dtype
+    np.testing.assert_array_equal(copied.view(np.uint8), np.array(view, order="C").view(np.uint8))
