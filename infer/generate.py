@@ -1,4 +1,4 @@
-"""`dit-generate`: a video file from a prompt."""
+"""`dit-generate`: a video or an image from a prompt."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ examples:
   dit-generate --model demo-wan --prompt "a red 7 moving left above a blue 2 on a striped background" --out
   out/seven.mp4
   dit-generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat surfing at dusk" --mesh context=8 --out cat.mp4
+  dit-generate --model black-forest-labs/FLUX.1-schnell --prompt "a cat" --steps 4 --out cat.png
 """
 
 
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = options.add_argument
     add("--model", default="demo-wan", help="a checkpoint folder, a hub id org/name[@revision], or demo-wan (default)")
-    add("--prompt", help="what the video shows")
+    add("--prompt", help="what the picture shows")
     add("--prompts", metavar="FILE", help="a file with one prompt a line, in place of --prompt; outputs are numbered")
     add("--negative-prompt", metavar="T", default="", help="what it should not show")
     add("--out", required=True, metavar="FILE", help="output: .mp4 .mov .webm .gif .webp, or .png for one frame")
@@ -41,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
     add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
     add("--guidance", type=float, metavar="G", help="guidance scale; 1 turns guidance off (default: the model's)")
-    add("--solver", default="unipc", metavar="S", help="unipc (default) or euler")
-    add(
-        "--seed", type=int, default=0, metavar="N", help="seed of the starting noise; prompt i of a file has seed N + i"
-    )
+    add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance against --negative-prompt; 1 is off")
+    add("--images-per-prompt", type=int, default=1, metavar="N", help="samples of each prompt; outputs are numbered")
+    add("--solver", metavar="S", help="unipc or euler (default: the model's)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the starting noise; output i has seed N + i")
     add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")
     add("--sheet", metavar="FILE", help="also write a contact sheet of the frames: .png; numbered as outputs are")
     add("--from-latents", metavar="FILE", help="decode latents that an earlier run left behind; no prompt needed")
@@ -89,6 +90,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         frames=options.frames,
         steps=options.steps,
         guidance=options.guidance,
+        true_cfg=options.true_cfg,
+        images_per_prompt=options.images_per_prompt,
         solver=options.solver,
         seed=options.seed,
     )
@@ -102,10 +105,11 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     job = pipe.prepare(request)
     media.check_output(options.out, job.frames)
     began, outputs = time.perf_counter(), []
-    sheets = _numbered(options.sheet, len(prompts)) if options.sheet else [None] * len(prompts)
-    for index, (out, sheet) in enumerate(zip(_numbered(options.out, len(prompts)), sheets, strict=True)):
+    count = len(job.prompts)
+    sheets = _numbered(options.sheet, count) if options.sheet else [None] * count
+    for index, (out, sheet) in enumerate(zip(_numbered(options.out, count), sheets, strict=True)):
         images = None if job.images is None else job.images[index : index + 1]
-        one = replace(job, prompts=prompts[index : index + 1], images=images, seed=job.seed + index)
+        one = replace(job, prompts=job.prompts[index : index + 1], images=images, seed=job.seed + index)
         outputs += _denoise_and_decode(pipe, one, out, sheet)
     return _report(pipe, job, began, outputs)
 
@@ -186,7 +190,7 @@ def _decode(pipe, job, latents, out: Path, sheet: Path | None, bar: Bar) -> list
     result = pipe.decode(job, latents, bar)
     paths = result.save(out)
     if sheet:
-        contact_sheet(result.frames[0], job.prompts[0], sheet)
+        contact_sheet(result.frames[0] if pipe.defaults.video else result.frames, job.prompts[0], sheet)
     return paths
 
 

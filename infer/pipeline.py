@@ -1,42 +1,35 @@
-"""Text or an image to video: the whole of a Wan pipeline from a checkpoint, each stage one compiled program a shape.
+"""From a prompt to pictures: what every backbone's pipeline shares, each stage one compiled program a shape.
 
-Shapes: B samples, R batch rows (guidance branches of a sample next to each other), L text tokens, E text width, T Y X
-latent grid, C latent channels, H W pixels.
+Shapes: B samples, F frames, T Y X latent grid, C latent channels, H W pixels.
 """
 
 from __future__ import annotations
 
 import contextlib
-import html
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from PIL import Image
 
 from convert.checkpoint import Checkpoint, checkpoint_hash, load_model, open_checkpoint
 from dit_jax.config import UserError
-from dit_jax.models.clip import preprocess
-from dit_jax.models.network import Conditioning, grid
-from dit_jax.models.wan import TEXT_TOKENS_WITH_IMAGE
+from dit_jax.models.network import grid
 from dit_jax.sampling.sampler import Carry, Guided, noise, sample, start
-from dit_jax.sampling.schedules import Schedule
+from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
 from dit_jax.sharding import batch_sharding, batch_shardings, leaf_sharding, replicated
 from infer import media
 from infer.placement import picture_sharding
 from infer.programs import Programs
-from infer.request import Job, Request, Strides, check, fill
-from infer.side_files import check_supported, load_tokenizer, read_defaults, read_shift
+from infer.request import Defaults, Job, Request, Strides, check, fill
+from infer.side_files import read_defaults
 
 SEGMENT = 4  # steps a program runs at most before it reports progress
 VAE_CHUNK = 1  # latent frames that the VAE works on at a time
@@ -45,7 +38,10 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A pipeline's output: `.frames` uint8 [B, F, H, W, 3], `.latents` fp32 [B, T, Y, X, C], and what made them."""
+    """A pipeline's output: `.frames` uint8, `.latents` fp32 [B, T, Y, X, C], and what made them.
+
+    frames  videos [B, F, H, W, 3], or images [B, H, W, 3]
+    """
 
     frames: np.ndarray
     latents: np.ndarray
@@ -53,21 +49,21 @@ class Result:
     fps: int
 
     def save(self, path: Path | str) -> list[Path]:
-        """Writes each video; several get `-0`, `-1`, … before the suffix. Returns the files."""
+        """Writes each video or image; several get `-0`, `-1`, … before the suffix. Returns the files."""
         path = Path(path)
         names = (
             [path] if len(self.frames) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.frames))]
         )
         for name, frames, metadata in zip(names, self.frames, self.metadata, strict=True):
-            media.save(name, frames, self.fps, metadata)
+            media.save(name, frames if frames.ndim == 4 else frames[None], self.fps, metadata)
         return names
 
 
-def load_pipeline(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None) -> WanPipeline:
-    """A pipeline from a diffusers directory, a native checkpoint, the original Wan files, a hub id or "demo-wan".
+def load_pipeline(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None) -> Pipeline:
+    """A pipeline from a diffusers directory, a native checkpoint, the original Wan files, a hub id or a shipped model.
 
-    dtype  of the transformer and the text encoder; by default fp32 on a CPU, bf16 elsewhere. The VAE and CLIP stay in
-           fp32.
+    dtype  of the transformer and the text encoders; by default fp32 on a CPU, bf16 elsewhere. The VAE and the image
+           encoder stay in fp32.
     """
     checkpoint = open_checkpoint(path)
     if not checkpoint.is_pipeline:
@@ -78,34 +74,52 @@ def load_pipeline(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dt
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     folder = Path(path).expanduser()
-    return WanPipeline(checkpoint, folder.resolve().name if folder.exists() else str(path), mesh, dtype)
+    name = folder.resolve().name if folder.exists() else str(path)
+    return _backbone(checkpoint)(checkpoint, name, mesh, dtype)
 
 
-class WanPipeline:
-    """`pipe(prompt, size=(W, H), frames=…, steps=…, guidance=…, solver=…, seed=…)`; see `Request` for every option."""
+def _backbone(checkpoint: Checkpoint) -> type[Pipeline]:
+    from infer.flux_pipeline import FluxPipeline
+    from infer.wan_pipeline import WanPipeline
+
+    backbones = {"WanTransformer3DModel": WanPipeline, "FluxTransformer2DModel": FluxPipeline}
+    found = checkpoint.component("transformer").class_name
+    if found not in backbones:
+        raise UserError(
+            f"{checkpoint.folder} has a {found}: expected {' or '.join(backbones)}; use one of these models"
+        )
+    return backbones[found]
+
+
+class Pipeline:
+    """`pipe(prompt, size=(W, H), steps=…, guidance=…, solver=…, seed=…)`; see `Request` for every option.
+
+    A backbone's pipeline says which models it has (`_load_models`), what its transformer is told (`_denoiser`) and how
+    its noise levels are shifted (`shift`); everything else is here.
+    """
+
+    usual = Defaults()
+    takes_image = False
+    transformer: Any
+    vae: Any
+    shift: Shift
 
     def __init__(self, checkpoint: Checkpoint, name: str, mesh: jax.sharding.Mesh | None, dtype: Any):
-        check_supported(checkpoint)
         self.checkpoint, self.name, self.mesh, self.programs = checkpoint, name, mesh, Programs()
-        self.hash = checkpoint_hash(checkpoint.folder)
-        self.defaults = read_defaults(checkpoint)
-        self.shift = read_shift(checkpoint)
-        self.tokenizer = load_tokenizer(checkpoint)
-        self.transformer = self._load("transformer", dtype)
-        self.text_encoder = self._load("text_encoder", dtype)
-        self.vae = self._load("vae", jnp.float32)
-        self.takes_image = self.transformer.config.image_width is not None
-        self.image_encoder = self._load("image_encoder", jnp.float32) if self.takes_image else None
+        self.hash = checkpoint_hash(checkpoint)
+        self.defaults = read_defaults(checkpoint, self.usual)
+        self._load_models(dtype)
+
+    def _load_models(self, dtype: Any) -> None:
+        raise NotImplementedError
+
+    def _denoiser(self, job: Job) -> Guided:
+        raise NotImplementedError
 
     def _load(self, name: str, dtype: Any):
         table = self.checkpoint.component(name).axes
         placed = partial(leaf_sharding, table=table, mesh=self.mesh) if self.mesh is not None and table else None
         return load_model(self.checkpoint, name, mesh=self.mesh, shardings=placed, dtype=dtype)
-
-    @property
-    def text_tokens(self) -> int:
-        """Length that text is padded to: Wan's 512, or the tokenizer's own limit where that is shorter."""
-        return TEXT_TOKENS_WITH_IMAGE if self.takes_image else min(512, self.tokenizer.model_max_length)
 
     @property
     def strides(self) -> Strides:
@@ -135,16 +149,19 @@ class WanPipeline:
     def prepare(self, request: Request) -> Job:
         """The request with the model's defaults in it; UserError if the model cannot serve it."""
         job = fill(request, self.defaults)
-        check(job, self.strides, self.takes_image)
+        check(job, self.strides, self.takes_image, self.defaults.video)
         return job
+
+    def schedule(self, job: Job) -> Schedule:
+        """The noise levels of a job."""
+        return SOLVERS[job.solver].schedule(job.steps, self.shift, self.tokens(job.size, job.frames))
 
     def denoise(self, job: Job, progress: Progress | None = None) -> np.ndarray:
         """Final latents [B, T, Y, X, C] of a job, fp32 in the sampler's normalised units."""
         with self._on_mesh():
             denoiser = self._denoiser(job)
             solver = SOLVERS[job.solver]
-            schedule = solver.schedule(job.steps, self.shift, self.tokens(job.size, job.frames))
-            schedule = jax.tree.map(self._replicated, schedule)
+            schedule = jax.tree.map(self._replicated, self.schedule(job))
             carry = start(denoiser, solver, self._starting_noise(job))
             pinned = None if self.mesh is None else batch_shardings(carry, self.mesh)
             if pinned is not None:
@@ -172,58 +189,16 @@ class WanPipeline:
         return latents
 
     def decode(self, job: Job, latents: np.ndarray, progress: Progress | None = None) -> Result:
-        """Video of final latents."""
+        """Videos or images of final latents."""
         if progress:
             progress("decode", 0, 1)
         with self._on_mesh():
             spread = self._spread(job)
-            video = self.programs.run("decode", _decode, self.vae, _put(latents, spread), out_shardings=spread)
-            frames = np.asarray(video)
+            video = self.programs.run("decode", _decode, self.vae, put(latents, spread), out_shardings=spread)
+            frames = np.asarray(video) if self.defaults.video else np.asarray(video)[:, 0]
         if progress:
             progress("decode", 1, 1)
         return Result(frames=frames, latents=latents, metadata=self._metadata(job), fps=self.defaults.fps)
-
-    def encode_text(self, prompts: list[str]) -> jax.Array:
-        """Text embeddings [B, L, E]; zero behind each prompt's end, as Wan's pipelines have them."""
-        texts = self.tokenizer(
-            [clean(prompt) for prompt in prompts], padding="max_length", max_length=self.text_tokens, truncation=True,
-            return_tensors="np",
-        )  # fmt: skip
-        ids, valid = texts["input_ids"].astype(np.int32), texts["attention_mask"].astype(bool)
-        return self.programs.run("text", _encode_text, self.text_encoder, self._rows(ids), self._rows(valid))
-
-    def _denoiser(self, job: Job) -> Guided:
-        branches = 2 if job.guidance > 1 else 1
-        text = self.encode_text(job.prompts)
-        if branches == 2:
-            negative = self.encode_text([job.negative_prompt] * len(job.prompts))
-            text = jnp.stack([text, negative], axis=1).reshape(-1, *text.shape[1:])
-        image, extra = self._image_conditioning(job, branches) if self.takes_image else (None, None)
-        conditioning = Conditioning(self._rows(text), None if image is None else self._rows(image))
-        return Guided(
-            model=self.transformer,
-            conditioning=conditioning,
-            guidance_scale=self._replicated(np.float32(job.guidance)),
-            extra=extra,
-            branches=branches,
-        )
-
-    def _image_conditioning(self, job: Job, branches: int) -> tuple[jax.Array, jax.Array]:
-        """(image encoder's states [R, I, E], mask and encoded first frame [B, T, Y, X, 4 + C])."""
-        assert job.images is not None and self.image_encoder is not None
-        images = [image.convert("RGB") for image in job.images]
-        side = self.image_encoder.config.image_size
-        pixels = np.concatenate([preprocess(np.asarray(image)[None], side) for image in images])
-        states = self.programs.run("image", _encode_image, self.image_encoder, self._rows(pixels))
-        resized = [image.resize(job.size, Image.Resampling.LANCZOS) for image in images]
-        first = np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in resized])[:, None]
-        video = np.concatenate([first, np.zeros((len(images), job.frames - 1, *first.shape[2:]), np.float32)], axis=1)
-        spread = self._spread(job)
-        encoded = self.programs.run("encode", _encode_video, self.vae, _put(video, spread), out_shardings=spread)
-        mask = np.zeros((*encoded.shape[:-1], self.vae.config.time_factor), np.float32)
-        mask[:, 0] = 1
-        extra = self._rows(jnp.concatenate([_put(mask, spread), encoded], axis=-1))
-        return jnp.repeat(states, branches, axis=0), extra
 
     def _starting_noise(self, job: Job) -> jax.Array:
         shape = self.latents_shape(job.size, job.frames)
@@ -244,11 +219,11 @@ class WanPipeline:
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
     def _replicated(self, value) -> jax.Array:
-        return _put(value, None if self.mesh is None else replicated(self.mesh))
+        return put(value, None if self.mesh is None else replicated(self.mesh))
 
     def _rows(self, value) -> jax.Array:
         """An array of batch rows on the batch axes of the mesh."""
-        return _put(value, None if self.mesh is None else batch_sharding(self.mesh, value.shape[0]))
+        return put(value, None if self.mesh is None else batch_sharding(self.mesh, value.shape[0]))
 
     def _spread(self, job: Job) -> NamedSharding | None:
         """How the VAE's latents and videos [B, T, Y, X, C] are split."""
@@ -256,8 +231,14 @@ class WanPipeline:
         return None if self.mesh is None else picture_sharding(self.mesh, len(job.prompts), rows, columns)
 
 
-def _put(value, sharding: NamedSharding | None) -> jax.Array:
+def put(value, sharding: NamedSharding | None) -> jax.Array:
+    """The value as an array with this sharding (None: on the default device)."""
     return jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)
+
+
+def interleaved(conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
+    """Rows of both guidance branches, those of a sample next to each other."""
+    return jnp.stack([conditional, unconditional], axis=1).reshape(-1, *conditional.shape[1:])
 
 
 def _segment(solver, count: int):
@@ -267,23 +248,6 @@ def _segment(solver, count: int):
     return segment
 
 
-def _encode_text(encoder, ids_BL, valid_BL):
-    return jnp.where(valid_BL[..., None], encoder(ids_BL, valid_BL), 0)
-
-
-def _encode_image(encoder, pixels):
-    return encoder(pixels)
-
-
-def _encode_video(vae, video):
-    return vae.normalise(vae.encode(video, chunk=VAE_CHUNK)[0])
-
-
 def _decode(vae, latents):
     video = vae.decode(vae.denormalise(latents), chunk=VAE_CHUNK)
     return jnp.round((video + 1) * 127.5).astype(jnp.uint8)
-
-
-def clean(prompt: str) -> str:
-    """A prompt with plain quotes, mended characters, no HTML escapes and single spaces, as diffusers cleans it."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()

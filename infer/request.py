@@ -19,14 +19,20 @@ SEEDS = 2**32  # a threefry key keeps no more of a seed
 class Defaults:
     """What a model is run with unless the request says otherwise; `generation_defaults.json` in the model's folder.
 
-    grammar  whether prompts keep to the grammar of moving digits, so that a word outside it deserves a warning
+    guidance  the scale that the model is told or, if it is told none, of real guidance
+    true_cfg  scale of real guidance for a model that is told a guidance scale or none at all; 1 turns it off
+    video     whether it makes videos
+    grammar   whether prompts keep to the grammar of moving digits, so that a word outside it deserves a warning
     """
 
     size: tuple[int, int] = (832, 480)
     frames: int = 81
     steps: int = 50
     guidance: float = 5.0
+    true_cfg: float = 1.0
+    solver: str = "unipc"
     fps: int = 16
+    video: bool = True
     grammar: bool = False
 
 
@@ -34,10 +40,13 @@ class Defaults:
 class Request:
     """What a caller asks for; None leaves the choice to the model's defaults.
 
-    size     (width, height) in pixels
-    image    the first frame, for an image-to-video model: one for each prompt, or one for all
-    seed     of the first prompt's noise; prompt i has seed + i
-    latents  starting noise in its place: fp32 [B, T, Y, X, C], in the sampler's normalised units
+    size               (width, height) in pixels
+    image              the first frame, for an image-to-video model: one for each prompt, or one for all
+    guidance           the model's guidance scale: of real guidance (Wan), or of the one that it is told (FLUX dev)
+    true_cfg           FLUX: scale of real guidance against `negative_prompt`
+    images_per_prompt  how many samples of each prompt, next to each other
+    seed               of the first sample's noise; sample i has seed + i
+    latents            starting noise in its place: fp32 [B, T, Y, X, C], in the sampler's normalised units
     """
 
     prompt: str | list[str]
@@ -47,14 +56,16 @@ class Request:
     frames: int | None = None
     steps: int | None = None
     guidance: float | None = None
-    solver: str = "unipc"
+    true_cfg: float | None = None
+    images_per_prompt: int = 1
+    solver: str | None = None
     seed: int = 0
     latents: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request with every choice made, one image a prompt (or none)."""
+    """A request with every choice made, one prompt and one image (or none) a sample."""
 
     prompts: list[str]
     negative_prompt: str
@@ -62,6 +73,7 @@ class Job:
     frames: int
     steps: int
     guidance: float
+    true_cfg: float
     solver: str
     seed: int
     images: list[Image.Image] | None = None
@@ -69,7 +81,7 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """The job without images and latents, as JSON can hold it."""
-        told = ("prompts", "negative_prompt", "size", "frames", "steps", "guidance", "solver", "seed")
+        told = ("prompts", "negative_prompt", "size", "frames", "steps", "guidance", "true_cfg", "solver", "seed")
         return {name: getattr(self, name) for name in told}
 
 
@@ -79,6 +91,12 @@ def fill(request: Request, defaults: Defaults) -> Job:
     images = [request.image] * len(prompts) if isinstance(request.image, Image.Image) else request.image
     if images is not None and len(images) != len(prompts):
         raise UserError(f"{len(images)} images came with {len(prompts)} prompts: expected one for each, or one for all")
+
+    copies = request.images_per_prompt
+    if not isinstance(copies, int) or copies < 1:
+        raise UserError(f"images_per_prompt is {copies}: expected a whole number of at least 1")
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
+    images = images and [image for image in images for _ in range(copies)]
 
     def choice(name: str) -> Any:
         asked = getattr(request, name)
@@ -91,7 +109,8 @@ def fill(request: Request, defaults: Defaults) -> Job:
         frames=choice("frames"),
         steps=choice("steps"),
         guidance=choice("guidance"),
-        solver=request.solver,
+        true_cfg=choice("true_cfg"),
+        solver=choice("solver"),
         seed=request.seed,
         images=images,
         latents=request.latents,
@@ -106,16 +125,19 @@ class Strides:
     time: int
 
 
-def check(job: Job, strides: Strides, takes_image: bool) -> None:
+def check(job: Job, strides: Strides, takes_image: bool, video: bool = True) -> None:
     """Raises UserError for a job that the model cannot serve."""
+    if not video and job.frames != 1:
+        raise UserError(f"{job.frames} frames were asked of a model that makes images: leave out --frames")
     if not job.prompts or not all(text.strip() for text in job.prompts):
-        raise UserError("the prompt is empty: expected a description of the video; pass one with --prompt")
+        raise UserError("the prompt is empty: expected a description of the picture; pass one with --prompt")
     if job.solver not in SOLVERS:
         raise UserError(f"unknown solver {job.solver!r}: expected one of {', '.join(SOLVERS)}")
     if not isinstance(job.steps, int) or job.steps < 1:
         raise UserError(f"steps is {job.steps}: expected a whole number of at least 1")
-    if not math.isfinite(job.guidance) or job.guidance < 0:
-        raise UserError(f"guidance is {job.guidance}: expected a number of at least 0 (1 turns guidance off)")
+    for name in ("guidance", "true_cfg"):
+        if not math.isfinite(scale := getattr(job, name)) or scale < 0:
+            raise UserError(f"{name} is {scale}: expected a number of at least 0 (1 turns guidance off)")
     if not isinstance(job.seed, int) or not 0 <= job.seed <= SEEDS - len(job.prompts):
         raise UserError(
             f"seed is {job.seed}: expected a whole number from 0 to {SEEDS - len(job.prompts)} "
@@ -132,7 +154,8 @@ def check(job: Job, strides: Strides, takes_image: bool) -> None:
         raise UserError("this model animates an image and none was given: pass one with --image")
     if not takes_image and job.images is not None:
         raise UserError(
-            "an image was given to a text-to-video model: leave out --image or choose an image-to-video model"
+            f"an image was given to a text-to-{'video' if video else 'image'} model: leave out --image or choose an "
+            "image-to-video model"
         )
 
 

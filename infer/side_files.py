@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from convert.checkpoint import INDEX, Checkpoint
 from convert.components import read_json
 from dit_jax.config import UserError
 from dit_jax.sampling.schedules import Shift
+from dit_jax.sampling.solvers import SOLVERS
 from infer.request import Defaults
 
 DEFAULTS_FILE = "generation_defaults.json"
@@ -42,8 +43,8 @@ def check_supported(checkpoint: Checkpoint) -> None:
         )
 
 
-def read_defaults(checkpoint: Checkpoint) -> Defaults:
-    """The model's own defaults over ours; UserError for a setting that is none or does not fit."""
+def read_defaults(checkpoint: Checkpoint, usual: Defaults) -> Defaults:
+    """The model's own defaults over its backbone's; UserError for a setting that is none or does not fit."""
     settings = _read(checkpoint, DEFAULTS_FILE)
     names = [field.name for field in fields(Defaults)]
     for name, value in settings.items():
@@ -57,7 +58,7 @@ def read_defaults(checkpoint: Checkpoint) -> Defaults:
             )
     if "size" in settings:
         settings["size"] = tuple(settings["size"])
-    return Defaults(**settings | {"grammar": bool(settings.get("grammar"))})
+    return replace(usual, **settings | {"grammar": bool(settings.get("grammar"))})
 
 
 _COUNT = "a whole number from 1"
@@ -66,7 +67,10 @@ _EXPECTED = {
     "frames": _COUNT,
     "steps": _COUNT,
     "guidance": "a number from 0",
+    "true_cfg": "a number from 0",
+    "solver": f"one of {', '.join(SOLVERS)}",
     "fps": _COUNT,
+    "video": "true or false",
 }
 
 
@@ -75,7 +79,11 @@ def _fits(name: str, value: Any) -> bool:
         return True
     if name == "size":
         return isinstance(value, list) and len(value) == 2 and all(_is_count(side) for side in value)
-    if name == "guidance":
+    if name == "solver":
+        return value in SOLVERS
+    if name == "video":
+        return isinstance(value, bool)
+    if name in ("guidance", "true_cfg"):
         return isinstance(value, int | float) and math.isfinite(value) and value >= 0
     return _is_count(value)
 
@@ -85,22 +93,40 @@ def _is_count(value: Any) -> bool:
 
 
 def read_shift(checkpoint: Checkpoint) -> Shift:
-    """The shift of the schedule, 1 where the scheduler's config has none; UserError where it is no number."""
+    """The shift of a Wan schedule, 1 where the scheduler's config has none; UserError where it is no number."""
     settings = _read(checkpoint, SCHEDULER_FILE)
-    shift = settings.get("flow_shift") or settings.get("shift") or 1.0
-    if not isinstance(shift, int | float):
+    return Shift(constant=_number(checkpoint, settings, "flow_shift" if settings.get("flow_shift") else "shift", 1.0))
+
+
+def read_flux_shift(checkpoint: Checkpoint) -> Shift:
+    """The shift of a FLUX schedule: by the number of tokens (dev) or constant (schnell); UserError for no number."""
+    settings = _read(checkpoint, SCHEDULER_FILE)
+    return Shift(
+        constant=_number(checkpoint, settings, "shift", 1.0),
+        dynamic=bool(settings.get("use_dynamic_shifting")),
+        to_last_step=True,
+        low=_number(checkpoint, settings, "base_shift", 0.5),
+        high=_number(checkpoint, settings, "max_shift", 1.15),
+        low_tokens=_number(checkpoint, settings, "base_image_seq_len", 256),
+        high_tokens=_number(checkpoint, settings, "max_image_seq_len", 4096),
+    )
+
+
+def _number(checkpoint: Checkpoint, settings: dict[str, Any], name: str, usual: float) -> float:
+    value = settings.get(name) or usual
+    if not isinstance(value, int | float):
         raise UserError(
-            f"{checkpoint.folder / SCHEDULER_FILE} sets the shift to {shift!r}: expected a number; download it again"
+            f"{checkpoint.folder / SCHEDULER_FILE} sets {name} to {value!r}: expected a number; download it again"
         )
-    return Shift(constant=float(shift))
+    return float(value)
 
 
-def load_tokenizer(checkpoint: Checkpoint):
-    """The tokenizer in the folder `tokenizer`; UserError where it is missing or damaged."""
+def load_tokenizer(checkpoint: Checkpoint, folder: str):
+    """The tokenizer in this folder of the checkpoint; UserError where it is missing or damaged."""
     from transformers import AutoTokenizer
 
     for name, file in checkpoint.files.items():
-        if name.startswith("tokenizer/") and isinstance(file, Path):
+        if name.startswith(f"{folder}/") and isinstance(file, Path):
             try:
                 return AutoTokenizer.from_pretrained(file.parent)
             except Exception as error:  # the tokenizers library raises bare Exceptions besides those of json and files
@@ -110,7 +136,7 @@ def load_tokenizer(checkpoint: Checkpoint):
                     "that transformers opens; download them again"
                 ) from error
     raise UserError(
-        f"{checkpoint.folder} has no tokenizer: expected its files in the folder tokenizer; download it again"
+        f"{checkpoint.folder} has no tokenizer: expected its files in the folder {folder}; download it again"
     )
 
 

@@ -215,8 +215,10 @@ class Flux(nnx.Module):
     def signal(self, t_B: jax.Array, conditioning: Conditioning) -> Signal:
         """Embeds the timestep (0 to 1000), the pooled text, the guidance scale (if the model has one) and the text."""
         frequencies = self.config.time_frequencies
+        assert conditioning.pooled is not None
         vector = self.time(sinusoids(t_B, frequencies))
         if self.guidance is not None:
+            assert conditioning.guidance is not None
             vector = vector + self.guidance(sinusoids(conditioning.guidance * GUIDANCE_SCALE, frequencies))
         vector = vector + self.pooled(conditioning.pooled)
         return Signal(jax.nn.silu(vector), self.text(conditioning.text))

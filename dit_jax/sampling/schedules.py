@@ -30,14 +30,19 @@ class Schedule(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Shift:
-    """How σ is shifted to noise: by a constant, or (`dynamic`) by the number of tokens, as FLUX.1 dev does."""
+    """How σ is shifted to noise: by a constant, or (`dynamic`) by the number of tokens, as FLUX.1 dev does.
+
+    to_last_step  σ is spaced evenly down to 1/S and shifted once, as FLUX's pipelines pass it to the scheduler (a
+                  dynamic shift always); else the scheduler spaces it itself
+    """
 
     constant: float = 1.0
     dynamic: bool = False
+    to_last_step: bool = False
     low: float = 0.5
     high: float = 1.15
-    low_tokens: int = 256
-    high_tokens: int = 4096
+    low_tokens: float = 256
+    high_tokens: float = 4096
 
     def mu(self, tokens: int) -> float:
         """Logarithm of the shift at this many tokens: a line through (low_tokens, low) and (high_tokens, high)."""
@@ -53,14 +58,12 @@ def shifted(sigmas: Any, shift: Any) -> Any:
 def euler_sigmas(steps: int, shift: Shift, tokens: int) -> np.ndarray:
     """σ of diffusers' `FlowMatchEulerDiscreteScheduler`, [S + 1] in fp32.
 
-    With a constant shift that scheduler spaces its σ between already shifted ends and shifts them again, so that the
-    last steps are shifted twice; Wan's pipelines are run that way and so is this. A dynamic shift acts once, on evenly
-    spaced σ from 1 to 1/S.
+    Left to itself, with a constant shift, that scheduler spaces its σ between already shifted ends and shifts them
+    again, so that the last steps are shifted twice; Wan's pipelines are run that way and so is this.
     """
-    if shift.dynamic:
-        even = np.linspace(1, 1 / steps, steps)
-        scale = math.exp(shift.mu(tokens))
-        sigmas = scale / (scale + (1 / even - 1))
+    if shift.dynamic or shift.to_last_step:
+        scale = math.exp(shift.mu(tokens)) if shift.dynamic else shift.constant
+        sigmas = shifted(np.linspace(1, 1 / steps, steps), scale)
     else:
         lowest = float(shifted(np.float32(1 / TRAIN_STEPS), np.float32(shift.constant)))
         sigmas = shifted(np.linspace(1, lowest, steps), shift.constant)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from infer import contact_sheet, generate, latents_file, media
-from infer.pipeline import WanPipeline
+from infer.wan_pipeline import WanPipeline
 
 SMALL = ["--size", "48x32", "--frames", "5", "--steps", "2"]
 PROMPT = "a red cat runs"

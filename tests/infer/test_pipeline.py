@@ -13,8 +13,8 @@ from PIL import Image
 
 from dit_jax.config import UserError
 from infer import load_pipeline
-from infer.pipeline import clean
 from infer.request import Request
+from infer.wan_pipeline import clean
 
 PROMPT, NEGATIVE = "a red cat runs under the moon", "blue fish"
 SIZE, FRAMES, STEPS = (48, 32), 9, 4  # 6x4 latent cells, 3 latent frames: 18 tokens

@@ -1,0 +1,82 @@
+"""Whole FLUX pipelines against diffusers', from the same starting noise, and what is FLUX's own in a request."""
+
+import numpy as np
+import pytest
+import tiny_flux
+import torch
+
+from infer import load_pipeline
+
+PROMPTS, NEGATIVE = ["a red cat runs under the moon", "a blue fish sleeps"], "dog"
+SIZE, STEPS = (96, 64), 4  # 12x8 latent cells, 24 tokens
+
+
+@pytest.fixture(scope="module", params=["dev", "schnell"])
+def both(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = tiny_flux.pipeline(request.param == "dev")
+    theirs.save_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    return load_pipeline(folder), theirs
+
+
+def starting_noise(count):
+    return np.random.default_rng(0).standard_normal((count, 1, 8, 12, tiny_flux.CHANNELS)).astype(np.float32)
+
+
+def packed(latents):
+    b, _, y, x, c = latents.shape
+    z = torch.tensor(latents)[:, 0].permute(0, 3, 1, 2).reshape(b, c, y // 2, 2, x // 2, 2)
+    return z.permute(0, 2, 4, 1, 3, 5).reshape(b, y * x // 4, 4 * c)
+
+
+def by_diffusers(pipeline, noise, **options):
+    shared = dict(
+        prompt=PROMPTS, width=SIZE[0], height=SIZE[1], num_inference_steps=STEPS, guidance_scale=2.5,
+        latents=packed(noise), **options,
+    )  # fmt: skip
+    with torch.no_grad():
+        latents = pipeline(**shared, output_type="latent").images
+        images = pipeline(**shared, output_type="np").images
+    unpacked = pipeline._unpack_latents(latents, SIZE[1], SIZE[0], pipeline.vae_scale_factor)
+    return unpacked.permute(0, 2, 3, 1)[:, None].numpy(), images
+
+
+def by_ours(pipe, noise, **options):
+    return pipe(PROMPTS, size=SIZE, steps=STEPS, guidance=2.5, latents=noise, **options)
+
+
+def relative(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("true_cfg", [1.0, 3.0])
+def test_equals_diffusers(both, true_cfg):
+    pipe, theirs = both
+    noise = starting_noise(2)
+    latents, images = by_diffusers(theirs, noise, true_cfg_scale=true_cfg, negative_prompt=[NEGATIVE] * 2)
+    ours = by_ours(pipe, noise, true_cfg=true_cfg, negative_prompt=NEGATIVE)
+    assert relative(ours.latents, latents) <= 1e-4
+    assert ours.frames.dtype == np.uint8 and ours.frames.shape == (2, SIZE[1], SIZE[0], 3)
+    assert np.abs(ours.frames - np.round(images * 255)).max() <= 1
+    assert ours.frames.std() > 10
+
+
+def test_several_images_of_a_prompt_are_those_of_the_following_seeds(both):
+    pipe, _ = both
+    several = pipe(PROMPTS, size=SIZE, steps=2, images_per_prompt=2, seed=7)
+    assert [told["seed"] for told in several.metadata] == [7, 8, 9, 10]
+    assert [told["prompt"] for told in several.metadata] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    alone = pipe(PROMPTS[1], size=SIZE, steps=2, seed=9)
+    assert np.abs(alone.frames[0].astype(int) - several.frames[2]).max() <= 1
+
+
+def test_defaults_are_of_images(both):
+    pipe, _ = both
+    assert pipe.defaults.size == (1024, 1024) and pipe.defaults.frames == 1 and pipe.defaults.solver == "euler"
+
+
+def test_an_image_is_saved_as_a_picture(both, tmp_path):
+    pipe, _ = both
+    result = pipe(PROMPTS, size=SIZE, steps=1)
+    assert [path.name for path in result.save(tmp_path / "x.png")] == ["x-0.png", "x-1.png"]
