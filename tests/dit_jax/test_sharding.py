@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dit_jax.config import UserError
-from dit_jax.models import clip, t5, wan
+from dit_jax.models import clip, clip_text, flux, t5, wan
 from dit_jax.parameters import named_leaves
 from dit_jax.sharding import logical_axes, make_mesh, parse_mesh, partition, shardings
 
@@ -41,12 +41,14 @@ def abstract_mesh(text):
 FIRST_LAST = replace(wan.PRESETS["wan2.1-i2v-14b"], image_positions=514)
 MODELS = (
     [(wan, wan.Wan, config) for config in (*wan.PRESETS.values(), FIRST_LAST)]
+    + [(flux, flux.Flux, config) for config in flux.PRESETS.values()]
+    + [(clip_text, clip_text.CLIPText, config) for config in clip_text.PRESETS.values()]
     + [(t5, t5.T5Encoder, config) for config in t5.PRESETS.values()]
     + [(clip, clip.CLIPVision, config) for config in (clip.VIT_H, replace(clip.VIT_H, projection=1024))]
 )
 
 
-@pytest.mark.parametrize("module", [wan, t5, clip], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [wan, flux, t5, clip, clip_text], ids=lambda module: module.__name__)
 def test_every_leaf_has_one_row_and_every_row_a_leaf(module):
     used = set()
     for its_module, model, config in MODELS:
@@ -58,8 +60,8 @@ def test_every_leaf_has_one_row_and_every_row_a_leaf(module):
 
 @pytest.mark.parametrize(
     ("module", "model", "config"),
-    [(wan, wan.Wan, wan.WAN_14B), (t5, t5.T5Encoder, t5.UMT5_XXL)],
-    ids=["wan2.1-t2v-14b", "umt5-xxl"],
+    [(wan, wan.Wan, wan.WAN_14B), (flux, flux.Flux, flux.FLUX_DEV), (t5, t5.T5Encoder, t5.UMT5_XXL)],
+    ids=["wan2.1-t2v-14b", "flux.1-dev", "umt5-xxl"],
 )
 @pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tensor=2", "tensor=8"])
 def test_a_large_model_is_split(module, model, config, mesh):
