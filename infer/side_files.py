@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def _number(checkpoint: Checkpoint, settings: dict[str, Any], name: str, usual: 
 
 def load_tokenizer(checkpoint: Checkpoint, folder: str):
     """The tokenizer in this folder of the checkpoint; UserError where it is missing or damaged."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss a torch that tokenizers do not need
     from transformers import AutoTokenizer
 
     for name, file in checkpoint.files.items():

@@ -1,4 +1,4 @@
-"""What `test_sharding.py` runs in a process of its own: tiny Wan models on eight fake CPU devices, against one device.
+"""What `test_sharding.py` runs in a process of its own: tiny Wan and FLUX models on eight fake CPU devices, and on one.
 
 The devices must exist before jax starts, hence the process. Prints one JSON object: `errors` (relative, by mesh and
 case) and `compilations` (by the second segment, by mesh).
@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dit_jax.models import flux, wan
+from dit_jax.models.flux import Flux, FluxConfig
 from dit_jax.models.network import Conditioning, NetworkCall, layout, network, unlayout
-from dit_jax.models.wan import AXES, Wan, WanConfig
+from dit_jax.models.wan import Wan, WanConfig
 from dit_jax.sampling.sampler import Guided, sample, start
 from dit_jax.sampling.schedules import Shift
 from dit_jax.sampling.solvers import UniPC
@@ -28,8 +30,12 @@ T2V = WanConfig(
     time_frequencies=8,
 )  # fmt: skip
 I2V = replace(T2V, in_channels=8, image_width=13)
-LATENTS = (3, 6, 10, 4)
-IMAGE_MESHES = 2  # the image model, in a batch, runs on so many of the meshes
+FLUX = FluxConfig(
+    double_blocks=2, single_blocks=2, width=64, heads=8, head_width=8, mlp_width=20, in_channels=4, out_channels=4,
+    text_width=11, pooled_width=9, time_frequencies=8, rope_widths=(4, 2, 2),
+)  # fmt: skip
+VIDEO, PICTURE = (3, 6, 10, 4), (1, 6, 10, 4)
+OTHERS = 3  # the image-to-video model, in a batch, and FLUX run on so many of the meshes
 STEPS = 4
 SOLVER = UniPC()
 SCHEDULE = SOLVER.schedule(STEPS, Shift(constant=3.0), 45)
@@ -45,7 +51,7 @@ class Case(NamedTuple):
     sampled: np.ndarray
 
 
-def random_model(config: WanConfig):
+def random_model(config: WanConfig | FluxConfig):
     """Every leaf of ordinary size: zero biases and unit norms would hide what they do."""
     rng = np.random.default_rng(0)
 
@@ -53,7 +59,8 @@ def random_model(config: WanConfig):
         fan_in = np.prod(leaf.shape[1:-1]) if leaf.ndim > 2 else 4
         return jnp.asarray(rng.standard_normal(leaf.shape) / fan_in**0.5, jnp.float32)
 
-    return jax.tree.map(fill, nnx.eval_shape(lambda: Wan(config, nnx.Rngs(0))))
+    model: Any = Flux if isinstance(config, FluxConfig) else Wan
+    return jax.tree.map(fill, nnx.eval_shape(lambda: model(config, nnx.Rngs(0))))
 
 
 def evaluate(guided: Guided, latents):
@@ -65,16 +72,25 @@ def evaluate(guided: Guided, latents):
     return unlayout(rows, seen.shape, guided.model.config.patch)
 
 
-def case(name: str, config: WanConfig, samples: int) -> Case:
+def conditioning(config: WanConfig | FluxConfig, rows: int, rng: np.random.Generator) -> Conditioning:
+    text = rng.standard_normal((rows, 7, config.text_width), np.float32)
+    if isinstance(config, FluxConfig):
+        pooled = rng.standard_normal((rows, config.pooled_width), np.float32)
+        return Conditioning(text, pooled=pooled, guidance=np.linspace(1, 4, rows, dtype=np.float32))
+    image = rng.standard_normal((rows, 5, config.image_width), np.float32) if config.image_width else None
+    return Conditioning(text, image)
+
+
+def case(name: str, config: WanConfig | FluxConfig, samples: int) -> Case:
     rng = np.random.default_rng(samples)
-    latents, extra = rng.standard_normal((2, samples, *LATENTS), np.float32)
-    text = rng.standard_normal((2 * samples, 7, config.text_width), np.float32)
-    image = rng.standard_normal((2 * samples, 5, config.image_width), np.float32) if config.image_width else None
+    shape = PICTURE if isinstance(config, FluxConfig) else VIDEO
+    latents, extra = rng.standard_normal((2, samples, *shape), np.float32)
+    told = conditioning(config, 2 * samples, rng)
     guided = Guided(
         model=random_model(config),
-        conditioning=Conditioning(text, image),
+        conditioning=told,
         guidance_scale=np.linspace(3, 5, samples, dtype=np.float32),
-        extra=extra if image is not None else None,
+        extra=extra if told.image is not None else None,
         branches=2,
     )
     segment = jax.jit(sample, static_argnames=("solver", "count"))
@@ -88,7 +104,8 @@ def relative(a, b) -> float:
 
 def sharded(case: Case, mesh) -> Guided:
     """The case's denoiser on the mesh: parameters by the model's table, inputs by rows."""
-    model = jax.device_put(case.guided.model, shardings(case.guided.model, AXES, mesh))
+    axes = flux.AXES if isinstance(case.guided.model, Flux) else wan.AXES
+    model = jax.device_put(case.guided.model, shardings(case.guided.model, axes, mesh))
     inputs = replace(case.guided, model=None)
     return replace(jax.device_put(inputs, batch_shardings(inputs, mesh)), model=model)
 
@@ -117,11 +134,11 @@ def main(meshes: list[str]) -> None:
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    cases = [case("t2v", T2V, 1), case("i2v batch", I2V, 2)]
+    cases = [case("t2v", T2V, 1), case("i2v batch", I2V, 2), case("flux", FLUX, 1)]
     errors: dict[str, float] = {}
     compilations = {}
     for number, text in enumerate(meshes):
-        its_errors, compilations[text] = check(cases if number < IMAGE_MESHES else cases[:1], text, compiled)
+        its_errors, compilations[text] = check(cases if number < OTHERS else cases[:1], text, compiled)
         errors |= its_errors
     print(json.dumps({"errors": errors, "compilations": compilations, "all": len(compiled)}))
 
