@@ -5,10 +5,17 @@ import pytest
 import tiny_flux
 import torch
 
-from infer import load_pipeline
+from infer import generate, load_pipeline, media
 
 PROMPTS, NEGATIVE = ["a red cat runs under the moon", "a blue fish sleeps"], "dog"
 SIZE, STEPS = (96, 64), 4  # 12x8 latent cells, 24 tokens
+
+
+@pytest.fixture(scope="module")
+def flux_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flux")
+    tiny_flux.pipeline(dev=False).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module", params=["dev", "schnell"])
@@ -80,3 +87,41 @@ def test_an_image_is_saved_as_a_picture(both, tmp_path):
     pipe, _ = both
     result = pipe(PROMPTS, size=SIZE, steps=1)
     assert [path.name for path in result.save(tmp_path / "x.png")] == ["x-0.png", "x-1.png"]
+
+
+def test_the_command_draws_pictures(flux_folder, tmp_path, capsys):
+    out = tmp_path / "x.png"
+    arguments = ["--model", str(flux_folder), "--prompt", "a red cat", "--size", "96x64", "--steps", "2"]
+    assert (
+        generate.main([*arguments, "--images-per-prompt", "2", "--out", str(out), "--sheet", str(tmp_path / "s.png")])
+        == 0
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s-000.png", "s-001.png", "x-000.png", "x-001.png"]
+    told = media.read_metadata(tmp_path / "x-001.png")
+    assert (told["seed"], told["prompt"], told["solver"]) == (1, "a red cat", "euler")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--frames", "5"], "5 frames were asked of a model that makes images"),
+        (["--images-per-prompt", "0"], "images_per_prompt is 0"),
+        (["--true-cfg", "nan"], "true_cfg is nan"),
+        (["--size", "90x64"], "the nearest is 96x64"),
+    ],
+)
+def test_bad_input_is_one_sentence(flux_folder, tmp_path, capsys, options, message):
+    arguments = [
+        "--model",
+        str(flux_folder),
+        "--prompt",
+        "a red cat",
+        "--size",
+        "96x64",
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
+    assert generate.main([*arguments, *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
