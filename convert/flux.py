@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.tables import HEADS_IN, HEADS_IN_BIAS, HEADS_OUT, LINEAR, SAME, Part, Row
+from convert.tables import (
+    HEADS_IN,
+    HEADS_IN_BIAS,
+    HEADS_OUT,
+    LINEAR,
+    PAIRS,
+    ROTATED_BIAS,
+    ROTATED_IN,
+    Part,
+    Row,
+    linear_rows,
+)
 from dit_jax.config import UserError
 from dit_jax.models.flux import FluxConfig
 
-# Queries and keys are stored with the two channels of a rotated pair half a head apart (dit_jax/ops/rope.py).
-ROTATED_IN = "(h k two) d -> d h (two k)"
-ROTATED_BIAS = "(h k two) -> h (two k)"
 ROTATED_NORM = "(k two) -> (two k)"
-PAIRS = {"two": 2}
 PACK = 2  # pixels of latents along each side of a packed token
 
 
@@ -64,8 +71,8 @@ def flux_rows(config: FluxConfig) -> list[Row]:
     """The table of a FLUX transformer."""
     packed = {"y": config.patch[1], "x": config.patch[2]}
     rows = [
-        *_linear("patch", "x_embedder", "img_in", pattern="d (c y x) -> (y x c) d", sizes=packed),
-        *_linear("text", "context_embedder", "txt_in"),
+        *linear_rows("patch", "x_embedder", "img_in", pattern="d (c y x) -> (y x c) d", sizes=packed),
+        *linear_rows("text", "context_embedder", "txt_in"),
         *_embedding("time", "timestep_embedder", "time_in"),
         *_embedding("pooled", "text_embedder", "vector_in"),
         *(_embedding("guidance", "guidance_embedder", "guidance_in") if config.guidance else []),
@@ -96,18 +103,18 @@ def _double_rows(config: FluxConfig) -> list[Row]:
         stream, attn = f"{mine}{ours}.", f"{theirs}attn."
         projections = {name: f"{attn}add_{name}_proj" if joint else f"{attn}to_{name}" for name in "qkv"}
         rows += [
-            *_linear(f"{stream}modulation.linear", f"{theirs}norm1{suffix}.linear", f"{authors}{short}_mod.lin"),
+            *linear_rows(f"{stream}modulation.linear", f"{theirs}norm1{suffix}.linear", f"{authors}{short}_mod.lin"),
             *_qkv_rows(f"{stream}attn.", projections, f"{authors}{short}_attn.qkv", config.width, 3 * config.width),
             *_norm_rows(f"{stream}attn.", f"{attn}norm_{joint}", f"{authors}{short}_attn.norm."),
-            *_linear(
+            *linear_rows(
                 f"{stream}attn.o",
                 f"{attn}to_add_out" if joint else f"{attn}to_out.0",
                 f"{authors}{short}_attn.proj",
                 HEADS_OUT,
                 sizes={"h": config.heads},
             ),
-            *_linear(f"{stream}mlp.up", f"{theirs}ff{suffix}.net.0.proj", f"{authors}{short}_mlp.0"),
-            *_linear(f"{stream}mlp.down", f"{theirs}ff{suffix}.net.2", f"{authors}{short}_mlp.2"),
+            *linear_rows(f"{stream}mlp.up", f"{theirs}ff{suffix}.net.0.proj", f"{authors}{short}_mlp.0"),
+            *linear_rows(f"{stream}mlp.down", f"{theirs}ff{suffix}.net.2", f"{authors}{short}_mlp.2"),
         ]
     return rows
 
@@ -120,10 +127,10 @@ def _single_rows(config: FluxConfig) -> list[Row]:
     out = Part(0, width, joined, axis=1)
     projections = {name: f"{theirs}attn.to_{name}" for name in "qkv"}
     return [
-        *_linear(f"{mine}modulation.linear", f"{theirs}norm.linear", f"{authors}modulation.lin"),
+        *linear_rows(f"{mine}modulation.linear", f"{theirs}norm.linear", f"{authors}modulation.lin"),
         *_qkv_rows(f"{mine}attn.", projections, f"{authors}linear1", width, fused),
         *_norm_rows(f"{mine}attn.", f"{theirs}attn.norm_", f"{authors}norm."),
-        *_linear(f"{mine}mlp.up", f"{theirs}proj_mlp", f"{authors}linear1", parts={"original": up}),
+        *linear_rows(f"{mine}mlp.up", f"{theirs}proj_mlp", f"{authors}linear1", parts={"original": up}),
         Row(
             ours=f"{mine}attn.o.kernel",
             pattern=HEADS_OUT,
@@ -148,9 +155,9 @@ def _qkv_rows(ours: str, theirs: dict[str, str], fused: str, width: int, total: 
     for place, (name, key) in enumerate(theirs.items()):
         part = {"original": Part(place * width, (place + 1) * width, total)}
         if name == "v":
-            rows += _linear(f"{ours}v", key, fused, HEADS_IN, HEADS_IN_BIAS, parts=part)
+            rows += linear_rows(f"{ours}v", key, fused, HEADS_IN, HEADS_IN_BIAS, parts=part)
         else:
-            rows += _linear(f"{ours}{name}.linear", key, fused, ROTATED_IN, ROTATED_BIAS, PAIRS, part)
+            rows += linear_rows(f"{ours}{name}.linear", key, fused, ROTATED_IN, ROTATED_BIAS, PAIRS, part)
     return rows
 
 
@@ -169,8 +176,8 @@ def _norm_rows(ours: str, theirs: str, authors: str) -> list[Row]:
 
 def _embedding(ours: str, theirs: str, authors: str) -> list[Row]:
     return [
-        *_linear(f"{ours}.up", f"time_text_embed.{theirs}.linear_1", f"{authors}.in_layer"),
-        *_linear(f"{ours}.down", f"time_text_embed.{theirs}.linear_2", f"{authors}.out_layer"),
+        *linear_rows(f"{ours}.up", f"time_text_embed.{theirs}.linear_1", f"{authors}.in_layer"),
+        *linear_rows(f"{ours}.down", f"time_text_embed.{theirs}.linear_2", f"{authors}.out_layer"),
     ]
 
 
@@ -178,34 +185,4 @@ def _halves(ours: str, config: FluxConfig, order: dict[str, int]) -> list[Row]:
     """Scale and shift of the last norm are fused, and in another order by the authors than by diffusers."""
     width = config.width
     parts = {layout: Part(half * width, (half + 1) * width, 2 * width) for layout, half in order.items()}
-    return _linear(ours, "norm_out.linear", "final_layer.adaLN_modulation.1", parts=parts)
-
-
-def _linear(
-    ours: str,
-    diffusers: str,
-    original: str,
-    pattern: str = LINEAR,
-    bias: str = SAME,
-    sizes: dict[str, int] | None = None,
-    parts: dict[str, Part] | None = None,
-) -> list[Row]:
-    sizes = sizes or {}
-    return [
-        Row(
-            ours=f"{ours}.kernel",
-            pattern=pattern,
-            sizes=sizes,
-            parts=parts or {},
-            diffusers=f"{diffusers}.weight",
-            original=f"{original}.weight",
-        ),
-        Row(
-            ours=f"{ours}.bias",
-            pattern=bias,
-            sizes={name: size for name, size in sizes.items() if name in bias.split()[0] or name in bias},
-            parts=parts or {},
-            diffusers=f"{diffusers}.bias",
-            original=f"{original}.bias",
-        ),
-    ]
+    return linear_rows(ours, "norm_out.linear", "final_layer.adaLN_modulation.1", parts=parts)

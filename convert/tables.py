@@ -27,6 +27,10 @@ HEADS_IN = "(h k) d -> d h k"
 HEADS_IN_BIAS = "(h k) -> h k"
 HEADS_OUT = "d (h k) -> h k d"
 SAME = "... -> ..."
+# Queries and keys are stored with the two channels of a rotated pair half a head apart (dit_jax/ops/rope.py).
+ROTATED_IN = "(h k two) d -> d h (two k)"
+ROTATED_BIAS = "(h k two) -> h (two k)"
+PAIRS = {"two": 2}
 SLAB = 64  # rows that are reordered at once
 
 
@@ -93,6 +97,31 @@ class Row:
         if pattern == SAME:
             return leaf
         return contiguous(einops.rearrange(leaf, _reversed(pattern), **self.sizes))
+
+
+def linear_rows(
+    ours: str,
+    diffusers: str,
+    original: str,
+    pattern: str = LINEAR,
+    bias: str = SAME,
+    sizes: dict[str, int] | None = None,
+    parts: dict[str, Part] | None = None,
+) -> list[Row]:
+    """Kernel and bias of a linear map; `sizes` may name axes that only one of the two patterns has."""
+    rows = []
+    for leaf, key, its_pattern in (("kernel", "weight", pattern), ("bias", "bias", bias)):
+        rows.append(
+            Row(
+                ours=f"{ours}.{leaf}",
+                pattern=its_pattern,
+                sizes={name: size for name, size in (sizes or {}).items() if name in re.findall(r"\w+", its_pattern)},
+                parts=parts or {},
+                diffusers=f"{diffusers}.{key}",
+                original=f"{original}.{key}",
+            )
+        )
+    return rows
 
 
 def _reversed(pattern: str) -> str:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.tables import HEADS_IN, HEADS_IN_BIAS, HEADS_OUT, LINEAR, Row
+from convert.tables import HEADS_IN, HEADS_IN_BIAS, HEADS_OUT, PAIRS, ROTATED_BIAS, ROTATED_IN, Row, linear_rows
 from dit_jax.models.wan import WanConfig
 
-# Queries and keys are stored with the two channels of a rotated pair half a head apart (dit_jax/ops/rope.py).
-ROTATED_IN = "(h k two) d -> d h (two k)"
-ROTATED_BIAS = "(h k two) -> h (two k)"
 PATCH_IN = "d c t y x -> (t y x c) d"
-PAIRS = {"two": 2}
 
 
 def wan_config(settings: dict[str, Any]) -> WanConfig:
@@ -96,14 +92,14 @@ def _original_config(settings: dict[str, Any]) -> WanConfig:
 def wan_rows(config: WanConfig) -> list[Row]:
     """The table of a Wan transformer."""
     rows = [
-        *_linear("patch", "patch_embedding", "patch_embedding", pattern=PATCH_IN, sizes=_patch_sizes(config)),
-        *_linear("time.up", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-        *_linear("time.down", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-        *_linear("time_out", "condition_embedder.time_proj", "time_projection.1"),
-        *_linear("text.up", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-        *_linear("text.down", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        *linear_rows("patch", "patch_embedding", "patch_embedding", pattern=PATCH_IN, sizes=_patch_sizes(config)),
+        *linear_rows("time.up", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        *linear_rows("time.down", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        *linear_rows("time_out", "condition_embedder.time_proj", "time_projection.1"),
+        *linear_rows("text.up", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        *linear_rows("text.down", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
         Row(ours="modulation", pattern="1 s d -> s d", diffusers="scale_shift_table", original="head.modulation"),
-        *_linear("out", "proj_out", "head.head"),
+        *linear_rows("out", "proj_out", "head.head"),
         *_block_rows(config),
     ]
     return rows + (_image_rows(config) if config.image_width else [])
@@ -122,8 +118,8 @@ def _block_rows(config: WanConfig) -> list[Row]:
         *_attention_rows("attn2", "cross_attn", rotated=False),
         *(_image_branch_rows() if image else []),
         *_norm("blocks.cross_norm", block + "norm2", block + "norm3"),
-        *_linear("blocks.mlp.up", block + "ffn.net.0.proj", block + "ffn.0"),
-        *_linear("blocks.mlp.down", block + "ffn.net.2", block + "ffn.2"),
+        *linear_rows("blocks.mlp.up", block + "ffn.net.0.proj", block + "ffn.0"),
+        *linear_rows("blocks.mlp.down", block + "ffn.net.2", block + "ffn.2"),
     ]
 
 
@@ -132,7 +128,7 @@ def _attention_rows(ours: str, original: str, rotated: bool) -> list[Row]:
     kernel, bias, sizes = (ROTATED_IN, ROTATED_BIAS, PAIRS) if rotated else (HEADS_IN, HEADS_IN_BIAS, {})
     rows = []
     for name in "qk":
-        rows += _linear(f"{mine}{name}.linear", f"{theirs}to_{name}", authors + name, kernel, bias, sizes)
+        rows += linear_rows(f"{mine}{name}.linear", f"{theirs}to_{name}", authors + name, kernel, bias, sizes)
         rows.append(
             Row(
                 ours=f"{mine}{name}.norm",
@@ -142,15 +138,15 @@ def _attention_rows(ours: str, original: str, rotated: bool) -> list[Row]:
                 original=f"{authors}norm_{name}.weight",
             )
         )
-    rows += _linear(f"{mine}v", f"{theirs}to_v", f"{authors}v", HEADS_IN, HEADS_IN_BIAS)
-    return rows + _linear(f"{mine}o", f"{theirs}to_out.0", f"{authors}o", HEADS_OUT)
+    rows += linear_rows(f"{mine}v", f"{theirs}to_v", f"{authors}v", HEADS_IN, HEADS_IN_BIAS)
+    return rows + linear_rows(f"{mine}o", f"{theirs}to_out.0", f"{authors}o", HEADS_OUT)
 
 
 def _image_branch_rows() -> list[Row]:
     mine, theirs, authors = "blocks.attn2.", "blocks.{i}.attn2.", "blocks.{i}.cross_attn."
     return [
-        *_linear(f"{mine}image_k.linear", f"{theirs}add_k_proj", f"{authors}k_img", HEADS_IN, HEADS_IN_BIAS),
-        *_linear(f"{mine}image_v", f"{theirs}add_v_proj", f"{authors}v_img", HEADS_IN, HEADS_IN_BIAS),
+        *linear_rows(f"{mine}image_k.linear", f"{theirs}add_k_proj", f"{authors}k_img", HEADS_IN, HEADS_IN_BIAS),
+        *linear_rows(f"{mine}image_v", f"{theirs}add_v_proj", f"{authors}v_img", HEADS_IN, HEADS_IN_BIAS),
         Row(
             ours=f"{mine}image_k.norm",
             pattern=HEADS_IN_BIAS,
@@ -164,8 +160,8 @@ def _image_rows(config: WanConfig) -> list[Row]:
     theirs = "condition_embedder.image_embedder."
     rows = [
         *_norm("image.norm1", theirs + "norm1", "img_emb.proj.0"),
-        *_linear("image.mlp.up", theirs + "ff.net.0.proj", "img_emb.proj.1"),
-        *_linear("image.mlp.down", theirs + "ff.net.2", "img_emb.proj.3"),
+        *linear_rows("image.mlp.up", theirs + "ff.net.0.proj", "img_emb.proj.1"),
+        *linear_rows("image.mlp.down", theirs + "ff.net.2", "img_emb.proj.3"),
         *_norm("image.norm2", theirs + "norm2", "img_emb.proj.4"),
     ]
     if config.image_positions:
@@ -178,27 +174,6 @@ def _image_rows(config: WanConfig) -> list[Row]:
             )
         )
     return rows
-
-
-def _linear(
-    ours: str, diffusers: str, original: str, pattern: str = LINEAR, bias: str = "... -> ...", sizes=None
-) -> list[Row]:
-    return [
-        Row(
-            ours=f"{ours}.kernel",
-            pattern=pattern,
-            sizes=sizes or {},
-            diffusers=f"{diffusers}.weight",
-            original=f"{original}.weight",
-        ),
-        Row(
-            ours=f"{ours}.bias",
-            pattern=bias,
-            sizes=sizes if sizes and "two" in bias else {},
-            diffusers=f"{diffusers}.bias",
-            original=f"{original}.bias",
-        ),
-    ]
 
 
 def _norm(ours: str, diffusers: str, original: str) -> list[Row]:
