@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from convert.tables import HEADS_IN, HEADS_IN_BIAS, HEADS_OUT, LINEAR, SAME, Part, Row
+from convert.tables import HEADS_IN, HEADS_IN_BIAS, HEADS_OUT, LINEAR, SAME, Part, Row, linear_rows, norm_rows
 from dit_jax.config import UserError
 from dit_jax.models.clip import VIT_H, CLIPVisionConfig, TowerConfig
 from dit_jax.models.clip_text import CLIPTextConfig
@@ -180,8 +180,8 @@ def clip_vision_rows(config: CLIPVisionConfig, prefixed: bool = True) -> list[Ro
             original="visual.pos_embedding",
             patterns={"original": "1 n d -> n d"},
         ),
-        *_affine("norm_in", theirs + "pre_layrnorm", "visual.pre_norm"),
-        *_affine("norm_out", theirs + "post_layernorm", "visual.post_norm"),
+        *norm_rows("norm_in", theirs + "pre_layrnorm", "visual.pre_norm"),
+        *norm_rows("norm_out", theirs + "post_layernorm", "visual.post_norm"),
         *_clip_block_rows(config, theirs + "encoder.layers.{i}."),
     ]
     if config.projection:
@@ -254,7 +254,7 @@ def clip_text_rows(config: CLIPTextConfig, prefixed: bool = True) -> list[Row]:
     rows = [
         Row(ours="tokens", diffusers=theirs + "embeddings.token_embedding.weight"),
         Row(ours="positions", diffusers=theirs + "embeddings.position_embedding.weight"),
-        *_affine("norm", theirs + "final_layer_norm", ""),
+        *norm_rows("norm", theirs + "final_layer_norm", ""),
         *_clip_block_rows(config, theirs + "encoder.layers.{i}."),
     ]
     return [replace(row, original="", parts={}) for row in rows]
@@ -330,39 +330,12 @@ def _clip_block_rows(config: TowerConfig, theirs: str) -> list[Row]:
     for index, name in enumerate("qkv"):
         fused = {"original": Part(index * width, (index + 1) * width, 3 * width)}
         ours, outside, original = f"blocks.attention.{name}", f"{theirs}self_attn.{name}_proj", f"{authors}attn.to_qkv"
-        rows += _linear(ours, outside, original, HEADS_IN, HEADS_IN_BIAS, fused)
+        rows += linear_rows(ours, outside, original, HEADS_IN, HEADS_IN_BIAS, parts=fused)
     return [
         *rows,
-        *_linear("blocks.attention.o", f"{theirs}self_attn.out_proj", f"{authors}attn.proj", HEADS_OUT),
-        *_linear("blocks.up", f"{theirs}mlp.fc1", f"{authors}mlp.0"),
-        *_linear("blocks.down", f"{theirs}mlp.fc2", f"{authors}mlp.2"),
-        *_affine("blocks.norm1", f"{theirs}layer_norm1", f"{authors}norm1"),
-        *_affine("blocks.norm2", f"{theirs}layer_norm2", f"{authors}norm2"),
-    ]
-
-
-def _linear(
-    ours: str,
-    diffusers: str,
-    original: str,
-    pattern: str = LINEAR,
-    bias: str = SAME,
-    parts: dict[str, Part] | None = None,
-) -> list[Row]:
-    return [
-        Row(
-            ours=f"{ours}.{leaf}",
-            pattern=leaf_pattern,
-            diffusers=f"{diffusers}.{outside}",
-            original=f"{original}.{outside}",
-            parts=parts or {},
-        )
-        for leaf, outside, leaf_pattern in (("kernel", "weight", pattern), ("bias", "bias", bias))
-    ]
-
-
-def _affine(ours: str, diffusers: str, original: str) -> list[Row]:
-    return [
-        Row(ours=f"{ours}.scale", diffusers=f"{diffusers}.weight", original=f"{original}.weight"),
-        Row(ours=f"{ours}.bias", diffusers=f"{diffusers}.bias", original=f"{original}.bias"),
+        *linear_rows("blocks.attention.o", f"{theirs}self_attn.out_proj", f"{authors}attn.proj", HEADS_OUT),
+        *linear_rows("blocks.up", f"{theirs}mlp.fc1", f"{authors}mlp.0"),
+        *linear_rows("blocks.down", f"{theirs}mlp.fc2", f"{authors}mlp.2"),
+        *norm_rows("blocks.norm1", f"{theirs}layer_norm1", f"{authors}norm1"),
+        *norm_rows("blocks.norm2", f"{theirs}layer_norm2", f"{authors}norm2"),
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,15 +16,13 @@ import tensorstore as ts
 from absl import logging
 
 from convert.leaves import Leaf, finite
-from convert.safetensors_files import workers
-from convert.tables import contiguous
+from convert.safetensors_files import flush, workers, write_pieces
 from dit_jax.config import UserError
 
 PARAMS = "params"
 _METADATA = "_METADATA"
 _OCDBT_MANIFEST = "manifest.ocdbt"
 BLOCKS_AT_ONCE = 3  # read, reordered and written side by side
-PIECE = 1 << 22  # bytes written at once
 
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
@@ -54,7 +51,7 @@ def write_native(folder: Path, leaves: Mapping[str, Leaf]) -> None:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(_nested(leaves)))
     with ThreadPoolExecutor() as pool:
-        list(pool.map(_flush, (file for file in folder.rglob("*") if file.is_file())))
+        list(pool.map(flush, (file for file in folder.rglob("*") if file.is_file())))
 
 
 def read_native(folder: Path) -> dict[str, Leaf]:
@@ -92,19 +89,13 @@ def _write_leaf(leaf: Leaf, folder: Path) -> None:
 
     def write(block: int | None) -> None:
         # A raw chunk is its array's bytes; through tensorstore they would be copied twice.
-        raw = contiguous(leaf.read(block)).reshape(-1).view(np.uint8)
+        array = leaf.read(block)
         with _as_oserror(folder), open(_chunk_file(folder, block, len(leaf.shape)), "xb") as stream:
-            for start in range(0, raw.size, PIECE):
-                stream.write(raw[start : start + PIECE].data)
+            write_pieces(stream, array)
 
     with workers(BLOCKS_AT_ONCE) as pool:
         for written in [pool.submit(write, block) for block in leaf.blocks]:
             written.result()
-
-
-def _flush(file: Path) -> None:
-    with open(file, "rb+") as stream:
-        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager

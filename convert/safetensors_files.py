@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
+from convert.tables import contiguous
 from dit_jax.config import UserError
 
 DTYPES: dict[str, np.dtype] = {
@@ -327,8 +328,7 @@ def write_safetensors(file: Path, tensors: Sequence[Outgoing]) -> None:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor, array in zip(ordered, _read_ahead(ordered), strict=True):
             assert array.shape == tensor.shape and array.dtype == tensor.dtype, tensor.key
-            for piece in _pieces(array):
-                stream.write(piece.data)
+            write_pieces(stream, array)
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -356,12 +356,27 @@ def _read_ahead(tensors: Sequence[Outgoing]) -> Iterator[np.ndarray]:
 
 
 def _values(tensor: Outgoing) -> np.ndarray:
-    return np.asarray(tensor.read(), order="C")
+    return contiguous(tensor.read())
+
+
+def write_pieces(stream: BinaryIO, array: np.ndarray) -> None:
+    """The array's bytes in C order, a few at a time."""
+    for piece in _pieces(array):
+        stream.write(piece.data)
 
 
 def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
-    raw = np.asarray(array, order="C").reshape(-1).view(np.uint8)
+    raw = contiguous(array).reshape(-1).view(np.uint8)
     return (raw[i : i + _PIECE] for i in range(0, raw.size, _PIECE))
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_durably(file: Path, content: bytes) -> None:

@@ -107,8 +107,12 @@ def linear_rows(
     bias: str = SAME,
     sizes: dict[str, int] | None = None,
     parts: dict[str, Part] | None = None,
+    patterns: dict[str, str] | None = None,
 ) -> list[Row]:
-    """Kernel and bias of a linear map; `sizes` may name axes that only one of the two patterns has."""
+    """Kernel and bias of a linear map or convolution; fields as in `Row`.
+
+    `sizes` may name axes that only one of the two patterns has; `patterns` are the kernel's.
+    """
     rows = []
     for leaf, key, its_pattern in (("kernel", "weight", pattern), ("bias", "bias", bias)):
         rows.append(
@@ -117,11 +121,20 @@ def linear_rows(
                 pattern=its_pattern,
                 sizes={name: size for name, size in (sizes or {}).items() if name in re.findall(r"\w+", its_pattern)},
                 parts=parts or {},
+                patterns=(patterns or {}) if leaf == "kernel" else {},
                 diffusers=f"{diffusers}.{key}",
                 original=f"{original}.{key}",
             )
         )
     return rows
+
+
+def norm_rows(ours: str, diffusers: str, original: str) -> list[Row]:
+    """Scale and bias of a norm."""
+    return [
+        Row(ours=f"{ours}.scale", diffusers=f"{diffusers}.weight", original=f"{original}.weight"),
+        Row(ours=f"{ours}.bias", diffusers=f"{diffusers}.bias", original=f"{original}.bias"),
+    ]
 
 
 def _reversed(pattern: str) -> str:

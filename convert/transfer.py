@@ -21,7 +21,7 @@ from convert.checkpoint import CONFIG, INDEX, Checkpoint, CheckpointLayout
 from convert.components import Settings, component_of
 from convert.leaves import Leaf, check_leaves, tensors_from_leaves
 from convert.native import PARAMS, write_native
-from convert.safetensors_files import write_durably, write_tensors
+from convert.safetensors_files import flush, write_durably, write_tensors
 from dit_jax.config import UserError
 from dit_jax.parameters import named_leaves
 
@@ -111,7 +111,7 @@ def _swap(partial: Path, destination: Path, replaced: Path) -> None:
     if destination.exists():
         destination.rename(replaced)
     partial.rename(destination)
-    _flush(destination.parent)
+    flush(destination.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -136,15 +136,7 @@ def _refuse_overlap(source: Path, destination: Path) -> None:
 
 def _flush_folders(root: Path) -> None:
     for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
-        _flush(folder)
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(folder)
 
 
 def write_model(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from convert.tables import CONV2D, LINEAR, SAME, Row
+from convert.tables import CONV2D, Row, linear_rows, norm_rows
 from dit_jax.config import UserError
 from dit_jax.models.vae_kl import AutoencoderKLConfig
 
@@ -70,13 +70,13 @@ def vae_kl_rows(config: AutoencoderKLConfig) -> list[Row]:
     """Every leaf of `AutoencoderKL`, in both layouts."""
     rows = []
     for name, present in (("quant_conv", config.quant_conv), ("post_quant_conv", config.post_quant_conv)):
-        rows += _affine(name, name, name, _CONV1X1) if present else []
+        rows += linear_rows(name, name, name, _CONV1X1) if present else []
     for coder in ("encoder", "decoder"):
         rows += [
-            *_affine(f"{coder}.conv_in", f"{coder}.conv_in", f"{coder}.conv_in", CONV2D),
+            *linear_rows(f"{coder}.conv_in", f"{coder}.conv_in", f"{coder}.conv_in", CONV2D),
             *_middle(f"{coder}.middle", f"{coder}.mid_block", f"{coder}.mid", config),
-            *_norm(f"{coder}.norm_out", f"{coder}.conv_norm_out", f"{coder}.norm_out"),
-            *_affine(f"{coder}.conv_out", f"{coder}.conv_out", f"{coder}.conv_out", CONV2D),
+            *norm_rows(f"{coder}.norm_out", f"{coder}.conv_norm_out", f"{coder}.norm_out"),
+            *linear_rows(f"{coder}.conv_out", f"{coder}.conv_out", f"{coder}.conv_out", CONV2D),
         ]
     count = len(config.widths)
     for level in range(count):
@@ -98,7 +98,9 @@ def _level(ours: str, diffusers: str, original: str, widths: list[int], way: str
         names = f"{ours}.blocks.{block}", f"{diffusers}.resnets.{block}", f"{original}.block.{block}"
         rows += _residual(*names, widens=inputs != outputs)
     if way:
-        rows += _affine(f"{ours}.resample", f"{diffusers}.{way}samplers.0.conv", f"{original}.{way}sample.conv", CONV2D)
+        rows += linear_rows(
+            f"{ours}.resample", f"{diffusers}.{way}samplers.0.conv", f"{original}.{way}sample.conv", CONV2D
+        )
     return rows
 
 
@@ -110,42 +112,20 @@ def _middle(ours: str, diffusers: str, original: str, config: AutoencoderKLConfi
     if not config.middle_attention:
         return rows
     mine, theirs, authors = f"{ours}.attention", f"{diffusers}.attentions.0", f"{original}.attn_1"
-    rows += _norm(f"{mine}.norm", f"{theirs}.group_norm", f"{authors}.norm")
+    rows += norm_rows(f"{mine}.norm", f"{theirs}.group_norm", f"{authors}.norm")
     # diffusers has made linear maps of the authors' 1×1 convolutions.
     patterns = {"original": _CONV1X1}
     for name in "qkv":
-        rows += _affine(f"{mine}.{name}", f"{theirs}.to_{name}", f"{authors}.{name}", LINEAR, patterns)
-    return [*rows, *_affine(f"{mine}.out", f"{theirs}.to_out.0", f"{authors}.proj_out", LINEAR, patterns)]
+        rows += linear_rows(f"{mine}.{name}", f"{theirs}.to_{name}", f"{authors}.{name}", patterns=patterns)
+    return [*rows, *linear_rows(f"{mine}.out", f"{theirs}.to_out.0", f"{authors}.proj_out", patterns=patterns)]
 
 
 def _residual(ours: str, diffusers: str, original: str, *, widens: bool) -> list[Row]:
     rows = []
     for index in (1, 2):
         norm, conv = f"norm{index}", f"conv{index}"
-        rows += _norm(f"{ours}.{norm}", f"{diffusers}.{norm}", f"{original}.{norm}")
-        rows += _affine(f"{ours}.{conv}", f"{diffusers}.{conv}", f"{original}.{conv}", CONV2D)
+        rows += norm_rows(f"{ours}.{norm}", f"{diffusers}.{norm}", f"{original}.{norm}")
+        rows += linear_rows(f"{ours}.{conv}", f"{diffusers}.{conv}", f"{original}.{conv}", CONV2D)
     if widens:
-        rows += _affine(f"{ours}.shortcut", f"{diffusers}.conv_shortcut", f"{original}.nin_shortcut", _CONV1X1)
+        rows += linear_rows(f"{ours}.shortcut", f"{diffusers}.conv_shortcut", f"{original}.nin_shortcut", _CONV1X1)
     return rows
-
-
-def _norm(ours: str, diffusers: str, original: str) -> list[Row]:
-    return [
-        Row(ours=f"{ours}.scale", diffusers=f"{diffusers}.weight", original=f"{original}.weight"),
-        Row(ours=f"{ours}.bias", diffusers=f"{diffusers}.bias", original=f"{original}.bias"),
-    ]
-
-
-def _affine(
-    ours: str, diffusers: str, original: str, pattern: str, patterns: dict[str, str] | None = None
-) -> list[Row]:
-    return [
-        Row(
-            ours=f"{ours}.kernel",
-            pattern=pattern,
-            patterns=patterns or {},
-            diffusers=f"{diffusers}.weight",
-            original=f"{original}.weight",
-        ),
-        Row(ours=f"{ours}.bias", pattern=SAME, diffusers=f"{diffusers}.bias", original=f"{original}.bias"),
-    ]

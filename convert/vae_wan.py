@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from convert.tables import CONV2D, CONV3D, SAME, Row
+from convert.tables import CONV2D, CONV3D, Row, linear_rows
 from dit_jax.config import UserError
 from dit_jax.models.vae_wan import WanVAEConfig
 
@@ -58,14 +58,14 @@ def config_to_diffusers(config: WanVAEConfig) -> dict[str, Any]:
 def vae_wan_rows(config: WanVAEConfig) -> list[Row]:
     """Every leaf of `WanVAE`, in both layouts."""
     rows = [
-        *_affine("quant_conv", "quant_conv", "conv1", CONV3D),
-        *_affine("post_quant_conv", "post_quant_conv", "conv2", CONV3D),
+        *linear_rows("quant_conv", "quant_conv", "conv1", CONV3D),
+        *linear_rows("post_quant_conv", "post_quant_conv", "conv2", CONV3D),
     ]
     for coder in ("encoder", "decoder"):
-        rows += _affine(f"{coder}.conv_in", f"{coder}.conv_in", f"{coder}.conv1", CONV3D)
+        rows += linear_rows(f"{coder}.conv_in", f"{coder}.conv_in", f"{coder}.conv1", CONV3D)
         rows += _middle(f"{coder}.middle", f"{coder}.mid_block", f"{coder}.middle")
         rows.append(_norm(f"{coder}.head.norm", f"{coder}.norm_out", f"{coder}.head.0"))
-        rows += _affine(f"{coder}.head.conv", f"{coder}.conv_out", f"{coder}.head.2", CONV3D)
+        rows += linear_rows(f"{coder}.head.conv", f"{coder}.conv_out", f"{coder}.head.2", CONV3D)
     return [*rows, *_encoder_levels(config), *_decoder_levels(config)]
 
 
@@ -125,36 +125,29 @@ def _middle(ours: str, diffusers: str, original: str) -> list[Row]:
 def _residual(ours: str, diffusers: str, original: str, *, widens: bool) -> list[Row]:
     rows = [
         _norm(f"{ours}.norm1", f"{diffusers}.norm1", f"{original}.residual.0"),
-        *_affine(f"{ours}.conv1", f"{diffusers}.conv1", f"{original}.residual.2", CONV3D),
+        *linear_rows(f"{ours}.conv1", f"{diffusers}.conv1", f"{original}.residual.2", CONV3D),
         _norm(f"{ours}.norm2", f"{diffusers}.norm2", f"{original}.residual.3"),
-        *_affine(f"{ours}.conv2", f"{diffusers}.conv2", f"{original}.residual.6", CONV3D),
+        *linear_rows(f"{ours}.conv2", f"{diffusers}.conv2", f"{original}.residual.6", CONV3D),
     ]
     if widens:
-        rows += _affine(f"{ours}.shortcut", f"{diffusers}.conv_shortcut", f"{original}.shortcut", CONV3D)
+        rows += linear_rows(f"{ours}.shortcut", f"{diffusers}.conv_shortcut", f"{original}.shortcut", CONV3D)
     return rows
 
 
 def _attention(ours: str, diffusers: str, original: str) -> list[Row]:
     return [
         _norm(f"{ours}.norm", f"{diffusers}.norm", f"{original}.norm", _NORM2D),
-        *_affine(f"{ours}.qkv", f"{diffusers}.to_qkv", f"{original}.to_qkv", _CONV1X1),
-        *_affine(f"{ours}.out", f"{diffusers}.proj", f"{original}.proj", _CONV1X1),
+        *linear_rows(f"{ours}.qkv", f"{diffusers}.to_qkv", f"{original}.to_qkv", _CONV1X1),
+        *linear_rows(f"{ours}.out", f"{diffusers}.proj", f"{original}.proj", _CONV1X1),
     ]
 
 
 def _resample(ours: str, diffusers: str, original: str, *, over_time: bool) -> list[Row]:
-    rows = _affine(f"{ours}.conv", f"{diffusers}.resample.1", f"{original}.resample.1", CONV2D)
+    rows = linear_rows(f"{ours}.conv", f"{diffusers}.resample.1", f"{original}.resample.1", CONV2D)
     if over_time:
-        rows += _affine(f"{ours}.time_conv", f"{diffusers}.time_conv", f"{original}.time_conv", CONV3D)
+        rows += linear_rows(f"{ours}.time_conv", f"{diffusers}.time_conv", f"{original}.time_conv", CONV3D)
     return rows
 
 
 def _norm(ours: str, diffusers: str, original: str, pattern: str = _NORM3D) -> Row:
     return Row(ours=f"{ours}.scale", pattern=pattern, diffusers=f"{diffusers}.gamma", original=f"{original}.gamma")
-
-
-def _affine(ours: str, diffusers: str, original: str, pattern: str) -> list[Row]:
-    return [
-        Row(ours=f"{ours}.kernel", pattern=pattern, diffusers=f"{diffusers}.weight", original=f"{original}.weight"),
-        Row(ours=f"{ours}.bias", pattern=SAME, diffusers=f"{diffusers}.bias", original=f"{original}.bias"),
-    ]

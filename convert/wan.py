@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.tables import HEADS_IN, HEADS_IN_BIAS, HEADS_OUT, PAIRS, ROTATED_BIAS, ROTATED_IN, Row, linear_rows
+from convert.tables import (
+    HEADS_IN,
+    HEADS_IN_BIAS,
+    HEADS_OUT,
+    PAIRS,
+    ROTATED_BIAS,
+    ROTATED_IN,
+    Row,
+    linear_rows,
+    norm_rows,
+)
 from dit_jax.models.wan import WanConfig
 
 PATCH_IN = "d c t y x -> (t y x c) d"
@@ -117,7 +127,7 @@ def _block_rows(config: WanConfig) -> list[Row]:
         *_attention_rows("attn1", "self_attn", rotated=True),
         *_attention_rows("attn2", "cross_attn", rotated=False),
         *(_image_branch_rows() if image else []),
-        *_norm("blocks.cross_norm", block + "norm2", block + "norm3"),
+        *norm_rows("blocks.cross_norm", block + "norm2", block + "norm3"),
         *linear_rows("blocks.mlp.up", block + "ffn.net.0.proj", block + "ffn.0"),
         *linear_rows("blocks.mlp.down", block + "ffn.net.2", block + "ffn.2"),
     ]
@@ -159,10 +169,10 @@ def _image_branch_rows() -> list[Row]:
 def _image_rows(config: WanConfig) -> list[Row]:
     theirs = "condition_embedder.image_embedder."
     rows = [
-        *_norm("image.norm1", theirs + "norm1", "img_emb.proj.0"),
+        *norm_rows("image.norm1", theirs + "norm1", "img_emb.proj.0"),
         *linear_rows("image.mlp.up", theirs + "ff.net.0.proj", "img_emb.proj.1"),
         *linear_rows("image.mlp.down", theirs + "ff.net.2", "img_emb.proj.3"),
-        *_norm("image.norm2", theirs + "norm2", "img_emb.proj.4"),
+        *norm_rows("image.norm2", theirs + "norm2", "img_emb.proj.4"),
     ]
     if config.image_positions:
         rows.append(
@@ -174,13 +184,6 @@ def _image_rows(config: WanConfig) -> list[Row]:
             )
         )
     return rows
-
-
-def _norm(ours: str, diffusers: str, original: str) -> list[Row]:
-    return [
-        Row(ours=f"{ours}.scale", diffusers=f"{diffusers}.weight", original=f"{original}.weight"),
-        Row(ours=f"{ours}.bias", diffusers=f"{diffusers}.bias", original=f"{original}.bias"),
-    ]
 
 
 def _patch_sizes(config: WanConfig) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -91,7 +92,7 @@ def _backbone(checkpoint: Checkpoint) -> type[Pipeline]:
     return backbones[found]
 
 
-class Pipeline:
+class Pipeline(ABC):
     """`pipe(prompt, size=(W, H), steps=…, guidance=…, solver=…, seed=…)`; see `Request` for every option.
 
     A backbone's pipeline says which models it has (`_load_models`), what its transformer is told (`_denoiser`) and how
@@ -110,11 +111,11 @@ class Pipeline:
         self.defaults = read_defaults(checkpoint, self.usual)
         self._load_models(dtype)
 
-    def _load_models(self, dtype: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _load_models(self, dtype: Any) -> None: ...
 
-    def _denoiser(self, job: Job) -> Guided:
-        raise NotImplementedError
+    @abstractmethod
+    def _denoiser(self, job: Job) -> Guided: ...
 
     def _load(self, name: str, dtype: Any):
         table = self.checkpoint.component(name).axes

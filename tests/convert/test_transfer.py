@@ -193,10 +193,10 @@ def test_an_interruption_leaves_nothing(error, layout, text_pipeline, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("step", "left"), [("rename", "native"), ("_flush", "diffusers"), ("rmtree", "diffusers")])
+@pytest.mark.parametrize(("step", "left"), [("rename", "native"), ("flush", "diffusers"), ("rmtree", "diffusers")])
 def test_an_interruption_of_the_swap_leaves_one_whole_checkpoint(step, left, text_pipeline, tmp_path, monkeypatch):
     destination = run(text_pipeline / "vae", tmp_path / "out", "native")
-    owner = {"rename": Path, "_flush": transfer, "rmtree": transfer.shutil}[step]
+    owner = {"rename": Path, "flush": transfer, "rmtree": transfer.shutil}[step]
     real, interrupted = getattr(owner, step), []
 
     def once(path, *arguments, **options):
