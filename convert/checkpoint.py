@@ -26,7 +26,8 @@ from dit_jax.parameters import Precision, with_leaves
 CheckpointLayout = Literal["diffusers", "native", "original"]
 INDEX = "model_index.json"
 CONFIG = "config.json"
-DEMO = Path(__file__).parents[1] / "dit_jax" / "demo" / "demo-wan"
+_DEMOS = Path(__file__).parents[1] / "dit_jax" / "demo"
+SHIPPED = {name: _DEMOS / name for name in ("demo-wan", "demo-flux")}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"),
@@ -94,18 +95,20 @@ class Checkpoint:
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """The folder of a path, of a hub id `org/name[@revision]` (downloaded when it is not cached), or of "demo-wan".
+    """The folder of a path, of a hub id `org/name[@revision]` (downloaded when not cached), or of a shipped model.
 
     Raises UserError when it is none of these or cannot be had.
     """
     text = str(path_or_id)
-    if text == DEMO.name and not Path(text).exists():
-        return DEMO
+    if text in SHIPPED and not Path(text).exists():
+        return SHIPPED[text]
     path = Path(text).expanduser()
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(text):
-        raise UserError(f"there is no {text}; expected a folder, a hub id org/name[@revision], or {DEMO.name!r}.")
+        raise UserError(
+            f"there is no {text}; expected a folder, a hub id org/name[@revision], or {' or '.join(SHIPPED)}."
+        )
     name, _, revision = text.partition("@")
     import huggingface_hub
 
@@ -117,7 +120,7 @@ def resolve(path_or_id: str | Path) -> Path:
 
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
-    """The checkpoint at a path, hub id or "demo-wan".
+    """The checkpoint at a path, hub id or name of a shipped model.
 
     Raises UserError when it is not a checkpoint in one of the three layouts.
     """
@@ -192,7 +195,7 @@ def load_model(
 ) -> nnx.Module:
     """A component of a checkpoint as a model of ours, every leaf read straight to its place.
 
-    folder     path, hub id, "demo-wan", or a Checkpoint that is already open
+    folder     path, hub id, shipped model, or a Checkpoint that is already open
     component  folder of the component in a pipeline; "" for a lone model
     shardings  dotted path of a leaf -> sharding, as a mapping or a function of path and shape; by default every leaf is
                replicated over `mesh`, or put on the default device without one
@@ -228,7 +231,7 @@ def _placed(leaf: Leaf, sharding: Sharding | None) -> jax.Array:
 def checkpoint_hash(checkpoint: str | Path | Checkpoint) -> str:
     """Twelve hex digits that change when a checkpoint's weights or configs do, whatever else lies in its folder.
 
-    checkpoint  path, hub id, "demo-wan", or a Checkpoint that is already open
+    checkpoint  path, hub id, shipped model, or a Checkpoint that is already open
     SHA-256 over the place and size of every file of the checkpoint and samples of its contents: the first 64 KB, which
     hold a safetensors header, and sixteen more pieces of 64 KB spread evenly; files of up to 17 pieces are hashed
     whole. An edit that keeps a file's size and misses all samples goes unseen: this tells checkpoints apart and proves

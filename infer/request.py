@@ -22,7 +22,7 @@ class Defaults:
     guidance  the scale that the model is told or, if it is told none, of real guidance
     true_cfg  scale of real guidance for a model that is told a guidance scale or none at all; 1 turns it off
     video     whether it makes videos
-    grammar   whether prompts keep to the grammar of moving digits, so that a word outside it deserves a warning
+    grammar   a name of GRAMMARS that prompts keep to, so that a word outside it deserves a warning
     """
 
     size: tuple[int, int] = (832, 480)
@@ -33,7 +33,7 @@ class Defaults:
     solver: str = "unipc"
     fps: int = 16
     video: bool = True
-    grammar: bool = False
+    grammar: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from convert.components import read_json
 from dit_jax.config import UserError
 from dit_jax.sampling.schedules import Shift
 from dit_jax.sampling.solvers import SOLVERS
+from infer.digit_grammar import GRAMMARS
 from infer.request import Defaults
 
 DEFAULTS_FILE = "generation_defaults.json"
@@ -59,7 +60,7 @@ def read_defaults(checkpoint: Checkpoint, usual: Defaults) -> Defaults:
             )
     if "size" in settings:
         settings["size"] = tuple(settings["size"])
-    return replace(usual, **settings | {"grammar": bool(settings.get("grammar"))})
+    return replace(usual, **settings)
 
 
 _COUNT = "a whole number from 1"
@@ -72,12 +73,13 @@ _EXPECTED = {
     "solver": f"one of {', '.join(SOLVERS)}",
     "fps": _COUNT,
     "video": "true or false",
+    "grammar": f"{' or '.join(GRAMMARS)}",
 }
 
 
 def _fits(name: str, value: Any) -> bool:
-    if name == "grammar":  # true, or as earlier exports have it the grammar's text
-        return True
+    if name == "grammar":
+        return value is None or value in GRAMMARS
     if name == "size":
         return isinstance(value, list) and len(value) == 2 and all(_is_count(side) for side in value)
     if name == "solver":

@@ -5,6 +5,8 @@ Shapes: B batch, T frames (or latent frames), Y X pixels or latent grid, S side 
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dit_jax.parameters import named_leaves
+from infer.digit_pictures import make_pictures
 from infer.moving_digits import ClipSpec, make_clips
 
 SHARD = 128  # clips a file of the cache
@@ -55,19 +59,44 @@ def _crop(clip: np.ndarray, settings: CropSettings, rng: np.random.Generator) ->
     return frames[:, y : y + settings.side, x : x + settings.side]
 
 
+Maker = Callable[[range], tuple[np.ndarray, list[str]]]  # indices -> clips uint8 [B, T, Y, X, 3], captions
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentSource:
-    """Clips of a split to encode: clip i depends on the seed and i alone. `tag` names the encoder's weights."""
+    """Examples to encode `group` at a time and to keep under `folder`; example i of `make` depends on i alone."""
 
     folder: Path
-    tag: str
-    seed: int
-    frames: int = 17
-    split: str = "train"
+    make: Maker
+    group: int = 32
 
-    @property
-    def path(self) -> Path:
-        return self.folder / f"{self.tag}-{self.split}-{self.frames}f-{self.seed}"
+
+def clip_maker(seed: int, frames: int, split: str = "train") -> Maker:
+    """Clips of moving digits; a lone frame is a clip's first, not the middle one that a still shows."""
+
+    def make(indices: range) -> tuple[np.ndarray, list[str]]:
+        clips, captions, _ = make_clips(seed, indices, split, ClipSpec(frames=max(2, frames)))
+        return clips[:, :frames], captions
+
+    return make
+
+
+def picture_maker(seed: int, size: int, split: str = "train") -> Maker:
+    """Pictures of standing digits as clips of one frame."""
+
+    def make(indices: range) -> tuple[np.ndarray, list[str]]:
+        pictures, captions, _ = make_pictures(seed, indices, split, size)
+        return pictures[:, None], captions
+
+    return make
+
+
+def weights_hash(model) -> str:
+    """Names a cache after the model whose output it keeps: ten hex digits of its config and weights."""
+    digest = hashlib.sha256(repr(dataclasses.asdict(model.config)).encode())
+    for name, leaf in named_leaves(model):
+        digest.update(name.encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:10]
 
 
 @dataclass(frozen=True)
@@ -102,35 +131,28 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def cached_latents(source: LatentSource, count: int, encode: Callable[[np.ndarray], np.ndarray]) -> LatentSet:
-    """The first `count` clips of a source as `encode` (of uint8 [B, T, Y, X, 3]) makes them, kept on disk by shards."""
-    source.path.mkdir(parents=True, exist_ok=True)
+    """The first `count` examples of a source as `encode` (of uint8 [B, T, Y, X, 3]) makes them, kept by shards."""
+    source.folder.mkdir(parents=True, exist_ok=True)
     latents, captions = [], []
-    starts = range(0, count, SHARD)
-    missing = [start for start in starts if not _shard(source, start).exists()]
-    for start in tqdm(missing, desc=f"encoding {source.path.name}", unit="shard", disable=not missing, mininterval=5.0):
-        _write_shard(source, start, encode)
-    for start in starts:
-        with np.load(_shard(source, start)) as shard:
+    files = {start: source.folder / f"{start:07d}.npz" for start in range(0, count, SHARD)}
+    missing = [start for start, file in files.items() if not file.exists()]
+    name = f"encoding {source.folder.name}"
+    for start in tqdm(missing, desc=name, unit="shard", disable=not missing, mininterval=5.0):
+        _write_shard(source, start, files[start], encode)
+    for file in files.values():
+        with np.load(file) as shard:
             latents.append(shard["latents"])
             captions += json.loads(str(shard["captions"]))
     return LatentSet(np.concatenate(latents)[:count], captions[:count])
 
 
-def _shard(source: LatentSource, start: int) -> Path:
-    return source.path / f"{start:07d}.npz"
-
-
-def _write_shard(source: LatentSource, start: int, encode: Callable[[np.ndarray], np.ndarray]) -> None:
+def _write_shard(source: LatentSource, start: int, file: Path, encode: Callable[[np.ndarray], np.ndarray]) -> None:
     latents, captions = [], []
-    group = 32 if source.frames == 1 else 4
-    for first in range(start, start + SHARD, group):
-        # A lone frame is a clip's first, not the middle one that a still shows.
-        spec = ClipSpec(frames=max(2, source.frames))
-        clips, texts, _ = make_clips(source.seed, range(first, first + group), source.split, spec)
-        latents.append(np.asarray(encode(clips[:, : source.frames])))
+    for first in range(start, start + SHARD, source.group):
+        examples, texts = source.make(range(first, first + source.group))
+        latents.append(np.asarray(encode(examples)))
         captions += texts
-    path = _shard(source, start)
     # Written beside and renamed, so that a killed run leaves no half shard and two encoders do not disturb each other.
-    beside = path.with_suffix(f".{os.getpid()}.part.npz")
+    beside = file.with_suffix(f".{os.getpid()}.part.npz")
     np.savez(beside, latents=np.concatenate(latents).astype(np.float16), captions=json.dumps(captions))
-    beside.rename(path)
+    beside.rename(file)

@@ -6,26 +6,22 @@ python -m train.export_demo --wan runs/demo-wan [--vae runs/demo-vae] [--text ru
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 
-from convert.checkpoint import DEMO
+from convert.checkpoint import SHIPPED
 from convert.encoders import t5_settings
-from convert.transfer import staged, write_model
 from convert.vae_wan import config_to_diffusers
 from convert.wan import wan_settings
 from dit_jax.config import UserError
 from dit_jax.models.wan import FP32_LEAVES
-from dit_jax.parameters import Precision, cast
+from train.demo_files import DemoPipeline, Part
 
 MOST_BYTES = 16 * 10**6
 SHIFT = 3.0
-DEFAULTS = {"size": [128, 128], "frames": 17, "steps": 30, "guidance": 4.0, "fps": 8, "grammar": True}
+DEFAULTS = {"size": [128, 128], "frames": 17, "steps": 30, "guidance": 4.0, "fps": 8, "grammar": "moving-digits"}
 
 _INDEX = {
     "_class_name": "WanPipeline",
@@ -74,24 +70,20 @@ def export_pipeline(folder: str | Path, wan, vae, text, tokenizer: str | Path) -
 
     `folder` is replaced as a whole or not at all. Raises UserError above 16 MB.
     """
-    half = Precision(weights=jnp.bfloat16, exact=FP32_LEAVES)
-    with staged(Path(folder), overwrite=Path(folder).exists()) as partial:
-        write_model(partial / "transformer", cast(wan, half), wan_settings(wan.config))
-        write_model(partial / "vae", cast(vae, Precision(weights=jnp.bfloat16)), config_to_diffusers(vae.config))
-        write_model(partial / "text_encoder", text, t5_settings(text.config))
-        shutil.copytree(tokenizer, partial / "tokenizer")
-        _write_json(partial / "scheduler" / "scheduler_config.json", _SCHEDULER)
-        _write_json(partial / "model_index.json", _INDEX)
-        _write_json(partial / "generation_defaults.json", DEFAULTS)
-        size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        if size > MOST_BYTES:
-            raise UserError(f"The pipeline takes {size:,} bytes, expected at most {MOST_BYTES:,}; shrink a model.")
-    return size
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    pipeline = DemoPipeline(
+        parts={
+            "transformer": Part(model=wan, settings=wan_settings(wan.config), exact=FP32_LEAVES),
+            "vae": Part(model=vae, settings=config_to_diffusers(vae.config)),
+            "text_encoder": Part(model=text, settings=t5_settings(text.config), dtype=jnp.float32),
+        },
+        tokenizers={"tokenizer": Path(tokenizer)},
+        files={
+            "scheduler/scheduler_config.json": _SCHEDULER,
+            "model_index.json": _INDEX,
+            "generation_defaults.json": DEFAULTS,
+        },
+    )
+    return pipeline.write(folder, MOST_BYTES)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wan", default="runs/demo-wan")
     parser.add_argument("--vae", default="runs/demo-vae")
     parser.add_argument("--text", default="runs/demo-text")
-    parser.add_argument("--out", default=str(DEMO))
+    parser.add_argument("--out", default=str(SHIPPED["demo-wan"]))
     options = parser.parse_args(arguments)
     try:
         text, _ = load_text_encoder(options.text)

@@ -44,7 +44,7 @@ def noise_levels(key: jax.Array, batch: int, settings: FlowSettings) -> jax.Arra
 def flow_matching(model, batch: dict[str, jax.Array], key: jax.Array, settings: FlowSettings):
     """Mean squared error of the velocity (noise − data) at a random noise level (Lipman et al., arXiv 2210.02747).
 
-    `batch` has `latents` [B, T, Y, X, C], normalised, and `text` [B, L, E].
+    `batch` has `latents` [B, T, Y, X, C], normalised, `text` [B, L, E] and, for a model that is told it, `pooled` text.
     """
     latents = batch["latents"].astype(jnp.float32)
     level_key, noise_key = jax.random.split(key)
@@ -58,7 +58,7 @@ def flow_matching(model, batch: dict[str, jax.Array], key: jax.Array, settings: 
         settings.call,
         layout(noisy, patch),
         levels * TRAIN_STEPS,
-        Conditioning(batch["text"].astype(jnp.float32)),
+        conditioning_of(batch),
     )
     error = jnp.mean(jnp.square(unlayout(rows, latents.shape, patch) - (noise - latents)), axis=(1, 2, 3, 4))
     low = levels < 0.5
@@ -66,6 +66,12 @@ def flow_matching(model, batch: dict[str, jax.Array], key: jax.Array, settings: 
         "loss_low_noise": jnp.sum(error * low) / jnp.maximum(1, jnp.sum(low)),
         "loss_high_noise": jnp.sum(error * ~low) / jnp.maximum(1, jnp.sum(~low)),
     }
+
+
+def conditioning_of(told: dict[str, jax.Array]) -> Conditioning:
+    """What a transformer is told, from the arrays `text` and perhaps `pooled`, in fp32."""
+    pooled = told["pooled"].astype(jnp.float32) if "pooled" in told else None
+    return Conditioning(told["text"].astype(jnp.float32), pooled=pooled)
 
 
 def autoencoding(vae, batch: dict[str, jax.Array], key: jax.Array, weights: AutoencoderWeights):
@@ -98,3 +104,13 @@ def pixels(video) -> jax.Array:
 def decibels(squared_error) -> jax.Array:
     """Peak signal-to-noise ratio of a mean squared error between videos in [-1, 1]."""
     return 10 * jnp.log10(4.0 / jnp.maximum(squared_error, 1e-10))
+
+
+def held_out_psnr(vae, videos) -> float:
+    """Mean decibels of the reconstructions from the mean latents of uint8 [N, T, Y, X, 3], one after the other."""
+    return float(sum(decibels(_squared_error(vae, video[None])) for video in videos) / len(videos))
+
+
+@jax.jit
+def _squared_error(vae, video) -> jax.Array:
+    return jnp.mean(jnp.square(vae.decode(vae.encode(pixels(video))[0]) - pixels(video)))

@@ -9,7 +9,17 @@ import pytest
 
 from dit_jax.config import UserError
 from infer import digit_grammar as grammar
-from infer.digit_grammar import Digit, Scene, caption, parse, random_scene, unknown_words
+from infer.digit_grammar import (
+    MOVING,
+    PICTURES,
+    Digit,
+    Scene,
+    caption,
+    parse,
+    random_picture,
+    random_scene,
+    unknown_words,
+)
 
 
 def test_example_reads_as_written():
@@ -27,6 +37,8 @@ def test_parse_inverts_caption_over_the_grammar():
         scene = random_scene(rng)
         assert parse(caption(scene)) == scene
         assert parse(caption(scene, rng)) == scene
+        picture = random_picture(rng)
+        assert parse(caption(picture, rng, of_picture=True)) == picture
 
 
 def test_what_goes_unsaid():
@@ -63,6 +75,9 @@ def test_direction_is_not_taken_for_a_relation():
         ("a red 7 a blue 2", "'a' at word 4"),
         ("a red 7 above a blue 2 below a white 1", "'below'"),
         ("", "the end"),
+        ("two red 7", "a digit 0s to 9s"),
+        ("a red 7s", "a digit 0 to 9"),
+        ("three red 7s", "'three'"),
     ],
 )
 def test_misuse_names_the_word(prompt, named):
@@ -71,8 +86,10 @@ def test_misuse_names_the_word(prompt, named):
 
 
 def test_unknown_words_once_each_in_order():
-    assert unknown_words("a pink 7 flying, above a pink Cat") == ["pink", "flying", "cat"]
-    assert unknown_words("A red 7, moving left.") == []
+    assert unknown_words("a pink 7 flying, above a pink Cat", MOVING) == ["pink", "flying", "cat"]
+    assert unknown_words("A red 7, moving left.", MOVING) == []
+    assert unknown_words("two red 7s, moving left.", PICTURES) == ["moving"]
+    assert unknown_words("two red 7s", MOVING) == ["two", "7s"]
 
 
 def test_scenes_are_uniform():
@@ -91,10 +108,13 @@ def test_scenes_are_uniform():
             assert values.count(choice) / len(values) == pytest.approx(1 / len(choices), rel=0.2)
 
 
-def test_sample_of_captions_has_every_word_and_is_short():
-    captions = grammar.all_captions_sample(2000, seed=1)
-    assert captions == grammar.all_captions_sample(2000, seed=1)
-    assert {word for text in captions for word in text.split()} == grammar.WORDS
+@pytest.mark.parametrize(
+    ("sample", "known"), [(grammar.all_captions_sample, MOVING), (grammar.all_picture_captions_sample, PICTURES)]
+)
+def test_sample_of_captions_has_every_word_and_is_short(sample, known):
+    captions = sample(2000, seed=1)
+    assert captions == sample(2000, seed=1)
+    assert {word for text in captions for word in text.split()} == known.words
     assert max(len(text.split()) for text in captions) < 30
 
 
@@ -102,9 +122,10 @@ def test_sample_of_captions_has_every_word_and_is_short():
 def test_help_text_shows_the_grammar(words):
     for phrase in words:
         for word in phrase.split():
-            assert word in grammar.GRAMMAR
-    for line in grammar.GRAMMAR.splitlines()[-3:]:
-        parse(line.removeprefix("examples").strip())
+            assert word in MOVING.text
+    for shown in grammar.GRAMMARS.values():
+        for line in shown.text.splitlines()[-3:]:
+            parse(line.removeprefix("examples").strip())
 
 
 def test_scene_refuses_what_has_no_meaning():

@@ -10,8 +10,8 @@ from infer import digit_reader
 from infer.digit_grammar import Digit, Scene
 from infer.digit_reader import DigitReader, load_reader, read, train_reader
 from infer.digit_scores import frechet_distance, read_clip, read_reference, real_clips, score_clips
-from infer.evaluate import suite_prompts
 from infer.moving_digits import load_digits
+from infer.suites import SUITES
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def reader():
 
 @pytest.fixture(scope="module")
 def scenes():
-    return suite_prompts(16)[0]
+    return SUITES["moving-digits"].prompts(16)[0]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_classifier_is_trained_once_and_kept(reader, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_real_clips_score_near_one_with_the_whole_classifier():
-    scenes, _ = suite_prompts(200)
+    scenes, _ = SUITES["moving-digits"].prompts(200)
     reader = load_reader()
     ceiling = score_clips(real_clips(scenes, 0), scenes, reader)
     print(ceiling)

@@ -10,7 +10,9 @@ from dit_jax.config import UserError
 from infer import digit_reader, evaluate
 from infer.digit_grammar import parse
 from infer.digit_scores import real_clips
+from infer.picture_scores import real_pictures
 from infer.request import Defaults, fill
+from infer.suites import SUITES
 
 FOUR = {"digit", "colour", "direction", "frechet"}
 
@@ -18,17 +20,19 @@ FOUR = {"digit", "colour", "direction", "frechet"}
 class Drawer:
     """Stands in for a pipeline: draws the prompts in real glyphs, at will with a fault."""
 
+    real, defaults = staticmethod(real_clips), Defaults(steps=12, guidance=4.0)
+
     def __init__(self, fault=lambda clip: clip):
         self.calls, self.fault = [], fault
 
     def prepare(self, request):
-        if request.solver not in ("unipc", "euler"):
+        if request.solver not in (None, "unipc", "euler"):
             raise UserError(f"unknown solver {request.solver!r}: expected one of unipc, euler")
-        return fill(request, Defaults(steps=12, guidance=4.0))
+        return fill(request, self.defaults)
 
     def __call__(self, prompts, **settings):
         self.calls.append((prompts, settings))
-        clips = real_clips([parse(prompt) for prompt in prompts], 0)
+        clips = self.real([parse(prompt) for prompt in prompts], 0)
         return SimpleNamespace(frames=np.stack([self.fault(clip) for clip in clips]))
 
 
@@ -55,7 +59,7 @@ def test_report_of_a_model(monkeypatch, capsys, tmp_path):
         "demo-wan",
         "--suite",
         "moving-digits",
-        "--videos",
+        "--samples",
         "6",
         "--guidance",
         "2.5",
@@ -66,13 +70,14 @@ def test_report_of_a_model(monkeypatch, capsys, tmp_path):
     assert report.keys() >= FOUR and report["ceiling"].keys() >= FOUR
     assert report["colour"] == report["direction"] == report["ceiling"]["colour"] == 1
     assert report["videos"] == 6 and report["model"] == "demo-wan" and report["suite"] == "moving-digits"
-    settings = {"size": [128, 128], "frames": 17, "steps": 12, "guidance": 2.5, "solver": "unipc", "seed": 30}
+    settings = {"size": [128, 128], "frames": 17, "steps": 12, "guidance": 2.5, "true_cfg": 1.0}
+    settings |= {"solver": "unipc", "seed": 30}
     assert report["settings"] == settings
     # Batches of four, the last filled up; every prompt has a seed of its own.
     assert [len(prompts) for prompts, _ in pipe.calls] == [4, 4]
     assert [settings["seed"] for _, settings in pipe.calls] == [30, 34]
     prompts = pipe.calls[0][0] + pipe.calls[1][0][:2]
-    assert prompts == evaluate.suite_prompts(6)[1] == evaluate.suite_prompts(200)[1][:6]
+    assert prompts == SUITES["moving-digits"].prompts(6)[1] == SUITES["moving-digits"].prompts(200)[1][:6]
     assert len(list(tmp_path.glob("*.png"))) == 6
 
 
@@ -80,6 +85,29 @@ def test_faulty_model_scores_below_the_ceiling(monkeypatch, capsys):
     report = _run(monkeypatch, capsys, Drawer(lambda clip: clip[::-1, ..., [1, 2, 0]]), "--videos", "6")
     assert report["direction"] < 0.5 < report["ceiling"]["direction"]
     assert report["colour"] < 0.5 < report["ceiling"]["colour"]
+
+
+class PictureDrawer(Drawer):
+    """Stands in for a pipeline of pictures."""
+
+    real = staticmethod(real_pictures)
+    defaults = Defaults(steps=8, true_cfg=3.0, solver="euler", video=False, grammar="digits")
+
+
+def test_pictures_have_a_suite_of_their_own(monkeypatch, capsys, tmp_path):
+    drawer = PictureDrawer()
+    report = _run(monkeypatch, capsys, drawer, "--samples", "5", "--sheets", str(tmp_path))
+    assert report["suite"] == "digits" and report["colour"] == report["count"] == report["ceiling"]["colour"] == 1
+    assert report["settings"]["true_cfg"] == 3 and report["settings"]["frames"] == 1
+    assert len(list(tmp_path.glob("*.png"))) == 5
+    upside_down = _run(monkeypatch, capsys, PictureDrawer(lambda picture: picture[::-1, ::-1]), "--samples", "12")
+    assert upside_down["all"] < 0.5 and upside_down["colour"] < 0.8
+
+
+def test_a_suite_of_videos_refuses_a_model_of_pictures(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "_load", lambda model: PictureDrawer())
+    assert evaluate.main(["--suite", "moving-digits"]) == 2
+    assert "makes pictures: expected videos" in capsys.readouterr().err
 
 
 def test_real_needs_no_model(monkeypatch, capsys):
@@ -100,7 +128,7 @@ def test_table_for_reading(monkeypatch, capsys):
     ("arguments", "named"),
     [
         (["--suite", "moving-cats"], "moving-cats"),
-        (["--videos", "0"], "--videos is 0"),
+        (["--samples", "0"], "--samples is 0"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--sheets", f"{__file__}/sheets"], "sheets"),
     ],

@@ -192,7 +192,7 @@ def test_a_failed_sheet_leaves_the_video(model, tmp_path, monkeypatch):
 
 def test_a_word_outside_the_grammar_is_told(model, tmp_path, capsys):
     folder = shutil.copytree(model, tmp_path / "digits")
-    (folder / "generation_defaults.json").write_text('{"grammar": true}')
+    (folder / "generation_defaults.json").write_text('{"grammar": "moving-digits"}')
     assert run(folder, "--prompt", "a red 7 chasing a blue 2", "--out", str(tmp_path / "x.mp4"), *SMALL) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and "'chasing'" in warnings[0]

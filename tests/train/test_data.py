@@ -1,13 +1,19 @@
 """Crops and the cache of latents: what they hold, and that they depend on seed and position alone."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from infer.moving_digits import ClipSpec, make_clips
 from train import data
-from train.data import CropSettings, LatentSet, LatentSource, cached_latents, clip_pool, random_crops
+from train.data import (
+    CropSettings,
+    LatentSet,
+    LatentSource,
+    cached_latents,
+    clip_maker,
+    clip_pool,
+    random_crops,
+)
 
 SPEC = CropSettings(frames=5, side=32, batch=6)
 
@@ -45,7 +51,7 @@ def test_crops_look_at_digits(pool):
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHARD", 32)
-    return LatentSource(folder=tmp_path, tag="t", seed=3, frames=1)
+    return LatentSource(folder=tmp_path / "latents", make=clip_maker(3, frames=1))
 
 
 def brightness(clips):
@@ -74,7 +80,7 @@ def test_a_killed_encoder_leaves_no_half_shard(source):
 
     with pytest.raises(KeyboardInterrupt):
         cached_latents(source, 30, killed)
-    assert not list(Path(source.path).iterdir())
+    assert not list(source.folder.iterdir())
     assert len(cached_latents(source, 30, brightness)) == 30
 
 

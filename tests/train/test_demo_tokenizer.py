@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer, T5Tokenizer
 
 from dit_jax.config import UserError
-from infer.digit_grammar import WORDS, all_captions_sample
+from infer.digit_grammar import MOVING, all_captions_sample
 from train.demo_tokenizer import train_tokenizer
 
 CAPTION = "a red 7 moving up and left above a blue 2 on a striped background"
@@ -36,9 +36,9 @@ def test_transformers_opens_it(folder, opener):
 
 def test_every_word_is_one_piece(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = {word: tokenizer(f"a {word}", add_special_tokens=False).input_ids[1:] for word in WORDS}
+    ids = {word: tokenizer(f"a {word}", add_special_tokens=False).input_ids[1:] for word in MOVING.words}
     assert {len(pieces) for pieces in ids.values()} == {1}
-    assert len({pieces[0] for pieces in ids.values()}) == len(WORDS)
+    assert len({pieces[0] for pieces in ids.values()}) == len(MOVING.words)
 
 
 def test_captions_survive_both_directions(folder, captions):

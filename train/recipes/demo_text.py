@@ -18,7 +18,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from transformers import AutoTokenizer
 
@@ -36,13 +35,13 @@ from infer.digit_grammar import (
 )
 from train.demo_tokenizer import TOKENS, train_tokenizer
 from train.loop import Hook, RunConfig, load_ema, train
+from train.probes import OPPOSITE, cross_entropy, digit_places, none_wrong
 from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
 
 SHIPPED = T5Config(vocab_size=128, width=128, heads=4, head_width=32, mlp_width=256, blocks=2)
 PLACES = ("alone", *RELATIONS)
 DIGIT_CLASSES = (10, len(COLOURS), len(MOTIONS), len(PLACES))
 SCENE_CLASSES = (11, 7, 10, 11, 7, 10, len(PLACES), len(BACKGROUNDS))
-OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 TOKENIZER = "tokenizer"
 CORPUS = 4000
 
@@ -119,16 +118,10 @@ def _examples(folder: Path, count: int, seed: int) -> dict[str, np.ndarray]:
     scenes = [random_scene(rng) for _ in range(count)]
     texts = [caption(scene, rng) for scene in scenes]
     ids, valid = tokenized(AutoTokenizer.from_pretrained(folder), texts)
-    places = np.array([_digit_places(text) for text in texts], np.int32)
+    places = np.array([digit_places(text) for text in texts], np.int32)
     digits = np.array([_digit_classes(scene) for scene in scenes], np.int32)
     wholes = np.array([_scene_classes(scene) for scene in scenes], np.int32)
     return {"ids": ids, "valid": valid, "places": places, "digit": digits, "scene": wholes}
-
-
-def _digit_places(text: str) -> list[int]:
-    # Every word is one token, so a digit's token is where its word is.
-    found = [place for place, word in enumerate(text.split()) if word.isdigit()]
-    return [found[0], found[-1]]
 
 
 def _digit_classes(scene: Scene) -> list[list[int]]:
@@ -149,28 +142,13 @@ def _scene_classes(scene: Scene) -> list[int]:
 
 def _loss(model: Probes, batch, key):
     digit, scene = model(batch["ids"], batch["valid"], batch["places"])
-    at_digits = sum(_cross_entropy(*pair) for pair in _slots(digit, batch["digit"], DIGIT_CLASSES))
-    at_end = sum(_cross_entropy(*pair) for pair in _slots(scene, batch["scene"], SCENE_CLASSES))
+    at_digits = cross_entropy(digit, batch["digit"], DIGIT_CLASSES)
+    at_end = cross_entropy(scene, batch["scene"], SCENE_CLASSES)
     return at_digits + at_end, {"at_digits": at_digits, "at_end": at_end}
-
-
-def _slots(scores, classes, sizes):
-    starts = np.cumsum((0, *sizes))
-    return [(scores[..., starts[i] : starts[i + 1]], classes[..., i]) for i in range(len(sizes))]
-
-
-def _cross_entropy(scores, classes):
-    known = classes >= 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(scores, jnp.maximum(classes, 0))
-    return jnp.sum(losses * known) / jnp.sum(known)
 
 
 @jax.jit
 def _exact(model: Probes, batch) -> jax.Array:
     digit, scene = model(batch["ids"], batch["valid"], batch["places"])
-    right = jnp.ones(len(batch["ids"]), bool)
-    for scores, classes in _slots(digit, batch["digit"], DIGIT_CLASSES):
-        right &= jnp.all((jnp.argmax(scores, -1) == classes) | (classes < 0), axis=-1)
-    for scores, classes in _slots(scene, batch["scene"], SCENE_CLASSES):
-        right &= jnp.argmax(scores, -1) == classes
-    return right
+    at_digits = jnp.all(none_wrong(digit, batch["digit"], DIGIT_CLASSES), axis=-1)
+    return at_digits & none_wrong(scene, batch["scene"], SCENE_CLASSES)

@@ -25,7 +25,7 @@ from dit_jax.models.vae_wan import WanVAE, WanVAEConfig
 from dit_jax.parameters import with_leaves
 from train.data import CropSettings, clip_pool, random_crops
 from train.loop import Hook, RunConfig, load_ema, train
-from train.losses import AutoencoderWeights, autoencoding, decibels, pixels
+from train.losses import AutoencoderWeights, autoencoding, held_out_psnr, pixels
 from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
 
 # Folding 2×2 pixels into channels first (as Wan 2.2 does) costs a quarter of the pixels and gains four times the
@@ -83,7 +83,7 @@ def run(config: Config) -> None:
         return {"video": random_crops(pool, stills if still else clips, config.seed, position)}
 
     held_out = clip_pool(HELD_OUT_SEED, config.held_out, "held-out")
-    score = partial(_held_out_psnr, vae, held_out)
+    score = partial(_score, vae, held_out)
     outcome = train(config, init_state(vae, optimizer, mesh), step, batch_at, (Hook(100, score),))
     if not outcome.stopped:
         write_statistics(config.out, with_leaves(vae, outcome.state.ema), pool)
@@ -133,9 +133,8 @@ def write_statistics(out: str, vae: WanVAE, pool: np.ndarray, clips: int = 96) -
     Path(out, STATISTICS).write_text(text + "\n")
 
 
-def _held_out_psnr(abstract: WanVAE, clips: np.ndarray, state, taken: int) -> dict[str, float]:
-    vae = with_leaves(abstract, state.ema)
-    psnr = float(np.mean([decibels(_squared_error(vae, clip[None])) for clip in clips]))
+def _score(abstract: WanVAE, clips: np.ndarray, state, taken: int) -> dict[str, float]:
+    psnr = held_out_psnr(with_leaves(abstract, state.ema), clips)
     print(f"\nstep {taken}: {psnr:.2f} dB on held-out clips", flush=True)
     return {"held_out_psnr": psnr}
 
@@ -143,8 +142,3 @@ def _held_out_psnr(abstract: WanVAE, clips: np.ndarray, state, taken: int) -> di
 @jax.jit
 def _moments(vae: WanVAE, video):
     return vae.encode(pixels(video))
-
-
-@jax.jit
-def _squared_error(vae: WanVAE, video) -> jax.Array:
-    return jnp.mean(jnp.square(vae.decode(vae.encode(pixels(video))[0]) - pixels(video)))

@@ -15,8 +15,7 @@ Score: `dit-eval --model FOLDER --suite moving-digits` after `python -m train.ex
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,18 +30,23 @@ from dit_jax.config import UserError
 from dit_jax.models.network import NetworkCall
 from dit_jax.models.wan import Wan, WanConfig
 from dit_jax.parameters import with_leaves
-from train.data import LatentSet, LatentSource, cached_latents
+from infer.digit_grammar import caption, random_scene
+from infer.digit_reader import cache_path, load_reader
+from infer.digit_scores import read_clip
+from train.batches import Batches, Course, Kind, in_groups
+from train.data import LatentSet, LatentSource, cached_latents, clip_maker, weights_hash
 from train.export_demo import export_pipeline
 from train.loop import Hook, RunConfig, load_ema, newest_step, train
 from train.losses import FlowSettings, flow_matching, pixels
-from train.preview import Preview, write_preview
+from train.preview import Preview
 from train.recipes.demo_text import TOKENIZER, load_text_encoder, tokenized
 from train.recipes.demo_vae import load_vae
 from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
 
 SHIPPED = WanConfig(blocks=10, width=192, heads=8, head_width=24, mlp_width=512, text_width=128)
 STILL, CLIP = 1, 17  # frames
-LATENT_FRAMES = 5
+LATENT_FRAMES, LATENT_GRID = 5, (16, 16, 16)
+PREVIEW_SEED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +94,20 @@ def run(config: Config) -> None:
     loss = partial(flow_matching, settings=settings)
     step = build_step(model, loss, optimizer, mesh, ema_decay=0.998)
     embed = _embedder(text, tokenizer)
-    batches = Batches(config, vae, embed)
+    stills = Kind(load=partial(_latents, config, vae, STILL, config.stills), batch=config.image_batch)
+    clips = Kind(load=partial(_latents, config, vae, CLIP, config.clips), batch=config.clip_batch)
+    course = Course(
+        small_steps=config.image_steps,
+        small_every=config.image_every,
+        caption_dropout=config.caption_dropout,
+        seed=config.seed,
+    )
+    batches = Batches(stills, clips, course, embed)
     preview = Preview(vae=vae, embed=embed, shift=config.shift, folder=Path(config.out) / "previews", mesh=mesh)
 
     def show(state, taken: int) -> dict[str, float] | None:
         frames = 1 if taken <= config.image_steps else LATENT_FRAMES
-        return write_preview(preview, with_leaves(model, state.ema), frames, taken)
+        return _preview(preview, with_leaves(model, state.ema), frames, taken)
 
     def export(state, taken: int) -> None:
         if config.export:
@@ -129,57 +141,19 @@ def load_wan(source: str) -> Wan:
     return with_leaves(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(source).items()})
 
 
-class Batches:
-    """The host batch of any step: first frames until `image_steps`, then clips and, each `image_every`-th, first
-    frames.
-    """
-
-    def __init__(self, config: Config, vae, embed):
-        self.config, self.vae, self.embed = config, vae, embed
-        self.sets: dict[int, tuple[LatentSet, np.ndarray]] = {}
-        self.blank = embed([""])[0]
-
-    def __call__(self, position: int) -> dict[str, np.ndarray]:
-        config = self.config
-        into_clips = position - config.image_steps
-        between = max(0, into_clips + 1) // config.image_every  # batches of stills among those of clips so far
-        if into_clips < 0:
-            return self._batch(STILL, config.image_batch, position, position)
-        if into_clips % config.image_every == config.image_every - 1:
-            return self._batch(STILL, config.image_batch, position, config.image_steps + between - 1)
-        return self._batch(CLIP, config.clip_batch, position, into_clips - between)
-
-    def _batch(self, frames: int, size: int, position: int, turn: int) -> dict[str, np.ndarray]:
-        latents, text = self._set(frames)
-        picked = latents.indices(size, self.config.seed, turn)
-        dropped = np.random.default_rng([self.config.seed, position]).random(size) < self.config.caption_dropout
-        embedded = np.where(dropped[:, None, None], self.blank, text[picked])
-        return {"latents": latents.latents[picked], "text": embedded}
-
-    def _set(self, frames: int) -> tuple[LatentSet, np.ndarray]:
-        if frames not in self.sets:
-            count = self.config.stills if frames == STILL else self.config.clips
-            latents = _latents(self.config, self.vae, frames, count)
-            self.sets[frames] = latents, self.embed(latents.captions)
-        return self.sets[frames]
-
-
 def _latents(config: Config, vae, frames: int, count: int) -> LatentSet:
-    source = LatentSource(folder=Path(config.cache), tag=_hash(vae), seed=config.seed + frames, frames=frames)
+    seed = config.seed + frames
+    source = LatentSource(
+        folder=Path(config.cache) / f"{weights_hash(vae)}-train-{frames}f-{seed}",
+        make=clip_maker(seed, frames),
+        group=32 if frames == STILL else 4,
+    )
     return cached_latents(source, count, partial(_encode, vae))
 
 
 @jax.jit
 def _encode(vae, video) -> jax.Array:
     return vae.normalise(vae.encode(pixels(video))[0])
-
-
-def _hash(vae) -> str:
-    """Names a cache after the weights that made it."""
-    digest = hashlib.sha256(repr(dataclasses.asdict(vae.config)).encode())
-    for name, leaf in params_of(vae).items():
-        digest.update(name.encode() + np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:10]
 
 
 def _vae(source: str):
@@ -203,14 +177,25 @@ def _tokenizer_folder(source: str) -> Path:
 
 def _embedder(text, tokenizer):
     """Captions to embeddings fp16 [N, 32, 128], zero behind each caption's end, as Wan's pipelines have them."""
+    return in_groups(lambda captions: {"text": _states(text, *tokenized(tokenizer, captions))})
 
-    def embed(captions: list[str]) -> np.ndarray:
-        group = 256 if len(captions) > 64 else 16
-        padded = captions + [""] * (-len(captions) % group)
-        parts = [_states(text, *tokenized(tokenizer, padded[i : i + group])) for i in range(0, len(padded), group)]
-        return np.concatenate([np.asarray(part, np.float16) for part in parts])[: len(captions)]
 
-    return embed
+def _preview(preview: Preview, model, latent_frames: int, taken: int) -> dict[str, float]:
+    """Draws a fixed set of prompts; the shares of right digits if the reader of `dit-eval` is at hand.
+
+    It is not trained for a look. A still has no direction.
+    """
+    rng = random.Random(PREVIEW_SEED)
+    scenes = [random_scene(rng) for _ in range(12)]
+    video = preview(model, [caption(scene, rng) for scene in scenes], (latent_frames, *LATENT_GRID), taken)
+    if not cache_path().exists():
+        return {}
+    still = latent_frames == 1
+    clips = np.repeat(video, 5, axis=1) if still else video
+    reader = load_reader()
+    right = np.concatenate([read_clip(clip, scene, reader).right for clip, scene in zip(clips, scenes, strict=True)])
+    names = ("digit", "colour") if still else ("digit", "colour", "direction")
+    return {f"preview_{name}": float(share) for name, share in zip(names, right.mean(0), strict=False)}
 
 
 @jax.jit

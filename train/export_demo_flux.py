@@ -1,0 +1,91 @@
+"""Writes demo-flux as a complete pipeline in diffusers' layout: what ships, and what diffusers' `FluxPipeline` opens.
+
+python -m train.export_demo_flux [--flux runs/demo-flux] [--vae runs/demo-flux-vae] [--text RUN] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from convert.checkpoint import SHIPPED
+from convert.encoders import clip_text_settings, t5_settings
+from convert.flux import flux_settings
+from convert.vae_kl import config_to_diffusers
+from dit_jax.config import UserError
+from train.demo_files import DemoPipeline, Part
+
+MOST_BYTES = 12 * 10**6
+SHIFT = 2.0
+DEFAULTS = {"size": [128, 128], "steps": 20, "true_cfg": 3.0, "grammar": "digits"}
+
+_INDEX = {
+    "_class_name": "FluxPipeline",
+    "_diffusers_version": "0.38.0",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "_diffusers_version": "0.38.0",
+    "num_train_timesteps": 1000,
+    "shift": SHIFT,
+    "use_dynamic_shifting": False,
+}
+
+
+def export_pipeline(folder: str | Path, flux, vae, text, tokenizers: Path) -> int:
+    """Writes the four models in bf16 and what goes with them; returns the bytes on disk.
+
+    `tokenizers` holds the folders `tokenizer` and `tokenizer_2`. `folder` is replaced as a whole or not at all. Raises
+    UserError above 12 MB.
+    """
+    pipeline = DemoPipeline(
+        parts={
+            "transformer": Part(model=flux, settings=flux_settings(flux.config)),
+            "vae": Part(model=vae, settings=config_to_diffusers(vae.config)),
+            "text_encoder": Part(model=text.clip, settings=clip_text_settings(text.clip.config)),
+            "text_encoder_2": Part(model=text.t5, settings=t5_settings(text.t5.config)),
+        },
+        tokenizers={name: tokenizers / name for name in ("tokenizer", "tokenizer_2")},
+        files={
+            "scheduler/scheduler_config.json": _SCHEDULER,
+            "model_index.json": _INDEX,
+            "generation_defaults.json": DEFAULTS,
+        },
+    )
+    return pipeline.write(folder, MOST_BYTES)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exports the newest checkpoints of three runs; 2 for bad input."""
+    from train.recipes.demo_flux import load_flux
+    from train.recipes.demo_flux_text import load_text_encoders
+    from train.recipes.demo_flux_vae import load_vae
+
+    parser = argparse.ArgumentParser("python -m train.export_demo_flux", description=__doc__)
+    parser.add_argument("--flux", default="runs/demo-flux")
+    parser.add_argument("--vae", default="runs/demo-flux-vae")
+    parser.add_argument("--text", default="runs/demo-flux-text")
+    parser.add_argument("--out", default=str(SHIPPED["demo-flux"]))
+    options = parser.parse_args(arguments)
+    try:
+        models = load_flux(options.flux), load_vae(options.vae), load_text_encoders(options.text)
+        size = export_pipeline(options.out, *models, Path(options.text))
+    except UserError as error:
+        print(f"export_demo_flux: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

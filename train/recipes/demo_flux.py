@@ -1,0 +1,225 @@
+"""Trains the diffusion transformer of demo-flux by flow matching, on captioned pictures of digits.
+
+    dit-train demo_flux --set vae=runs/demo-flux-vae --set text=runs/demo-flux-text --set out=runs/demo-flux
+    dit-train demo_flux --set init=demo-flux --set vae=demo-flux --set text=demo-flux    (goes on from what ships)
+
+Close-ups come first, pictures of 64 pixels that one digit fills: a quarter of the tokens, and four times the share of
+them on digits. Whole pictures of 128 pixels then teach numbers and places, with close-ups every few steps. The weights
+shipped are the running mean.
+On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set data=2)
+keep both busy.
+Score: `dit-eval --model FOLDER --suite digits` after `python -m train.export_demo_flux`.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert.checkpoint import load_model, open_checkpoint
+from dit_jax.config import UserError
+from dit_jax.models.flux import Flux, FluxConfig
+from dit_jax.models.network import NetworkCall
+from dit_jax.parameters import with_leaves
+from infer.digit_grammar import Scene, caption, random_picture
+from infer.digit_pictures import CLOSE_UP, SIZE, close_up
+from infer.digit_reader import cache_path, load_reader
+from infer.picture_scores import read_picture
+from train.batches import Batches, Course, Kind, in_groups
+from train.data import LatentSet, LatentSource, cached_latents, picture_maker, weights_hash
+from train.export_demo_flux import export_pipeline
+from train.loop import Hook, RunConfig, load_ema, newest_step, train
+from train.losses import FlowSettings, flow_matching, pixels
+from train.preview import Preview
+from train.recipes.demo_flux_text import CLIP_TOKENIZER, T5_TOKENIZER, TextEncoders, load_text_encoders, token_ids
+from train.recipes.demo_flux_vae import load_vae
+from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
+
+# Heads rotate by y and x alone: t is 0 in every picture, and four frequencies an axis tell 16 places apart.
+SHIPPED = FluxConfig(
+    double_blocks=4,
+    single_blocks=8,
+    width=128,
+    heads=8,
+    head_width=16,
+    mlp_width=512,
+    in_channels=4,
+    out_channels=4,
+    text_width=96,
+    pooled_width=64,
+    guidance=False,
+    rope_widths=(0, 8, 8),
+)
+PREVIEW_SEED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Options of the recipe; `init`, `vae` and `text` are runs, or a pipeline's folder, or demo-flux."""
+
+    out: str = "runs/demo-flux"
+    steps: int = 12_000
+    close_up_steps: int = 4000
+    decay_steps: int = 1500
+    close_up_every: int = 4
+    close_up_batch: int = 64
+    picture_batch: int = 16
+    close_ups: int = 32_768
+    pictures: int = 24_576
+    learning_rate: float = 2e-3
+    shift: float = 2.0
+    caption_dropout: float = 0.1
+    vae: str = "runs/demo-flux-vae"
+    text: str = "runs/demo-flux-text"
+    init: str = ""
+    cache: str = "runs/cache"
+    encode_only: bool = False
+    preview_every: int = 400
+    export_every: int = 400
+    export: str = ""
+
+
+def run(config: Config) -> None:
+    """Encodes what is missing from the cache, then trains."""
+    if config.close_up_every < 2:
+        raise UserError(
+            f"close_up_every is {config.close_up_every}, expected 2 or more: one batch in so many is of close-ups"
+        )
+    vae, text = _vae(config.vae), _text(config.text)
+    close_ups = Kind(load=partial(_latents, config, vae, CLOSE_UP, config.close_ups), batch=config.close_up_batch)
+    pictures = Kind(load=partial(_latents, config, vae, SIZE, config.pictures), batch=config.picture_batch)
+    if config.encode_only:
+        close_ups.load(), pictures.load()
+        return
+    mesh = training_mesh(config.data, config.fsdp)
+    model = fresh_flux(config.seed) if not config.init else load_flux(config.init)
+    rate = schedule(config.learning_rate, config.steps, warmup=50, decay=config.decay_steps)
+    optimizer = muon(rate, rate)
+    # On a CPU recomputing the blocks is quicker than writing down what their gradients need.
+    settings = FlowSettings(shift=config.shift, call=NetworkCall(remat=True))
+    step = build_step(model, partial(flow_matching, settings=settings), optimizer, mesh, ema_decay=0.998)
+    embed = in_groups(partial(_embed, text))
+    course = Course(
+        small_steps=config.close_up_steps,
+        small_every=config.close_up_every,
+        caption_dropout=config.caption_dropout,
+        seed=config.seed,
+    )
+    folder = Path(config.out) / "previews"
+    preview = Preview(vae=vae, embed=embed, shift=config.shift, folder=folder, mesh=mesh, guidance=3.0)
+
+    def show(state, taken: int) -> dict[str, float]:
+        size = CLOSE_UP if taken <= config.close_up_steps else SIZE
+        return _preview(preview, with_leaves(model, state.ema), size, taken)
+
+    def export(state, taken: int) -> None:
+        if config.export:
+            export_pipeline(config.export, with_leaves(model, state.ema), vae, text, _tokenizer_folders(config.text))
+
+    hooks = (Hook(config.export_every, export), Hook(config.preview_every, show))
+    train(config, init_state(model, optimizer, mesh), step, Batches(close_ups, pictures, course, embed), hooks)
+
+
+def fresh_flux(seed: int) -> Flux:
+    """Random weights; what feeds the residual stream and the output starts small, so that training starts smoothly."""
+
+    def start() -> Flux:
+        model = Flux(SHIPPED, rngs=nnx.Rngs(seed))
+        return with_leaves(model, {name: leaf * _start_scale(name) for name, leaf in params_of(model).items()})
+
+    return jax.jit(start)()
+
+
+def _start_scale(name: str) -> float:
+    if name == "out.kernel":
+        return 0.05
+    return 0.3 if name.endswith(("o.kernel", "mlp.down.kernel")) else 1.0
+
+
+def load_flux(source: str) -> Flux:
+    """The transformer of a run (its running mean), or of a pipeline's folder or demo-flux, in fp32."""
+    if newest_step(source) is None:
+        return load_model(open_checkpoint(source), "transformer", dtype=jnp.float32)  # type: ignore[return-value]
+    abstract = nnx.eval_shape(lambda: Flux(SHIPPED, rngs=nnx.Rngs(0)))
+    return with_leaves(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(source).items()})
+
+
+def _latents(config: Config, vae, size: int, count: int) -> LatentSet:
+    seed = config.seed + size
+    source = LatentSource(
+        folder=Path(config.cache) / f"{weights_hash(vae)}-train-{size}px-{seed}", make=picture_maker(seed, size)
+    )
+    return cached_latents(source, count, partial(_encode, vae))
+
+
+@jax.jit
+def _encode(vae, video) -> jax.Array:
+    return vae.normalise(vae.encode(pixels(video))[0])
+
+
+def _vae(source: str):
+    if newest_step(source) is not None:
+        return load_vae(source)
+    return load_model(open_checkpoint(source), "vae", dtype=jnp.float32)
+
+
+def _text(source: str) -> TextEncoders:
+    if newest_step(source) is not None:
+        return load_text_encoders(source)
+    from transformers import AutoTokenizer
+
+    checkpoint = open_checkpoint(source)
+    return TextEncoders(
+        t5=load_model(checkpoint, "text_encoder_2", dtype=jnp.float32),  # type: ignore[arg-type]
+        clip=load_model(checkpoint, "text_encoder", dtype=jnp.float32),  # type: ignore[arg-type]
+        t5_tokenizer=AutoTokenizer.from_pretrained(checkpoint.folder / T5_TOKENIZER),
+        clip_tokenizer=AutoTokenizer.from_pretrained(checkpoint.folder / CLIP_TOKENIZER),
+    )
+
+
+def _tokenizer_folders(source: str) -> Path:
+    return Path(source) if newest_step(source) is not None else open_checkpoint(source).folder
+
+
+def _embed(text: TextEncoders, captions: list[str]) -> dict[str, jax.Array]:
+    """Text [N, 16, 96] with the states of the padding, and pooled text [N, 64], as FLUX's pipelines have them."""
+    ids, clip_ids = token_ids(text.t5_tokenizer, captions)[0], token_ids(text.clip_tokenizer, captions)[0]
+    return {"text": _states(text.t5, ids), "pooled": _pooled(text.clip, clip_ids)}
+
+
+@jax.jit
+def _states(encoder, ids) -> jax.Array:
+    return encoder(ids)
+
+
+@jax.jit
+def _pooled(encoder, ids) -> jax.Array:
+    return encoder(ids).pooled
+
+
+def _preview(preview: Preview, model, size: int, taken: int) -> dict[str, float]:
+    """Draws a fixed set of prompts; the share of them fully right if the reader of `dit-eval` is at hand.
+
+    It is not trained for a look.
+    """
+    rng = random.Random(PREVIEW_SEED)
+    scenes: list[Scene] = [random_picture(rng) for _ in range(24)]
+    if size == CLOSE_UP:
+        scenes = [close_up(scene) for scene in scenes]
+    side = size // preview.vae.config.space_factor  # type: ignore[attr-defined]
+    prompts = [caption(scene, rng, of_picture=True) for scene in scenes]
+    pictures = preview(model, prompts, (1, side, side, SHIPPED.in_channels), taken)[:, 0]
+    if not cache_path().exists():
+        return {}
+    reader = load_reader()
+    readings = [read_picture(picture, scene, reader) for picture, scene in zip(pictures, scenes, strict=True)]
+    right = np.concatenate([reading.right for reading in readings]).mean(0)
+    everything = float(np.mean([reading.everything for reading in readings]))
+    return {"preview_all": everything, "preview_digit": float(right[0]), "preview_colour": float(right[1])}
