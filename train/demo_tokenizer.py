@@ -69,7 +69,7 @@ def train_clip_tokenizer(captions: Iterable[str], vocab_size: int, folder: str |
             "more."
         )
     vocab = {piece: index for index, piece in enumerate(pieces)} | {START: vocab_size - 2, END: vocab_size - 1}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -77,7 +77,7 @@ def train_clip_tokenizer(captions: Iterable[str], vocab_size: int, folder: str |
 def _merges(words: Counter[str]) -> list[tuple[str, str]]:
     """Merges of neighbouring pieces, the most frequent pair first, until every word is one (Sennrich et al., 2016)."""
     spelled = {word: [*word[:-1], word[-1] + END_OF_WORD] for word in words}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, pieces in spelled.items():

@@ -1,0 +1,78 @@
+"""The shipped models: what is in them, and that diffusers' own pipelines open them and draw the same."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline, WanPipeline
+
+from convert.checkpoint import SHIPPED
+from infer import load_pipeline
+
+
+def megabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def decibels(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Of pixels between 0 and 255 against pixels between 0 and 1."""
+    return 10 * np.log10(1 / np.mean(np.square(ours / 255.0 - theirs)))
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return load_pipeline("demo-wan")
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return load_pipeline("demo-flux")
+
+
+def test_demo_wan_is_small_and_has_heads_and_blocks_to_prune(wan):
+    assert megabytes(SHIPPED["demo-wan"]) <= 16
+    assert wan.transformer.config.heads >= 8 and wan.transformer.config.blocks >= 10
+    assert sum(leaf.size for leaf in jax.tree.leaves(wan.transformer)) > 10**6
+    assert wan.tokens(wan.defaults.size, wan.defaults.frames) == 320
+
+
+def test_diffusers_draws_the_same_video(wan):
+    noise = np.random.default_rng(5).standard_normal((1, 5, 16, 16, 16)).astype(np.float32)
+    theirs = quiet(WanPipeline.from_pretrained(SHIPPED["demo-wan"], torch_dtype=torch.float32))
+    prompt = "a red 7 moving left above a blue 2 on a striped background"
+    options = dict(num_inference_steps=8, guidance_scale=wan.defaults.guidance, width=128, height=128, num_frames=17)
+    latents = torch.tensor(noise).permute(0, 4, 1, 2, 3)
+    with torch.no_grad():
+        video = theirs(prompt, latents=latents, max_sequence_length=wan.text_tokens, **options).frames[0]
+    ours = wan(prompt, latents=noise, steps=8).frames[0]
+    assert decibels(ours, video) >= 40
+    assert ours.std() > 10
+
+
+def test_demo_flux_is_small_and_has_heads_blocks_and_a_lattice_to_coarsen(flux):
+    assert megabytes(SHIPPED["demo-flux"]) <= 12
+    config = flux.transformer.config
+    assert config.heads >= 8 and config.double_blocks >= 4 and config.single_blocks >= 8 and not config.guidance
+    assert flux.tokens(flux.defaults.size, 1) == 256
+
+
+def test_diffusers_draws_the_same_picture(flux):
+    noise = np.random.default_rng(5).standard_normal((1, 1, 32, 32, 4)).astype(np.float32)
+    theirs = quiet(FluxPipeline.from_pretrained(SHIPPED["demo-flux"], torch_dtype=torch.float32))
+    prompt = "two green 4s left of a white 9 on a striped background"
+    packed = theirs._pack_latents(torch.tensor(noise[:, 0]).permute(0, 3, 1, 2), 1, 4, 32, 32)
+    with torch.no_grad():
+        picture = theirs(
+            prompt, negative_prompt="", true_cfg_scale=flux.defaults.true_cfg, num_inference_steps=8, width=128,
+            height=128, latents=packed, max_sequence_length=flux.tokenizer.model_max_length, output_type="np",
+        ).images[0]  # fmt: skip
+    ours = flux(prompt, latents=noise, steps=8).frames[0]
+    assert decibels(ours, picture) >= 40
+    assert ours.std() > 10
