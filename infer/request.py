@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -14,12 +15,15 @@ from dit_jax.sampling.solvers import SOLVERS
 
 SEEDS = 2**32  # a threefry key keeps no more of a seed
 
+Guidance = float | tuple[float, float]  # one scale, or those of the (high, low) noise expert
+
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
     """What a model is run with unless the request says otherwise; `generation_defaults.json` in the model's folder.
 
-    guidance  the scale that the model is told or, if it is told none, of real guidance
+    guidance  the scale that the model is told or, if it is told none, of real guidance; a model of two experts may have
+              two, (high, low)
     true_cfg  scale of real guidance for a model that is told a guidance scale or none at all; 1 turns it off
     video     whether it makes videos
     grammar   whether prompts keep to the grammar of moving digits, so that a word outside it deserves a warning
@@ -28,7 +32,7 @@ class Defaults:
     size: tuple[int, int] = (832, 480)
     frames: int = 81
     steps: int = 50
-    guidance: float = 5.0
+    guidance: Guidance = 5.0
     true_cfg: float = 1.0
     solver: str = "unipc"
     fps: int = 16
@@ -42,7 +46,8 @@ class Request:
 
     size               (width, height) in pixels
     image              the first frame, for an image-to-video model: one for each prompt, or one for all
-    guidance           the model's guidance scale: of real guidance (Wan), or of the one that it is told (FLUX dev)
+    guidance           the model's guidance scale: of real guidance (Wan), or of the one that it is told (FLUX dev);
+                       (high, low) for the two experts of Wan 2.2, where one number serves both
     true_cfg           FLUX: scale of real guidance against `negative_prompt`
     images_per_prompt  how many samples of each prompt, next to each other
     seed               of the first sample's noise; sample i has seed + i
@@ -55,7 +60,7 @@ class Request:
     size: tuple[int, int] | None = None
     frames: int | None = None
     steps: int | None = None
-    guidance: float | None = None
+    guidance: Guidance | None = None
     true_cfg: float | None = None
     images_per_prompt: int = 1
     solver: str | None = None
@@ -72,7 +77,7 @@ class Job:
     size: tuple[int, int]
     frames: int
     steps: int
-    guidance: float
+    guidance: Guidance
     true_cfg: float
     solver: str
     seed: int
@@ -83,6 +88,11 @@ class Job:
         """The job without images and latents, as JSON can hold it."""
         told = ("prompts", "negative_prompt", "size", "frames", "steps", "guidance", "true_cfg", "solver", "seed")
         return {name: getattr(self, name) for name in told}
+
+    @property
+    def guidance_scales(self) -> tuple[float, float]:
+        """Guidance scales of the (high, low) noise expert."""
+        return self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
 
 
 def fill(request: Request, defaults: Defaults) -> Job:
@@ -108,7 +118,7 @@ def fill(request: Request, defaults: Defaults) -> Job:
         size=choice("size"),
         frames=choice("frames"),
         steps=choice("steps"),
-        guidance=choice("guidance"),
+        guidance=_guidance(choice("guidance")),
         true_cfg=choice("true_cfg"),
         solver=choice("solver"),
         seed=request.seed,
@@ -117,17 +127,35 @@ def fill(request: Request, defaults: Defaults) -> Job:
     )
 
 
+def _guidance(asked: Any) -> Guidance:
+    if isinstance(asked, int | float):
+        return asked
+    if isinstance(asked, Sequence) and len(asked) == 2 and all(isinstance(scale, int | float) for scale in asked):
+        return asked[0], asked[1]
+    raise UserError(f"guidance is {asked!r}: expected a number, or (high, low) for the experts of Wan 2.2")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Strides:
-    """Pixels a latent cell (times the patch) covers, and frames a latent frame covers."""
+class Limits:
+    """What a model can be asked for.
+
+    space    pixels that a latent cell (times the patch) covers
+    time     frames that a latent frame covers
+    image    whether a first frame is refused, may be given, or must be
+    experts  how many transformers take turns, and so may have a guidance scale of their own
+    video    whether it makes videos
+    """
 
     space: int
     time: int
+    image: Literal["never", "optional", "always"] = "never"
+    experts: int = 1
+    video: bool = True
 
 
-def check(job: Job, strides: Strides, takes_image: bool, video: bool = True) -> None:
+def check(job: Job, limits: Limits) -> None:
     """Raises UserError for a job that the model cannot serve."""
-    if not video and job.frames != 1:
+    if not limits.video and job.frames != 1:
         raise UserError(f"{job.frames} frames were asked of a model that makes images: leave out --frames")
     if not job.prompts or not all(text.strip() for text in job.prompts):
         raise UserError("the prompt is empty: expected a description of the picture; pass one with --prompt")
@@ -135,28 +163,38 @@ def check(job: Job, strides: Strides, takes_image: bool, video: bool = True) -> 
         raise UserError(f"unknown solver {job.solver!r}: expected one of {', '.join(SOLVERS)}")
     if not isinstance(job.steps, int) or job.steps < 1:
         raise UserError(f"steps is {job.steps}: expected a whole number of at least 1")
-    for name in ("guidance", "true_cfg"):
-        if not math.isfinite(scale := getattr(job, name)) or scale < 0:
-            raise UserError(f"{name} is {scale}: expected a number of at least 0 (1 turns guidance off)")
+    _check_scales(job, limits.experts)
     if not isinstance(job.seed, int) or not 0 <= job.seed <= SEEDS - len(job.prompts):
         raise UserError(
             f"seed is {job.seed}: expected a whole number from 0 to {SEEDS - len(job.prompts)} "
             f"(prompt i has seed + i, below 2**32); pass another --seed"
         )
-    _check_size(job.size, strides.space)
-    if job.frames < 1 or (job.frames - 1) % strides.time:
-        low = max(job.frames - 1, 0) // strides.time * strides.time + 1
+    _check_size(job.size, limits.space)
+    if job.frames < 1 or (job.frames - 1) % limits.time:
+        low = max(job.frames - 1, 0) // limits.time * limits.time + 1
         raise UserError(
-            f"{job.frames} frames do not fit: expected {strides.time}·k + 1; "
-            f"the nearest are {low} and {low + strides.time}"
+            f"{job.frames} frames do not fit: expected {limits.time}·k + 1; "
+            f"the nearest are {low} and {low + limits.time}"
         )
-    if takes_image and job.images is None:
+    if limits.image == "always" and job.images is None:
         raise UserError("this model animates an image and none was given: pass one with --image")
-    if not takes_image and job.images is not None:
+    if limits.image == "never" and job.images is not None:
         raise UserError(
-            f"an image was given to a text-to-{'video' if video else 'image'} model: leave out --image or choose an "
-            "image-to-video model"
+            f"an image was given to a text-to-{'video' if limits.video else 'image'} model: leave out --image or "
+            "choose an image-to-video model"
         )
+
+
+def _check_scales(job: Job, experts: int) -> None:
+    if isinstance(job.guidance, tuple) and experts == 1:
+        raise UserError(
+            f"guidance is {job.guidance}: expected one number for a model of one transformer; two are for the experts "
+            "of Wan 2.2"
+        )
+    for name, scales in (("guidance", job.guidance_scales), ("true_cfg", (job.true_cfg,))):
+        for scale in scales:
+            if not math.isfinite(scale) or scale < 0:
+                raise UserError(f"{name} is {scale}: expected a number of at least 0 (1 turns guidance off)")
 
 
 def _check_size(size: tuple[int, int], multiple: int) -> None:
@@ -167,6 +205,17 @@ def _check_size(size: tuple[int, int], multiple: int) -> None:
         f"size {size[0]}x{size[1]} does not fit: expected a width and height that {multiple} divides; "
         f"the nearest is {nearest}"
     )
+
+
+def parse_guidance(text: str) -> Guidance:
+    """`5` -> 5.0, `4,3` -> (4.0, 3.0)."""
+    try:
+        scales = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        scales = ()
+    if len(scales) not in (1, 2):
+        raise UserError(f"guidance {text!r} is not understood: expected a number such as 5, or two such as 4,3")
+    return scales[0] if len(scales) == 1 else (scales[0], scales[1])
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Wan 2.1: text, or an image and text, to video.
+"""Wan 2.1 and 2.2: text, or an image and text, to video.
 
 Shapes: B samples, R batch rows (guidance branches of a sample next to each other), L text tokens, E text width, I image
 tokens, T Y X latent grid, C latent channels.
@@ -8,40 +8,62 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from PIL import Image
 
 from dit_jax.models.clip import preprocess
 from dit_jax.models.network import Conditioning
 from dit_jax.models.wan import TEXT_TOKENS_WITH_IMAGE
 from dit_jax.sampling.sampler import Guided
+from dit_jax.sampling.schedules import Schedule
+from infer.experts import HIGH_NOISE, LOW_NOISE, Experts
 from infer.pipeline import VAE_CHUNK, Pipeline, interleaved, put
-from infer.request import Job
-from infer.side_files import check_supported, load_tokenizer, read_shift
+from infer.request import Defaults, Job, Limits
+from infer.segments import Stage, stages_between
+from infer.side_files import load_tokenizer, read_shift
+from infer.wan_variant import wan_variant
 
 
 class WanPipeline(Pipeline):
-    """A Wan 2.1 pipeline, with an image branch or without."""
+    """A Wan pipeline: one transformer or two experts, from text or from a first frame and text."""
 
-    def _load_models(self, dtype: Any) -> None:
-        check_supported(self.checkpoint)
+    def _usual(self) -> Defaults:
+        self.variant = wan_variant(self.checkpoint)
+        return self.variant.usual
+
+    def _load_models(self, dtype: Any, offload_expert: bool) -> None:
         self.shift = read_shift(self.checkpoint)
         self.tokenizer = load_tokenizer(self.checkpoint, "tokenizer")
-        self.transformer = self._load("transformer", dtype)
+        names = (HIGH_NOISE, LOW_NOISE) if self.variant.boundary is not None else (HIGH_NOISE,)
+        self.experts = Experts({name: partial(self._load, name, dtype) for name in names}, offload_expert)
         self.text_encoder = self._load("text_encoder", dtype)
         self.vae = self._load("vae", jnp.float32)
-        self.takes_image = self.transformer.config.image_width is not None
-        self.image_encoder = self._load("image_encoder", jnp.float32) if self.takes_image else None
+        has_image_branch = self.transformer_config.image_width is not None
+        self.image_encoder = self._load("image_encoder", jnp.float32) if has_image_branch else None
+
+    @property
+    def transformer(self) -> Any:
+        """The only transformer, or the high-noise expert."""
+        return self.experts[HIGH_NOISE]
+
+    @property
+    def limits(self) -> Limits:
+        return replace(super().limits, image=self.variant.image, experts=len(self.experts))
 
     @property
     def text_tokens(self) -> int:
         """Length that text is padded to: Wan's 512, or the tokenizer's own limit where that is shorter."""
-        return TEXT_TOKENS_WITH_IMAGE if self.takes_image else min(512, self.tokenizer.model_max_length)
+        if self.variant.image == "always":
+            return TEXT_TOKENS_WITH_IMAGE
+        return min(512, self.tokenizer.model_max_length)
 
     def encode_text(self, prompts: list[str]) -> jax.Array:
         """Text embeddings [B, L, E]; zero behind each prompt's end, as Wan's pipelines have them."""
@@ -52,37 +74,63 @@ class WanPipeline(Pipeline):
         ids, valid = texts["input_ids"].astype(np.int32), texts["attention_mask"].astype(bool)
         return self.programs.run("text", _encode_text, self.text_encoder, self._rows(ids), self._rows(valid))
 
-    def _denoiser(self, job: Job) -> Guided:
-        branches = 2 if job.guidance > 1 else 1
+    def _stages(self, job: Job, schedule: Schedule) -> list[Stage]:
+        told = self._told(job)
+
+        def denoiser(expert: str, scale: float) -> Guided:
+            return replace(told, model=self.experts[expert], guidance_scale=self._replicated(np.float32(scale)))
+
+        high, low = job.guidance_scales
+        denoisers = [partial(denoiser, HIGH_NOISE, high)]
+        if self.variant.boundary is None:
+            return stages_between([0, job.steps], denoisers)
+        crossing = int(np.count_nonzero(schedule.timesteps >= self.variant.boundary))
+        return stages_between([0, crossing, job.steps], [*denoisers, partial(denoiser, LOW_NOISE, low)])
+
+    def _told(self, job: Job) -> Guided:
+        """The denoiser without a model and its guidance scale: what all experts are told alike."""
+        branches = 2 if max(job.guidance_scales) > 1 else 1
         text = self.encode_text(job.prompts)
         if branches == 2:
             text = interleaved(text, self.encode_text([job.negative_prompt] * len(job.prompts)))
-        image, extra = self._image_conditioning(job, branches) if self.takes_image else (None, None)
-        conditioning = Conditioning(self._rows(text), None if image is None else self._rows(image))
+        states, extra = None, None
+        if job.images is not None:
+            extra = self._first_frame_channels(job)
+            states = None if self.image_encoder is None else self._image_states(job, branches)
         return Guided(
-            model=self.transformer,
-            conditioning=conditioning,
-            guidance_scale=self._replicated(np.float32(job.guidance)),
+            model=None,
+            conditioning=Conditioning(self._rows(text), states),
+            guidance_scale=self._replicated(np.float32(1)),
             extra=extra,
             branches=branches,
         )
 
-    def _image_conditioning(self, job: Job, branches: int) -> tuple[jax.Array, jax.Array]:
-        """(image encoder's states [R, I, E], mask and encoded first frame [B, T, Y, X, 4 + C])."""
+    def _image_states(self, job: Job, branches: int) -> jax.Array:
+        """The image encoder's states of the first frames [R, I, E]."""
         assert job.images is not None and self.image_encoder is not None
-        images = [image.convert("RGB") for image in job.images]
         side = self.image_encoder.config.image_size
-        pixels = np.concatenate([preprocess(np.asarray(image)[None], side) for image in images])
+        pixels = np.concatenate([preprocess(np.asarray(image.convert("RGB"))[None], side) for image in job.images])
         states = self.programs.run("image", _encode_image, self.image_encoder, self._rows(pixels))
-        resized = [image.resize(job.size, Image.Resampling.LANCZOS) for image in images]
-        first = np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in resized])[:, None]
-        video = np.concatenate([first, np.zeros((len(images), job.frames - 1, *first.shape[2:]), np.float32)], axis=1)
+        return self._rows(jnp.repeat(states, branches, axis=0))
+
+    def _first_frame_channels(self, job: Job) -> jax.Array:
+        """Mask of the frames that are given, and the encoded video of them [B, T, Y, X, 4 + C]."""
+        first = self._first_frames(job)
+        video = np.concatenate([first, np.zeros((len(first), job.frames - 1, *first.shape[2:]), np.float32)], axis=1)
         spread = self._spread(job)
-        encoded = self.programs.run("encode", _encode_video, self.vae, put(video, spread), out_shardings=spread)
+        encoded = self._encode(video, spread)
         mask = np.zeros((*encoded.shape[:-1], self.vae.config.time_factor), np.float32)
         mask[:, 0] = 1
-        extra = self._rows(jnp.concatenate([put(mask, spread), encoded], axis=-1))
-        return jnp.repeat(states, branches, axis=0), extra
+        return self._rows(jnp.concatenate([put(mask, spread), encoded], axis=-1))
+
+    def _first_frames(self, job: Job) -> np.ndarray:
+        """Images at the video's size, [B, 1, H, W, 3] in [-1, 1]."""
+        assert job.images is not None
+        resized = [image.convert("RGB").resize(job.size, Image.Resampling.LANCZOS) for image in job.images]
+        return np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in resized])[:, None]
+
+    def _encode(self, video: np.ndarray, spread: NamedSharding | None) -> jax.Array:
+        return self.programs.run("encode", _encode_video, self.vae, put(video, spread), out_shardings=spread)
 
 
 def _encode_text(encoder, ids_BL, valid_BL):

@@ -19,3 +19,13 @@ def image_to_video(tmp_path_factory):
     folder, pipeline = tmp_path_factory.mktemp("i2v") / "tiny-i2v", image_to_video()
     pipeline.save_pretrained(folder)
     return folder, pipeline
+
+
+@pytest.fixture(scope="session")
+def text_experts(tmp_path_factory):
+    """(folder, diffusers pipeline) of a tiny text-to-video model of two experts."""
+    from tiny_wan import two_experts
+
+    folder, pipeline = tmp_path_factory.mktemp("t2v-a14b") / "tiny-t2v-a14b", two_experts(image=False)
+    pipeline.save_pretrained(folder)
+    return folder, pipeline

@@ -27,9 +27,9 @@ def tokenizer():
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def randomise(model):
+def randomise(model, seed=0):
     """Ordinary random weights in place of zeros and ones, norms and gates included."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim < 2 or parameter.data.eq(parameter.data.flatten()[0]).all():
@@ -88,6 +88,30 @@ def text_to_video():
         vae=vae(),
         scheduler=scheduler(),
         transformer=transformer(False),
+    )
+
+
+def expert(image: bool, seed: int):
+    """One of Wan 2.2's: a first frame comes as channels alone."""
+    return randomise(
+        WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, ffn_dim=40, num_layers=2,
+            in_channels=12 if image else 4, out_channels=4, text_dim=TEXT_WIDTH, freq_dim=32, cross_attn_norm=True,
+        ),
+        seed,
+    )  # fmt: skip
+
+
+def two_experts(image: bool):
+    """As Wan 2.2's A14B: four steps are two of each expert's."""
+    return (WanImageToVideoPipeline if image else WanPipeline)(
+        tokenizer=tokenizer(),
+        text_encoder=text_encoder(),
+        vae=vae(),
+        scheduler=scheduler(),
+        transformer=expert(image, 1),
+        transformer_2=expert(image, 2),
+        boundary_ratio=0.875,
     )
 
 

@@ -1,0 +1,77 @@
+"""Which of Wan's pipelines a checkpoint is, and what that pipeline is usually run with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from convert.checkpoint import INDEX, Checkpoint
+from dit_jax.config import UserError
+from dit_jax.sampling.schedules import TRAIN_STEPS
+from infer.experts import HIGH_NOISE, LOW_NOISE
+from infer.request import Defaults
+from infer.side_files import read_settings
+
+# As the authors run them (guidance: high, low).
+TEXT_EXPERTS = Defaults(steps=40, guidance=(4.0, 3.0))
+IMAGE_EXPERTS = Defaults(steps=40, guidance=(3.5, 3.5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanVariant:
+    """A pipeline of Wan's.
+
+    image     whether a first frame is refused, may be given, or must be
+    boundary  timestep below which the low-noise expert runs; None for a model of one transformer
+    usual     what it is run with unless the model or the request says otherwise
+    """
+
+    image: Literal["never", "optional", "always"]
+    boundary: float | None
+    usual: Defaults
+
+
+def wan_variant(checkpoint: Checkpoint) -> WanVariant:
+    """The variant of a Wan pipeline; UserError for one that this library does not run."""
+    boundary, image = _boundary(checkpoint), _image(checkpoint)
+    of_experts = TEXT_EXPERTS if image == "never" else IMAGE_EXPERTS
+    return WanVariant(image=image, boundary=boundary, usual=Defaults() if boundary is None else of_experts)
+
+
+def _boundary(checkpoint: Checkpoint) -> float | None:
+    folder, ratio = checkpoint.folder, read_settings(checkpoint, INDEX).get("boundary_ratio")
+    two = LOW_NOISE in checkpoint.settings
+    if ratio is None and not two:
+        return None
+    if not (two and isinstance(ratio, int | float) and 0 <= ratio <= 1):
+        found = f"{LOW_NOISE} with" if two else f"no {LOW_NOISE} and"
+        raise UserError(
+            f"{folder / INDEX}: a model of two experts has a {LOW_NOISE} and a boundary_ratio from 0 to 1, found "
+            f"{found} the boundary_ratio {ratio!r}; download it again"
+        )
+    if checkpoint.component(LOW_NOISE).config != checkpoint.component(HIGH_NOISE).config:
+        raise UserError(
+            f"{folder} has experts of two sizes: expected one config in {HIGH_NOISE} and {LOW_NOISE}; download it again"
+        )
+    return ratio * TRAIN_STEPS
+
+
+def _image(checkpoint: Checkpoint) -> Literal["never", "optional", "always"]:
+    folder = checkpoint.folder
+    transformer, vae = checkpoint.component(HIGH_NOISE).config, checkpoint.component("vae").config
+    if transformer.image_positions is not None:
+        raise UserError(
+            f"{folder} draws between a first and a last frame (FLF2V): expected a model of a prompt and at most a "
+            f"first frame, found positions for {transformer.image_positions} image tokens; choose an I2V checkpoint"
+        )
+    text, with_image = vae.z_dim, vae.z_dim + vae.time_factor + vae.z_dim
+    has_image_branch = transformer.image_width is not None
+    if transformer.in_channels == with_image:
+        return "always"
+    if transformer.in_channels == text and not has_image_branch:
+        return "never"
+    branch, expected = ("with", with_image) if has_image_branch else ("without", f"{text} or {with_image}")
+    raise UserError(
+        f"{folder} has a transformer {branch} an image encoder that takes {transformer.in_channels} channels: "
+        f"expected {expected}; check that it belongs to this VAE"
+    )
