@@ -202,7 +202,7 @@ class Pipeline(ABC):
                         jax.block_until_ready(carry)
             if progress:
                 progress("denoise", job.steps, job.steps)
-            final = np.asarray(carry.latents)
+            final = np.asarray(denoiser.finish(carry.latents))
         if not np.isfinite(final).all():
             raise UserError(
                 "the final latents hold NaN or infinity: expected numbers; look for NaN weights with `dit-convert "

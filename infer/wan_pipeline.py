@@ -93,21 +93,21 @@ class WanPipeline(Pipeline):
         text = self.encode_text(job.prompts)
         if branches == 2:
             text = interleaved(text, self.encode_text([job.negative_prompt] * len(job.prompts)))
-        states, extra = None, None
-        if job.images is not None:
-            extra = self._first_frame_channels(job)
-            states = None if self.image_encoder is None else self._image_states(job, branches)
+        as_channels = self.variant.image == "always"
         return Guided(
             model=None,
-            conditioning=Conditioning(self._rows(text), states),
+            conditioning=Conditioning(self._rows(text), self._image_states(job, branches)),
             guidance_scale=self._replicated(np.float32(1)),
-            extra=extra,
+            extra=self._first_frame_channels(job) if as_channels else None,
+            held=None if as_channels or job.images is None else self._held_frame(job),
             branches=branches,
         )
 
-    def _image_states(self, job: Job, branches: int) -> jax.Array:
-        """The image encoder's states of the first frames [R, I, E]."""
-        assert job.images is not None and self.image_encoder is not None
+    def _image_states(self, job: Job, branches: int) -> jax.Array | None:
+        """The image encoder's states of the first frames [R, I, E]; None for a model that has none."""
+        if self.image_encoder is None:
+            return None
+        assert job.images is not None
         side = self.image_encoder.config.image_size
         pixels = np.concatenate([preprocess(np.asarray(image.convert("RGB"))[None], side) for image in job.images])
         states = self.programs.run("image", _encode_image, self.image_encoder, self._rows(pixels))
@@ -122,6 +122,10 @@ class WanPipeline(Pipeline):
         mask = np.zeros((*encoded.shape[:-1], self.vae.config.time_factor), np.float32)
         mask[:, 0] = 1
         return self._rows(jnp.concatenate([put(mask, spread), encoded], axis=-1))
+
+    def _held_frame(self, job: Job) -> jax.Array:
+        """The encoded first frame [B, 1, Y, X, C]."""
+        return self._rows(self._encode(self._first_frames(job), self._spread(job)))
 
     def _first_frames(self, job: Job) -> np.ndarray:
         """Images at the video's size, [B, 1, H, W, 3] in [-1, 1]."""

@@ -15,6 +15,7 @@ from infer.side_files import read_settings
 # As the authors run them (guidance: high, low).
 TEXT_EXPERTS = Defaults(steps=40, guidance=(4.0, 3.0))
 IMAGE_EXPERTS = Defaults(steps=40, guidance=(3.5, 3.5))
+TEXT_OR_IMAGE = Defaults(size=(1280, 704), frames=121, fps=24)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,11 @@ class WanVariant:
 def wan_variant(checkpoint: Checkpoint) -> WanVariant:
     """The variant of a Wan pipeline; UserError for one that this library does not run."""
     boundary, image = _boundary(checkpoint), _image(checkpoint)
-    of_experts = TEXT_EXPERTS if image == "never" else IMAGE_EXPERTS
-    return WanVariant(image=image, boundary=boundary, usual=Defaults() if boundary is None else of_experts)
+    if boundary is None:
+        usual = TEXT_OR_IMAGE if image == "optional" else Defaults()
+    else:
+        usual = IMAGE_EXPERTS if image == "always" else TEXT_EXPERTS
+    return WanVariant(image=image, boundary=boundary, usual=usual)
 
 
 def _boundary(checkpoint: Checkpoint) -> float | None:
@@ -69,7 +73,7 @@ def _image(checkpoint: Checkpoint) -> Literal["never", "optional", "always"]:
     if transformer.in_channels == with_image:
         return "always"
     if transformer.in_channels == text and not has_image_branch:
-        return "never"
+        return "optional" if read_settings(checkpoint, INDEX).get("expand_timesteps") else "never"
     branch, expected = ("with", with_image) if has_image_branch else ("without", f"{text} or {with_image}")
     raise UserError(
         f"{folder} has a transformer {branch} an image encoder that takes {transformer.in_channels} channels: "

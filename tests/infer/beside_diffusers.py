@@ -12,7 +12,7 @@ def starting_noise(channels=4, count=1):
     return np.random.default_rng(0).standard_normal((count, 3, 4, 6, channels)).astype(np.float32)
 
 
-def by_diffusers(pipeline, solver, noise, guidance=3.5, **options):
+def by_diffusers(pipeline, solver, noise, guidance=3.5, size=SIZE, **options):
     """(latents, video) of diffusers; guidance may be a pair, (high, low)."""
     if isinstance(guidance, tuple):
         guidance, options["guidance_scale_2"] = guidance
@@ -21,7 +21,7 @@ def by_diffusers(pipeline, solver, noise, guidance=3.5, **options):
     channels_first = torch.tensor(noise).permute(0, 4, 1, 2, 3)
     pipeline.set_progress_bar_config(disable=True)
     shared = dict(
-        prompt=[PROMPT], negative_prompt=[NEGATIVE], width=SIZE[0], height=SIZE[1], num_frames=FRAMES,
+        prompt=[PROMPT], negative_prompt=[NEGATIVE], width=size[0], height=size[1], num_frames=FRAMES,
         num_inference_steps=STEPS, guidance_scale=guidance, latents=channels_first,
     )  # fmt: skip
     with torch.no_grad():
@@ -32,9 +32,9 @@ def by_diffusers(pipeline, solver, noise, guidance=3.5, **options):
     return latents.permute(0, 2, 3, 4, 1).numpy(), video
 
 
-def by_ours(pipe, solver, noise, guidance=3.5, **options):
+def by_ours(pipe, solver, noise, guidance=3.5, size=SIZE, **options):
     return pipe(
-        PROMPT, negative_prompt=NEGATIVE, size=SIZE, frames=FRAMES, steps=STEPS, guidance=guidance, solver=solver,
+        PROMPT, negative_prompt=NEGATIVE, size=size, frames=FRAMES, steps=STEPS, guidance=guidance, solver=solver,
         latents=noise, **options,
     )  # fmt: skip
 

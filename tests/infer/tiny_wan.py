@@ -58,6 +58,17 @@ def vae():
     )  # fmt: skip
 
 
+def residual_vae():
+    """As Wan 2.2's: 16x16 pixels a latent, shortcuts round the levels."""
+    return randomise(
+        AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 0.8], is_residual=True, patch_size=2,
+            in_channels=12, out_channels=12, scale_factor_spatial=16,
+        )
+    )  # fmt: skip
+
+
 def text_encoder():
     config = UMT5Config(
         vocab_size=64, d_model=TEXT_WIDTH, d_kv=6, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
@@ -112,6 +123,18 @@ def two_experts(image: bool):
         transformer=expert(image, 1),
         transformer_2=expert(image, 2),
         boundary_ratio=0.875,
+    )
+
+
+def text_or_image():
+    """As Wan 2.2's TI2V-5B, which runs with and without a first frame."""
+    return WanPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=text_encoder(),
+        vae=residual_vae(),
+        scheduler=scheduler(),
+        transformer=expert(False, 3),
+        expand_timesteps=True,
     )
 
 
