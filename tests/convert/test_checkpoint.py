@@ -231,7 +231,7 @@ NO_CHECKPOINT = {
     "config a list": (lambda f: with_config(f / "a", "[]"), "a", "found list"),
     "no weights": (lambda f: (saved(f / "a") / "model.safetensors").unlink(), "a", "expected model.safetensors"),
     "empty folder": (lambda f: (f / "a").mkdir(), "a", "is no checkpoint"),
-    "a file": (lambda f: (f / "a").write_text(""), "a", "is not a folder"),
+    "a file": (lambda f: (f / "a").write_text(""), "a", "is neither the folder of a checkpoint nor a file of weights"),
     "no folder": (lambda f: None, "a", "there is no "),
     "component folder missing": (lambda f: index_of(f, toy=["tests", "Toy"]), ".", "lacks the folder toy"),
     "component outside": (lambda f: index_of(f, **{"../toy": ["tests", "Toy"]}), ".", "lacks the folder"),
