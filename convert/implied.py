@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from convert.components import Settings, class_name
+from convert.wan import LOW_NOISE
 
-# The published settings for 480p; at 720p the authors use a shift of 5.
+# The published settings of Wan 2.1 for 480p; at 720p the authors use a shift of 5.
 _WAN_SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "num_train_timesteps": 1000,
@@ -60,12 +61,16 @@ def pipeline_configs(settings: Mapping[str, Settings], folders: Collection[str])
     folders   the folders of other files that are there (tokenizers)
     """
     named = {name: class_name(config) for name, config in settings.items()}
-    scheduler = _scheduler(settings["transformer"])
+    scheduler = _scheduler(settings)
     configs = {"scheduler/scheduler_config.json": scheduler}
     index: dict[str, Any] = {
         "_class_name": _pipeline(settings),
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
+    if LOW_NOISE in settings:
+        index["boundary_ratio"] = 0.9 if _takes_image(settings) else 0.875
+    if _has_residual_vae(settings):
+        index["expand_timesteps"] = True
     for name, its_class in named.items():
         index[name] = ["diffusers" if "_class_name" in settings[name] else "transformers", its_class]
         tokenizer = name.replace("text_encoder", "tokenizer")
@@ -80,11 +85,23 @@ def pipeline_configs(settings: Mapping[str, Settings], folders: Collection[str])
 def _pipeline(settings: Mapping[str, Settings]) -> str:
     if class_name(settings["transformer"]) == "FluxTransformer2DModel":
         return "FluxPipeline"
-    return "WanImageToVideoPipeline" if "image_encoder" in settings else "WanPipeline"
+    return "WanImageToVideoPipeline" if _takes_image(settings) else "WanPipeline"
 
 
-def _scheduler(transformer: Settings) -> dict[str, Any]:
-    if class_name(transformer) != "FluxTransformer2DModel":
-        return _WAN_SCHEDULER
-    dev = bool(transformer["guidance_embeds"])
-    return _FLUX_SCHEDULER | {"use_dynamic_shifting": dev, "shift": 3.0 if dev else 1.0}
+def _takes_image(settings: Mapping[str, Settings]) -> bool:
+    return settings["transformer"]["in_channels"] > settings["transformer"]["out_channels"]
+
+
+def _has_residual_vae(settings: Mapping[str, Settings]) -> bool:
+    """Of Wan 2.2's TI2V alone."""
+    return bool(settings.get("vae", {}).get("is_residual"))
+
+
+def _scheduler(settings: Mapping[str, Settings]) -> dict[str, Any]:
+    transformer = settings["transformer"]
+    if class_name(transformer) == "FluxTransformer2DModel":
+        dev = bool(transformer["guidance_embeds"])
+        return _FLUX_SCHEDULER | {"use_dynamic_shifting": dev, "shift": 3.0 if dev else 1.0}
+    if LOW_NOISE in settings:
+        return _WAN_SCHEDULER | {"flow_shift": 5.0 if _takes_image(settings) else 12.0}
+    return _WAN_SCHEDULER | ({"flow_shift": 5.0} if _has_residual_vae(settings) else {})

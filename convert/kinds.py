@@ -84,7 +84,7 @@ KINDS = (
         keys=_keys(r"(encoder|decoder)\.(conv1|middle|downsamples|upsamples|head)\. | conv[12]\."),
         layout="original",
         settings=shapes.vae_wan,
-        stem=lambda settings: "Wan2.1_VAE",
+        stem=lambda settings: "Wan2.2_VAE" if settings.get("is_residual") else "Wan2.1_VAE",
     ),
     Kind(
         name="FLUX autoencoder",

@@ -19,7 +19,7 @@ from convert.implied import pipeline_configs
 from convert.kinds import KINDS, PREFIXES, Kind, holds_lora, kind_of, kind_to_write
 from convert.safetensors_files import Tensor
 from convert.shapes import SIDECAR
-from convert.wan import wan_config, wan_original_settings
+from convert.wan import EXPERTS, LOW_NOISE, wan_config, wan_original_settings
 from convert.weight_files import files_behind, read_weights, weights_in
 from dit_jax.config import UserError
 
@@ -40,6 +40,12 @@ class Found:
     @property
     def files(self) -> list[Path]:
         return files_behind(self.file)
+
+    @property
+    def place(self) -> str:
+        """Its component in a pipeline; Wan 2.2's experts are told apart by their folders."""
+        experts = {folder: name for name, folder in EXPERTS.items()}
+        return experts.get(self.file.parent.name, TRANSFORMER) if self.kind.place == TRANSFORMER else self.kind.place
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,16 @@ def describe_file(file: Path) -> Described:
 def describe_folder(folder: Path) -> Described | None:
     """A folder of such files; None when none of its files is of a known kind.
 
-    Raises UserError when two files are the same component, or several are no pipeline for want of a transformer.
+    Wan 2.2's experts lie in folders of their own in it. Raises UserError when two files are the same component, one of
+    two experts is missing, or several files are no pipeline for want of a transformer.
     """
-    found = [part for file in weights_in(folder) for part in find(file)]
+    experts = [folder / name for name in EXPERTS.values() if (folder / name).is_dir()]
+    found = [part for place in (folder, *experts) for file in weights_in(place) for part in find(file)]
+    if experts and {part.place for part in found if part.file.parent in experts} != set(EXPERTS):
+        raise UserError(
+            f"{folder} lacks one of Wan 2.2's two experts; expected weights in {' and '.join(EXPERTS.values())}; "
+            "download the other, or give the folder of one alone."
+        )
     return _described(folder, found, alone=False) if found else None
 
 
@@ -110,10 +123,10 @@ def _described(folder: Path, found: Sequence[Found], alone: bool) -> Described:
         (part,) = found
         settings = _written_for(part, written or {CONFIG: beside}) or part.kind.settings(part.tensors, beside)
         return Described({"": settings}, {CONFIG: _json(settings)}, {"": part})
-    weights = {part.kind.place: part for part in found}
+    weights = {part.place: part for part in found}
     if written and not alone:
         return _as_written(folder, written, weights, tokenizers)
-    settings = {name: part.kind.settings(part.tensors, beside) for name, part in weights.items()}
+    settings = {name: part.kind.settings(part.tensors, _beside(part.file.parent)) for name, part in weights.items()}
     if len(found) == 1:
         (name,) = settings
         return Described({"": settings[name]}, {CONFIG: _json(settings[name])}, {"": weights[name]})
@@ -127,10 +140,10 @@ def _described(folder: Path, found: Sequence[Found], alone: bool) -> Described:
 def _refuse_two(folder: Path, found: Sequence[Found]) -> None:
     by_place: dict[str, Found] = {}
     for part in found:
-        other = by_place.setdefault(part.kind.place, part)
+        other = by_place.setdefault(part.place, part)
         if other is not part:
             raise UserError(
-                f"{folder} has two files for the {part.kind.place}, {other.file.name} and {part.file.name}; "
+                f"{folder} has two files for the {part.place}, {other.file.name} and {part.file.name}; "
                 "expected one; give one of the files, or move the other elsewhere."
             )
 
@@ -188,7 +201,7 @@ def side_files(settings: Mapping[str, Settings], files: Mapping[str, Path | byte
     """
     for name, config in settings.items():
         kind = kind_to_write(config)
-        if kind is None or name not in ("", kind.place):
+        if kind is None or name not in ("", kind.place, *(EXPERTS if kind.place == TRANSFORMER else ())):
             raise UserError(
                 f"the original layout has no place for {name or class_name(config)}; use --layout diffusers."
             )
@@ -196,7 +209,8 @@ def side_files(settings: Mapping[str, Settings], files: Mapping[str, Path | byte
     transformer = settings.get(TRANSFORMER, settings.get("", {}))
     is_wan = class_name(transformer) == "WanTransformer3DModel"
     if is_wan:
-        out[CONFIG] = _json(wan_original_settings(wan_config(transformer)))
+        for name in EXPERTS if LOW_NOISE in settings else [TRANSFORMER]:
+            out[str(Path(subfolder(name, settings), CONFIG))] = _json(wan_original_settings(wan_config(transformer)))
     configs: dict[str, Any] = {}
     for where, content in files.items():
         if is_wan and _parent(where) == "tokenizer":
@@ -206,6 +220,11 @@ def side_files(settings: Mapping[str, Settings], files: Mapping[str, Path | byte
         else:
             out[where] = content
     return out | {SIDECAR: _json(configs)}
+
+
+def subfolder(name: str, settings: Mapping[str, Settings]) -> str:
+    """Where in a folder of this layout a component's weights lie: "" for all but the experts of Wan 2.2."""
+    return EXPERTS.get(name, "") if LOW_NOISE in settings else ""
 
 
 def _parent(place: str) -> str:

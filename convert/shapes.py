@@ -24,7 +24,7 @@ from dit_jax.models.clip_text import CLIP_L
 from dit_jax.models.flux import FLUX_DEV
 from dit_jax.models.t5 import T5_XXL, UMT5_XXL
 from dit_jax.models.vae_kl import FLUX_VAE
-from dit_jax.models.vae_wan import WanVAEConfig
+from dit_jax.models.vae_wan import PRESETS as VAE_PRESETS
 from dit_jax.models.wan import WAN_14B
 
 Tensors = Mapping[str, Tensor]
@@ -49,6 +49,8 @@ def wan(tensors: Tensors, beside: Settings) -> Settings:
         settings = wan_settings(wan_config(beside))
     settings["text_dim"] = _shape(tensors, "text_embedding.0.weight", "width", "text width")[1]
     settings["patch_size"] = patch
+    # Wan 2.2 says i2v of models without an image branch.
+    settings["image_dim"] = settings["added_kv_proj_dim"] = None
     if "img_emb.proj.1.weight" in tensors:
         settings["image_dim"] = _shape(tensors, "img_emb.proj.1.weight", "hidden width", "image width")[1]
         settings["added_kv_proj_dim"] = beside["dim"]
@@ -85,9 +87,22 @@ def flux(tensors: Tensors, beside: Settings) -> Settings:
 
 
 def vae_wan(tensors: Tensors, beside: Settings) -> Settings:
-    """Of Wan's VAE: the published one at the width of its first convolution."""
-    width = _shape(tensors, "encoder.conv1.weight", "width", "channels", "t", "y", "x")[0]
-    return vae_wan_settings(WanVAEConfig(base_dim=width))
+    """Of Wan's VAE: the published one at the width of its first convolutions; 2.2's nests its blocks in levels.
+
+    Raises UserError for other latents than the published ones, whose scale is another.
+    """
+    kernel = ("outputs", "inputs", "t", "y", "x")
+    nested = any(key.startswith("encoder.downsamples.0.downsamples.") for key in tensors)
+    published = VAE_PRESETS["wan2.2" if nested else "wan2.1"]
+    width, channels = _shape(tensors, "decoder.conv1.weight", *kernel)[:2]
+    if channels != published.z_dim:
+        raise UserError(
+            f"{_file(tensors)}: decoder.conv1.weight takes latents of {channels} channels, expected {published.z_dim} "
+            f"as the published VAE's; put {SIDECAR} with the config of this VAE beside the file."
+        )
+    base = _shape(tensors, "encoder.conv1.weight", *kernel)[0]
+    decoder = width // published.dim_mult[-1]
+    return vae_wan_settings(replace(published, base_dim=base, decoder_base_dim=None if decoder == base else decoder))
 
 
 def vae_kl(tensors: Tensors, beside: Settings) -> Settings:

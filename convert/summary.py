@@ -13,9 +13,9 @@ import numpy as np
 from convert.checkpoint import Checkpoint, checkpoint_hash
 from convert.components import class_name, read_json
 from convert.original import INDEX, TRANSFORMER
-from dit_jax.models import clip, clip_text, flux, t5, vae_kl, wan
+from convert.wan import LOW_NOISE
+from dit_jax.models import clip, clip_text, flux, t5, vae_kl, vae_wan, wan
 from dit_jax.models.flux import FluxConfig
-from dit_jax.models.vae_wan import WanVAEConfig
 from dit_jax.models.wan import WanConfig
 
 PRESETS: Mapping[str, Any] = {
@@ -25,7 +25,7 @@ PRESETS: Mapping[str, Any] = {
     **clip.PRESETS,
     **clip_text.PRESETS,
     **vae_kl.PRESETS,
-    "wan2.1-vae": WanVAEConfig(),
+    **{f"{name}-vae": config for name, config in vae_wan.PRESETS.items()},
 }
 
 
@@ -105,7 +105,7 @@ def _component(checkpoint: Checkpoint, name: str) -> ComponentSummary:
             dtypes[tensor.stored or tensor.dtype] += tensor.size
     return ComponentSummary(
         class_name=class_name(checkpoint.settings[name]) or "",
-        variant=_variant(checkpoint.component(name).config),
+        variant=_variant(checkpoint.component(name).config, LOW_NOISE in checkpoint.settings),
         parameters=sum(leaf.size for leaf in leaves),
         bytes=sum(size * dtype.itemsize for dtype, size in dtypes.items()),
         dtypes=[dtype.name for dtype, _ in dtypes.most_common()],
@@ -120,11 +120,11 @@ def _kind(checkpoint: Checkpoint) -> str:
     return f"pipeline {content.get('_class_name', 'of no class')}"
 
 
-def _variant(config: Any) -> str:
-    """The name of a preset, or the sizes of a model that is none."""
-    for preset, known in PRESETS.items():
-        if config == known:
-            return preset
+def _variant(config: Any, experts: bool) -> str:
+    """The name of a preset, or the sizes of a model that is none; one of two experts is Wan 2.2's."""
+    names = [preset for preset, known in PRESETS.items() if config == known]
+    if names:
+        return names[-1] if experts else names[0]
     if isinstance(config, WanConfig):
         task = "image-to-video" if config.in_channels > config.out_channels else "text-to-video"
         return f"Wan {task}, {config.blocks} blocks of width {config.width} with {config.heads} heads"

@@ -64,7 +64,8 @@ def convert(
                 kind = kind_to_write(source.settings[name])
                 assert kind and kind.stem, name  # side_files has refused the others
                 tensors = tensors_from_leaves(part, component.rows, kind.layout)
-                write_tensors(folder, kind.stem(source.settings[name]), tensors, max_shard_bytes)
+                inside = folder / original.subfolder(name, source.settings)
+                write_tensors(inside, kind.stem(source.settings[name]), tensors, max_shard_bytes)
             else:
                 tensors = tensors_from_leaves(part, component.rows_to_write("diffusers"), "diffusers")
                 write_tensors(folder / name, component.stem, tensors, max_shard_bytes)

@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 
-HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"  # components of a model with two experts, in diffusers' names
-
 
 class Experts:
     """`experts[name]` is an expert, ready to run.

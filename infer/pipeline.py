@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from convert.checkpoint import Checkpoint, checkpoint_hash, load_model, open_checkpoint
+from convert.wan import LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.models.network import grid
 from dit_jax.sampling.sampler import Carry, Guided, noise, sample
@@ -27,7 +28,6 @@ from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
 from dit_jax.sharding import batch_sharding, batch_shardings, leaf_sharding, replicated
 from infer import media
-from infer.experts import LOW_NOISE
 from infer.placement import picture_sharding
 from infer.programs import Programs
 from infer.request import Defaults, Job, Limits, Request, check, fill

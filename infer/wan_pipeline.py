@@ -19,12 +19,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from PIL import Image
 
+from convert.wan import HIGH_NOISE, LOW_NOISE
 from dit_jax.models.clip import preprocess
 from dit_jax.models.network import Conditioning
 from dit_jax.models.wan import TEXT_TOKENS_WITH_IMAGE
 from dit_jax.sampling.sampler import Guided
 from dit_jax.sampling.schedules import Schedule
-from infer.experts import HIGH_NOISE, LOW_NOISE, Experts
+from infer.experts import Experts
 from infer.pipeline import VAE_CHUNK, Pipeline, interleaved, put
 from infer.request import Defaults, Job, Limits
 from infer.segments import Stage, stages_between

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from convert.checkpoint import INDEX, Checkpoint
+from convert.wan import HIGH_NOISE, LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.sampling.schedules import TRAIN_STEPS
-from infer.experts import HIGH_NOISE, LOW_NOISE
 from infer.request import Defaults
 from infer.side_files import read_settings
 
