@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add("--negative-prompt", metavar="T", default="", help="what it should not show")
     add("--out", required=True, metavar="FILE", help="output: .mp4 .mov .webm .gif .webp, or .png for one frame")
     add("--image", metavar="FILE", help="the first frame, for an image-to-video model")
+    add("--last-image", metavar="FILE", help="the last frame, for a model that draws between two")
     add("--size", metavar="WxH", help="pixels, such as 832x480 (default: the model's)")
     add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
@@ -90,6 +91,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         prompt=prompts,
         negative_prompt=options.negative_prompt,
         image=media.open_image(options.image) if options.image else None,
+        last_image=media.open_image(options.last_image) if options.last_image else None,
         size=parse_size(options.size) if options.size else None,
         frames=options.frames,
         steps=options.steps,
@@ -112,8 +114,16 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     count = len(job.prompts)
     sheets = _numbered(options.sheet, count) if options.sheet else [None] * count
     for index, (out, sheet) in enumerate(zip(_numbered(options.out, count), sheets, strict=True)):
-        images = None if job.images is None else job.images[index : index + 1]
-        one = replace(job, prompts=job.prompts[index : index + 1], images=images, seed=job.seed + index)
+        images, last_images = (
+            None if given is None else given[index : index + 1] for given in (job.images, job.last_images)
+        )
+        one = replace(
+            job,
+            prompts=job.prompts[index : index + 1],
+            images=images,
+            last_images=last_images,
+            seed=job.seed + index,
+        )
         outputs += _denoise_and_decode(pipe, one, out, sheet)
     return _report(pipe, job, began, outputs)
 

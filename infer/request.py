@@ -15,6 +15,7 @@ from dit_jax.sampling.solvers import SOLVERS
 
 SEEDS = 2**32  # a threefry key keeps no more of a seed
 
+Given = Literal["never", "optional", "always"]
 Guidance = float | tuple[float, float]  # one scale, or those of the (high, low) noise expert
 
 
@@ -45,7 +46,7 @@ class Request:
     """What a caller asks for; None leaves the choice to the model's defaults.
 
     size               (width, height) in pixels
-    image              the first frame, for an image-to-video model: one for each prompt, or one for all
+    image, last_image  the first and last frame, for an image-to-video model: one for each prompt, or one for all
     guidance           the model's guidance scale: of real guidance (Wan), or of the one that it is told (FLUX dev);
                        (high, low) for the two experts of Wan 2.2, where one number serves both
     true_cfg           FLUX: scale of real guidance against `negative_prompt`
@@ -57,6 +58,7 @@ class Request:
     prompt: str | list[str]
     negative_prompt: str = ""
     image: Image.Image | list[Image.Image] | None = None
+    last_image: Image.Image | list[Image.Image] | None = None
     size: tuple[int, int] | None = None
     frames: int | None = None
     steps: int | None = None
@@ -70,7 +72,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request with every choice made, one prompt and one image (or none) a sample."""
+    """A request with every choice made, one prompt and one first and last image (or none) a sample."""
 
     prompts: list[str]
     negative_prompt: str
@@ -82,6 +84,7 @@ class Job:
     solver: str
     seed: int
     images: list[Image.Image] | None = None
+    last_images: list[Image.Image] | None = None
     latents: np.ndarray | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -98,15 +101,11 @@ class Job:
 def fill(request: Request, defaults: Defaults) -> Job:
     """The request with its open choices taken from the model's defaults."""
     prompts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
-    images = [request.image] * len(prompts) if isinstance(request.image, Image.Image) else request.image
-    if images is not None and len(images) != len(prompts):
-        raise UserError(f"{len(images)} images came with {len(prompts)} prompts: expected one for each, or one for all")
-
     copies = request.images_per_prompt
     if not isinstance(copies, int) or copies < 1:
         raise UserError(f"images_per_prompt is {copies}: expected a whole number of at least 1")
+    images, last_images = (_images(given, len(prompts), copies) for given in (request.image, request.last_image))
     prompts = [prompt for prompt in prompts for _ in range(copies)]
-    images = images and [image for image in images for _ in range(copies)]
 
     def choice(name: str) -> Any:
         asked = getattr(request, name)
@@ -123,8 +122,18 @@ def fill(request: Request, defaults: Defaults) -> Job:
         solver=choice("solver"),
         seed=request.seed,
         images=images,
+        last_images=last_images,
         latents=request.latents,
     )
+
+
+def _images(given: Image.Image | list[Image.Image] | None, prompts: int, copies: int) -> list[Image.Image] | None:
+    if given is None:
+        return None
+    images = [given] * prompts if isinstance(given, Image.Image) else given
+    if len(images) != prompts:
+        raise UserError(f"{len(images)} images came with {prompts} prompts: expected one for each, or one for all")
+    return [image for image in images for _ in range(copies)]
 
 
 def _guidance(asked: Any) -> Guidance:
@@ -139,16 +148,18 @@ def _guidance(asked: Any) -> Guidance:
 class Limits:
     """What a model can be asked for.
 
-    space    pixels that a latent cell (times the patch) covers
-    time     frames that a latent frame covers
-    image    whether a first frame is refused, may be given, or must be
-    experts  how many transformers take turns, and so may have a guidance scale of their own
-    video    whether it makes videos
+    space       pixels that a latent cell (times the patch) covers
+    time        frames that a latent frame covers
+    image       whether a first frame is refused, may be given, or must be
+    last_image  likewise a last frame
+    experts     how many transformers take turns, and so may have a guidance scale of their own
+    video       whether it makes videos
     """
 
     space: int
     time: int
-    image: Literal["never", "optional", "always"] = "never"
+    image: Given = "never"
+    last_image: Given = "never"
     experts: int = 1
     video: bool = True
 
@@ -176,12 +187,23 @@ def check(job: Job, limits: Limits) -> None:
             f"{job.frames} frames do not fit: expected {limits.time}·k + 1; "
             f"the nearest are {low} and {low + limits.time}"
         )
+    _check_images(job, limits)
+
+
+def _check_images(job: Job, limits: Limits) -> None:
     if limits.image == "always" and job.images is None:
         raise UserError("this model animates an image and none was given: pass one with --image")
     if limits.image == "never" and job.images is not None:
         raise UserError(
             f"an image was given to a text-to-{'video' if limits.video else 'image'} model: leave out --image or "
             "choose an image-to-video model"
+        )
+    if limits.last_image == "always" and job.last_images is None:
+        raise UserError("this model draws between two images and one was given: pass the other with --last-image")
+    if job.last_images is not None and (limits.last_image == "never" or job.frames == 1):
+        raise UserError(
+            "a last image was given where only a first one has a place: leave out --last-image, ask for more frames, "
+            "or choose a model that draws between two"
         )
 
 

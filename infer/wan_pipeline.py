@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import ftfy
@@ -30,14 +30,18 @@ from infer.pipeline import VAE_CHUNK, Pipeline, interleaved, put
 from infer.request import Defaults, Job, Limits
 from infer.segments import Stage, stages_between
 from infer.side_files import load_tokenizer, read_shift
-from infer.wan_variant import wan_variant
+from infer.wan_variant import WanVariant, wan_variant
 
 
 class WanPipeline(Pipeline):
     """A Wan pipeline: one transformer or two experts, from text or from a first frame and text."""
 
+    @cached_property
+    def variant(self) -> WanVariant:
+        """Which of Wan's pipelines it is."""
+        return wan_variant(self.checkpoint)
+
     def _usual(self) -> Defaults:
-        self.variant = wan_variant(self.checkpoint)
         return self.variant.usual
 
     def _load_models(self, dtype: Any, offload_expert: bool) -> None:
@@ -57,7 +61,8 @@ class WanPipeline(Pipeline):
 
     @property
     def limits(self) -> Limits:
-        return replace(super().limits, image=self.variant.image, experts=len(self.experts))
+        variant = self.variant
+        return replace(super().limits, image=variant.image, last_image=variant.last_image, experts=len(self.experts))
 
     @property
     def text_tokens(self) -> int:
@@ -99,40 +104,44 @@ class WanPipeline(Pipeline):
             model=None,
             conditioning=Conditioning(self._rows(text), self._image_states(job, branches)),
             guidance_scale=self._replicated(np.float32(1)),
-            extra=self._first_frame_channels(job) if as_channels else None,
+            extra=self._given_frames(job) if as_channels else None,
             held=None if as_channels or job.images is None else self._held_frame(job),
             branches=branches,
         )
 
     def _image_states(self, job: Job, branches: int) -> jax.Array | None:
-        """The image encoder's states of the first frames [R, I, E]; None for a model that has none."""
+        """The image encoder's states of the first frames [R, I, E], of the last ones behind each where there are any
+        [2R, I, E]; None for a model that has none."""
         if self.image_encoder is None:
             return None
         assert job.images is not None
+        given = [job.images] if job.last_images is None else [job.images, job.last_images]
+        seen = [image for of_sample in zip(*given, strict=True) for image in of_sample]
         side = self.image_encoder.config.image_size
-        pixels = np.concatenate([preprocess(np.asarray(image.convert("RGB"))[None], side) for image in job.images])
+        pixels = np.concatenate([preprocess(np.asarray(image.convert("RGB"))[None], side) for image in seen])
         states = self.programs.run("image", _encode_image, self.image_encoder, self._rows(pixels))
-        return self._rows(jnp.repeat(states, branches, axis=0))
+        by_sample = jnp.repeat(states.reshape(len(job.images), -1, *states.shape[1:]), branches, axis=0)
+        return self._rows(by_sample.reshape(-1, *states.shape[1:]))
 
-    def _first_frame_channels(self, job: Job) -> jax.Array:
+    def _given_frames(self, job: Job) -> jax.Array:
         """Mask of the frames that are given, and the encoded video of them [B, T, Y, X, 4 + C]."""
-        first = self._first_frames(job)
-        video = np.concatenate([first, np.zeros((len(first), job.frames - 1, *first.shape[2:]), np.float32)], axis=1)
+        first = _at_size(job.images, job.size)
+        video = np.zeros((len(first), job.frames, *first.shape[2:]), np.float32)
+        video[:, :1] = first
+        if job.last_images is not None:
+            video[:, -1:] = _at_size(job.last_images, job.size)
         spread = self._spread(job)
         encoded = self._encode(video, spread)
+        # A channel for each frame of a latent one; the first latent frame is of one frame alone.
         mask = np.zeros((*encoded.shape[:-1], self.vae.config.time_factor), np.float32)
         mask[:, 0] = 1
+        if job.last_images is not None:
+            mask[:, -1, ..., -1] = 1
         return self._rows(jnp.concatenate([put(mask, spread), encoded], axis=-1))
 
     def _held_frame(self, job: Job) -> jax.Array:
         """The encoded first frame [B, 1, Y, X, C]."""
-        return self._rows(self._encode(self._first_frames(job), self._spread(job)))
-
-    def _first_frames(self, job: Job) -> np.ndarray:
-        """Images at the video's size, [B, 1, H, W, 3] in [-1, 1]."""
-        assert job.images is not None
-        resized = [image.convert("RGB").resize(job.size, Image.Resampling.LANCZOS) for image in job.images]
-        return np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in resized])[:, None]
+        return self._rows(self._encode(_at_size(job.images, job.size), self._spread(job)))
 
     def _encode(self, video: np.ndarray, spread: NamedSharding | None) -> jax.Array:
         return self.programs.run("encode", _encode_video, self.vae, put(video, spread), out_shardings=spread)
@@ -148,6 +157,13 @@ def _encode_image(encoder, pixels):
 
 def _encode_video(vae, video):
     return vae.normalise(vae.encode(video, chunk=VAE_CHUNK)[0])
+
+
+def _at_size(images: list[Image.Image] | None, size: tuple[int, int]) -> np.ndarray:
+    """Images at the video's size, [B, 1, H, W, 3] in [-1, 1]."""
+    assert images is not None
+    resized = [image.convert("RGB").resize(size, Image.Resampling.LANCZOS) for image in images]
+    return np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in resized])[:, None]
 
 
 def clean(prompt: str) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from convert.checkpoint import INDEX, Checkpoint
 from convert.wan import HIGH_NOISE, LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.sampling.schedules import TRAIN_STEPS
-from infer.request import Defaults
+from infer.request import Defaults, Given
 from infer.side_files import read_settings
 
 # As the authors run them (guidance: high, low).
@@ -22,12 +21,14 @@ TEXT_OR_IMAGE = Defaults(size=(1280, 704), frames=121, fps=24)
 class WanVariant:
     """A pipeline of Wan's.
 
-    image     whether a first frame is refused, may be given, or must be
-    boundary  timestep below which the low-noise expert runs; None for a model of one transformer
-    usual     what it is run with unless the model or the request says otherwise
+    image       whether a first frame is refused, may be given, or must be
+    last_image  likewise a last frame
+    boundary    timestep below which the low-noise expert runs; None for a model of one transformer
+    usual       what it is run with unless the model or the request says otherwise
     """
 
-    image: Literal["never", "optional", "always"]
+    image: Given
+    last_image: Given
     boundary: float | None
     usual: Defaults
 
@@ -39,7 +40,7 @@ def wan_variant(checkpoint: Checkpoint) -> WanVariant:
         usual = TEXT_OR_IMAGE if image == "optional" else Defaults()
     else:
         usual = IMAGE_EXPERTS if image == "always" else TEXT_EXPERTS
-    return WanVariant(image=image, boundary=boundary, usual=usual)
+    return WanVariant(image=image, last_image=_last_image(checkpoint, image), boundary=boundary, usual=usual)
 
 
 def _boundary(checkpoint: Checkpoint) -> float | None:
@@ -60,14 +61,17 @@ def _boundary(checkpoint: Checkpoint) -> float | None:
     return ratio * TRAIN_STEPS
 
 
-def _image(checkpoint: Checkpoint) -> Literal["never", "optional", "always"]:
+def _last_image(checkpoint: Checkpoint, image: Given) -> Given:
+    """The image encoder of FLF2V sees both frames; without one, both may be given as channels."""
+    transformer = checkpoint.component(HIGH_NOISE).config
+    if transformer.image_positions is not None:
+        return "always"
+    return "optional" if image == "always" and transformer.image_width is None else "never"
+
+
+def _image(checkpoint: Checkpoint) -> Given:
     folder = checkpoint.folder
     transformer, vae = checkpoint.component(HIGH_NOISE).config, checkpoint.component("vae").config
-    if transformer.image_positions is not None:
-        raise UserError(
-            f"{folder} draws between a first and a last frame (FLF2V): expected a model of a prompt and at most a "
-            f"first frame, found positions for {transformer.image_positions} image tokens; choose an I2V checkpoint"
-        )
     text, with_image = vae.z_dim, vae.z_dim + vae.time_factor + vae.z_dim
     has_image_branch = transformer.image_width is not None
     if transformer.in_channels == with_image:

@@ -14,11 +14,6 @@ def copied(text_to_video, tmp_path):
     return shutil.copytree(text_to_video[0], tmp_path / "copy")
 
 
-@pytest.fixture
-def copied_with_image(image_to_video, tmp_path):
-    return shutil.copytree(image_to_video[0], tmp_path / "copy")
-
-
 def change(file, **settings):
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
@@ -46,11 +41,6 @@ def test_experts_of_two_sizes_are_refused(copied):
     index = dict(transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.9)
     change(copied / "model_index.json", **index)
     refused(copied, "experts of two sizes", "one config")
-
-
-def test_first_and_last_frame_is_refused(copied_with_image):
-    change(copied_with_image / "transformer" / "config.json", pos_embed_seq_len=10)
-    refused(copied_with_image, "FLF2V", "10 image tokens", "I2V")
 
 
 def test_an_image_without_an_image_branch_is_refused(copied):

@@ -39,12 +39,13 @@ def randomise(model, seed=0):
     return model.eval()
 
 
-def transformer(image: bool):
+def transformer(image: bool, positions: int | None = None):
     return randomise(
         WanTransformer3DModel(
             patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, ffn_dim=40, num_layers=3,
             in_channels=12 if image else 4, out_channels=4, text_dim=TEXT_WIDTH, freq_dim=32, cross_attn_norm=True,
             image_dim=IMAGE_WIDTH if image else None, added_kv_proj_dim=32 if image else None,
+            pos_embed_seq_len=positions,
         )
     )  # fmt: skip
 
@@ -138,14 +139,15 @@ def text_or_image():
     )
 
 
-def image_to_video():
+def image_to_video(first_and_last: bool = False):
+    """With one image, or with two, of five tokens each."""
     size = {"height": 28, "width": 28}
     return WanImageToVideoPipeline(
         tokenizer=tokenizer(),
         text_encoder=text_encoder(),
         vae=vae(),
         scheduler=scheduler(),
-        transformer=transformer(True),
+        transformer=transformer(True, 10 if first_and_last else None),
         image_encoder=image_encoder(),
         image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size),
     )
