@@ -12,6 +12,7 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, checkpoint_hash
 from convert.components import class_name, read_json
+from convert.encoders import ORIGINAL_CLIP
 from convert.original import INDEX, TRANSFORMER
 from dit_jax.models import clip, clip_text, flux, t5, vae_kl, wan
 from dit_jax.models.flux import FluxConfig
@@ -26,6 +27,7 @@ PRESETS: Mapping[str, Any] = {
     **clip_text.PRESETS,
     **vae_kl.PRESETS,
     "wan2.1-vae": WanVAEConfig(),
+    "clip-vit-h-14-projecting": ORIGINAL_CLIP,
 }
 
 
