@@ -129,8 +129,10 @@ def _other_offsets(offsets: list[int], rng: random.Random) -> Any:
     begin, end = offsets
     move = rng.randrange(1, 9)
     return rng.choice(
-        [[begin + move, end + move], [begin - move, end - move], [end + 1, begin], [begin, end + 2**40], [begin]]
-        + [[-end - 1, -begin - 1], [begin, end - 1], [0.0, 1.0], None, "0", [begin, 2**70]]
+        [
+            *([begin + move, end + move], [begin - move, end - move], [end + 1, begin], [begin, end + 2**40], [begin]),
+            *([-end - 1, -begin - 1], [begin, end - 1], [0.0, 1.0], None, "0", [begin, 2**70]),
+        ]
     )
 
 

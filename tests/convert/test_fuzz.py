@@ -12,6 +12,7 @@ from fuzz_cases import BASES, IT_RAN, Case, cases
 from convert import cli
 
 SECONDS = 60  # of the processor, for one case
+HANGS = 300  # seconds after which a case is stopped, on a busy machine too
 SEEDS = 4
 ALL = list(cases(SEEDS))
 SAMPLE = ALL[:: len(ALL) // 40]
@@ -33,10 +34,14 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def keep_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def _hangs(number, frame):
+    raise TimeoutError(f"still busy after {HANGS} s")
 
 
 def complaint(case: Case, base: Path, folder: Path, capsys) -> str | None:
@@ -47,10 +52,14 @@ def complaint(case: Case, base: Path, folder: Path, capsys) -> str | None:
     _, source, command = BASES[case.base]
     capsys.readouterr()
     start = time.process_time()
+    signal.signal(signal.SIGALRM, _hangs)
+    signal.alarm(HANGS)
     try:
         code = cli.main([command, str(copy / source), str(folder / "out")])
     except BaseException:
         return traceback.format_exc()
+    finally:
+        signal.alarm(0)
     seconds, error = time.process_time() - start, capsys.readouterr().err
     lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip() and "tensor/s]" not in line]
     left = sorted(path.name for path in folder.iterdir() if path != copy)
