@@ -15,15 +15,15 @@ from convert.components import Settings, class_name
 from convert.safetensors_files import Tensor
 from convert.tables import Layout
 
-# What ComfyUI puts before the keys of a model, alone in its file or beside its VAE and text encoders.
-PREFIXES = (
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "vae.",
-    "text_encoders.clip_l.transformer.",
-    "text_encoders.t5xxl.transformer.",
-    "text_encoders.umt5xxl.transformer.",
-)
+# What ComfyUI puts before the keys of a model, alone in its file or beside its VAE and text encoders -> their classes.
+PREFIXES = {
+    "model.diffusion_model.": ("WanTransformer3DModel", "FluxTransformer2DModel"),
+    "diffusion_model.": ("WanTransformer3DModel", "FluxTransformer2DModel"),
+    "vae.": ("AutoencoderKLWan", "AutoencoderKL"),
+    "text_encoders.clip_l.transformer.": ("CLIPTextModel",),
+    "text_encoders.t5xxl.transformer.": ("T5EncoderModel",),
+    "text_encoders.umt5xxl.transformer.": ("UMT5EncoderModel",),
+}
 _LORA = re.compile(r"\.(lora|hada|lokr|dora)_|^lora_|\.diff(_b)?$")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, checkpoint_hash
 from convert.components import class_name, read_json
+from convert.encoders import ORIGINAL_CLIP
 from convert.original import INDEX, TRANSFORMER
 from convert.wan import LOW_NOISE
 from dit_jax.models import clip, clip_text, flux, t5, vae_kl, vae_wan, wan
@@ -26,6 +27,7 @@ PRESETS: Mapping[str, Any] = {
     **clip_text.PRESETS,
     **vae_kl.PRESETS,
     **{f"{name}-vae": config for name, config in vae_wan.PRESETS.items()},
+    "clip-vit-h-14-projecting": ORIGINAL_CLIP,
 }
 
 

@@ -82,7 +82,7 @@ PUBLISHED = {
     "flux.1-dev": (flux_settings(flux.FLUX_DEV), 11_901_408_320),
     "flux.1-schnell": (flux_settings(flux.FLUX_SCHNELL), 11_891_178_560),
     "wan2.1-t2v-1.3b": (wan_settings(wan.PRESETS["wan2.1-t2v-1.3b"]), 1_418_996_800),
-    "wan2.1-i2v-14b": (wan_settings(wan.PRESETS["wan2.1-i2v-14b"]), 16_396_787_776),
+    "wan2.1-i2v-14b": (wan_settings(wan.PRESETS["wan2.1-i2v-14b"]), 16_394_878_784),
     "flux-vae": (vae_kl_settings(vae_kl.FLUX_VAE), 83_819_683),
     "wan2.1-vae": (vae_wan_settings(vae_wan.WanVAEConfig()), 126_892_531),
     "umt5-xxl": (t5_settings(t5.UMT5_XXL), 5_680_910_336),
