@@ -6,6 +6,7 @@ width, F MLP width, G blocks, P row channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -111,14 +112,21 @@ class Signal(NamedTuple):
     text: jax.Array
     image: jax.Array | None
 
-    def of_tokens(self, vectors_BQD: jax.Array) -> jax.Array:
-        """Every token's own of the Q vectors [B, N, D]; [B, 1, D] where all share one."""
-        chosen = vectors_BQD[:, :1]
+    def of_tokens(self, of: Callable[[int], jax.Array]) -> jax.Array:
+        """`of(q)` [B, N, D] of the timestep q that each token has.
+
+        A token's result is selected, not its modulation, which would be written out for all tokens before its use.
+        """
+        chosen = of(0)
         if self.which is not None:
-            # Selects fuse with the arithmetic that follows, where a gather would be written out for every token.
-            for q in range(1, vectors_BQD.shape[1]):
-                chosen = jnp.where(self.which[..., None] == q, vectors_BQD[:, q : q + 1], chosen)
+            for q in range(1, self.time.shape[1]):
+                chosen = jnp.where(self.which[..., None] == q, of(q), chosen)
         return chosen
+
+
+def _modulated(normed_BND: jax.Array, table_BQSD: jax.Array, shift: int, scale: int, signal: Signal) -> jax.Array:
+    """Each token scaled and shifted by these rows of its timestep's table."""
+    return signal.of_tokens(lambda q: normed_BND * (1 + table_BQSD[:, q, scale, None]) + table_BQSD[:, q, shift, None])
 
 
 class HeadProjection(nnx.Module):
@@ -181,17 +189,19 @@ class WanBlock(nnx.Module):
 
     def __call__(self, x_BND: jax.Array, signal: Signal, place: Place, strategy, index: jax.Array, cache, aux):
         table = self.modulation[...].astype(jnp.float32) + signal.modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = (signal.of_tokens(table[:, :, i]) for i in range(6))
         dtype = x_BND.dtype
 
-        def modulated(x, scale, shift):
-            return (layer_norm(x, epsilon=self.epsilon) * (1 + scale) + shift).astype(dtype)
+        def modulated(x, shift, scale):
+            return _modulated(layer_norm(x, epsilon=self.epsilon), table, shift, scale, signal).astype(dtype)
 
-        attended, cache = strategy(self.attn1, modulated(x_BND, scale1, shift1), place, index, cache, aux)
-        x = (x_BND + attended.tokens.astype(jnp.float32) * gate1).astype(dtype)
+        def added(x, update, gate):
+            update = update.astype(jnp.float32)
+            return signal.of_tokens(lambda q: x + update * table[:, q, gate, None]).astype(dtype)
+
+        attended, cache = strategy(self.attn1, modulated(x_BND, 0, 1), place, index, cache, aux)
+        x = added(x_BND, attended.tokens, 2)
         x = x + self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image).astype(dtype)
-        update = self.mlp(modulated(x, scale2, shift2))
-        return (x + update.astype(jnp.float32) * gate2).astype(dtype), cache
+        return added(x, self.mlp(modulated(x, 3, 4)), 5), cache
 
 
 class ImageProjection(nnx.Module):
@@ -254,6 +264,5 @@ class Wan(nnx.Module):
     def head(self, x_BND: jax.Array, signal: Signal) -> jax.Array:
         """Tokens to velocity rows."""
         table = self.modulation[...].astype(jnp.float32) + signal.time[:, :, None]
-        shift, scale = signal.of_tokens(table[:, :, 0]), signal.of_tokens(table[:, :, 1])
-        normed = layer_norm(x_BND, epsilon=self.config.epsilon) * (1 + scale) + shift
-        return self.out(normed.astype(x_BND.dtype))
+        normed = layer_norm(x_BND, epsilon=self.config.epsilon)
+        return self.out(_modulated(normed, table, 0, 1, signal).astype(x_BND.dtype))
