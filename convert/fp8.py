@@ -82,7 +82,7 @@ def _times(tensor: Tensor, scale: Tensor | None) -> Tensor:
         tensor,
         dtype=WIDER,
         stored=tensor.dtype,
-        scale=scale and scale.key,
+        scale=None if scale is None else scale.key,
         read=lambda: _product(tensor.read(), values),
     )
 

@@ -282,7 +282,7 @@ def a_config_of_nothing(folder: Path, rng: random.Random) -> Sequence[str]:
     file = _file(folder, rng, "config.json")
     text = file.read_bytes()
     file.write_bytes(
-        rng.choice([b"", b"[]", b"null", b"{}", b"\xff\xfe", b"[" * 100_000, text[: rng.randrange(len(text) - 2)]])
+        rng.choice([b"", b"[]", b"null", b"3", b"\xff\xfe", b"[" * 100_000, text[: rng.randrange(len(text) - 2)]])
     )
     return [str(file.parent)]
 

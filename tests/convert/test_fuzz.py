@@ -1,5 +1,6 @@
 """Damaged checkpoints of every layout: one sentence that names the place, exit code 2, nothing left and nothing run."""
 
+import re
 import shutil
 import signal
 import time
@@ -8,11 +9,16 @@ from pathlib import Path
 
 import pytest
 from fuzz_cases import BASES, IT_RAN, Case, cases
+from tiny_checkpoints import SETTINGS
 
 from convert import cli
+from convert.components import component_of
+from convert.leaves import leaves_from_tensors
+from dit_jax.config import UserError
 
 SECONDS = 60  # of the processor, for one case
 HANGS = 300  # seconds after which a case is stopped, on a busy machine too
+PROGRESS = re.compile(r"tensor/s\]|s/tensor\]")
 SEEDS = 4
 ALL = list(cases(SEEDS))
 SAMPLE = ALL[:: len(ALL) // 40]
@@ -61,7 +67,7 @@ def complaint(case: Case, base: Path, folder: Path, capsys) -> str | None:
     finally:
         signal.alarm(0)
     seconds, error = time.process_time() - start, capsys.readouterr().err
-    lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip() and "tensor/s]" not in line]
+    lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip() and not PROGRESS.search(line)]
     left = sorted(path.name for path in folder.iterdir() if path != copy)
     problems = {
         f"exit code {code}": code != 2,
@@ -105,3 +111,30 @@ def test_every_damage_of(name, bases, tmp_path, capsys):
 def test_there_are_as_many_cases_as_promised():
     assert len({case.name for case in ALL}) == len(ALL) >= 500
     assert len(SAMPLE) >= 40
+
+
+def no_weights(settings: dict) -> None:
+    described = component_of(settings, Path("place"))
+    leaves_from_tensors({}, described.rows, described.shapes, "diffusers", Path("place: weights"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("wan", {"num_layers": 10**9}),
+        ("wan", {"num_layers": 0}),
+        ("wan", {"ffn_dim": 10**30}),
+        ("wan", {"num_attention_heads": 0.5}),
+        ("wan", {"num_attention_heads": "3"}),
+        ("flux-vae", {"layers_per_block": 10**9}),
+        ("wan-vae", {"num_res_blocks": 10**9}),
+        ("wan-vae", {"z_dim": -1}),
+        ("wan-vae", {"dim_mult": []}),
+    ],
+)
+def test_sizes_of_no_model_are_told_at_once(name, change):
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"^place: ") as caught:
+        no_weights(SETTINGS[name] | change)
+    assert "\n" not in str(caught.value)
+    assert time.process_time() - start < SECONDS
