@@ -16,23 +16,31 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from convert import original
-from convert.components import COMPONENTS, Component, Settings, class_in_index, component_of, read_json, with_class
+from convert.components import (
+    COMPONENTS,
+    Component,
+    Settings,
+    class_in_index,
+    class_name,
+    component_of,
+    read_json,
+    with_class,
+)
+from convert.fp8 import widened
 from convert.leaves import Leaf, check_leaves, leaves_from_tensors
 from convert.native import PARAMS, is_native, read_native
-from convert.safetensors_files import Tensor, read_tensors, weight_files
+from convert.original import CONFIG, INDEX, Found
+from convert.safetensors_files import Tensor
+from convert.tables import Layout
+from convert.weight_files import WEIGHT_SUFFIXES, read_tensors, weight_files
 from dit_jax.config import UserError
 from dit_jax.parameters import Precision, with_leaves
 
 CheckpointLayout = Literal["diffusers", "native", "original"]
-INDEX = "model_index.json"
-CONFIG = "config.json"
 _DEMOS = Path(__file__).parents[1] / "dit_jax" / "demo"
 SHIPPED = {name: _DEMOS / name for name in ("demo-wan", "demo-flux")}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_WEIGHT_SUFFIXES = (
-    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"),
-    *(".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
-)
+_OTHER_WEIGHTS = (".bin", ".bin.index.json", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE")
 _PAGE = 1 << 16
 
@@ -43,13 +51,22 @@ class Checkpoint:
 
     settings  component -> config.json, of the components that have weights; a lone model is the component ""
     files     place in a diffusers folder -> file or contents, of everything that is not weights
+    file      the one file that it is, in the folder; None when it is all of the folder
+    weights   component -> what holds its weights, in the original layout
     """
 
     folder: Path
     layout: CheckpointLayout
     settings: dict[str, Settings]
     files: dict[str, Path | bytes]
+    file: Path | None = None
+    weights: dict[str, Found] = field(default_factory=dict, repr=False)
     _components: dict[str, Component] = field(default_factory=dict, repr=False)
+
+    @property
+    def place(self) -> Path:
+        """The folder, or the single file, that this checkpoint is."""
+        return self.file or self.folder
 
     @property
     def is_pipeline(self) -> bool:
@@ -61,22 +78,22 @@ class Checkpoint:
             known = ", ".join(self.settings) or "none"
             raise UserError(f"{self.folder} has no component {name!r} with weights; it has: {known}.")
         if name not in self._components:
-            self._components[name] = component_of(self.settings[name], self.folder / name)
+            self._components[name] = component_of(self.settings[name], self._source(name))
         return self._components[name]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The outside tensors of a component, under the table's spelling of their keys."""
-        if self.layout == "original":
-            return original.read(self.folder, name)
+        """The outside tensors of a component, under the table's spelling of their keys, fp8 widened to bfloat16."""
         model = self.component(name)
-        return model.canonical_tensors(read_tensors(self.folder / name, model.stem))
+        original = self.layout == "original"
+        found = self.weights[name].tensors if original else read_tensors(self.folder / name, model.stem)
+        return model.canonical_tensors(widened(found))
 
     def weight_files(self, name: str) -> list[Path]:
         """The files on disk that hold a component's weights. Raises UserError when they are missing."""
         if self.layout == "native":
             return [file for file in (self.folder / name / PARAMS).rglob("*") if file.is_file()]
         if self.layout == "original":
-            return weight_files(self.folder, original.STEMS[name or original.TRANSFORMER])
+            return self.weights[name].files
         return weight_files(self.folder / name, self.component(name).stem)
 
     def leaves(self, name: str) -> dict[str, Leaf]:
@@ -84,18 +101,22 @@ class Checkpoint:
 
         Raises UserError naming file, key, expected and found for whatever is missing, unexpected, misshapen or damaged.
         """
-        model, source = self.component(name), self.folder / name
-        shapes = model.shapes
+        model, source = self.component(name), self._source(name)
         if self.layout == "native":
             leaves = read_native(source / PARAMS)
-            check_leaves(leaves, shapes, source / PARAMS)
+            check_leaves(leaves, model.shapes, source / PARAMS)
             return leaves
-        layout: Literal["diffusers", "original"] = "original" if self.layout == "original" else "diffusers"
-        return leaves_from_tensors(self.tensors(name), model.rows, shapes, layout, source)
+        layout: Layout = self.weights[name].kind.layout if self.layout == "original" else "diffusers"
+        return leaves_from_tensors(self.tensors(name), model.rows, model.shapes, layout, source)
+
+    def _source(self, name: str) -> Path:
+        """What an error about a component names."""
+        return self.weights[name].file if name in self.weights else self.folder / name
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """The folder of a path, of a hub id `org/name[@revision]` (downloaded when not cached), or of a shipped model.
+    """The folder or file of a path, the folder of a hub id `org/name[@revision]` (downloaded when not cached), or that
+    of a shipped model.
 
     Raises UserError when it is none of these or cannot be had.
     """
@@ -107,7 +128,7 @@ def resolve(path_or_id: str | Path) -> Path:
         return path
     if not _HUB_ID.fullmatch(text):
         raise UserError(
-            f"there is no {text}; expected a folder, a hub id org/name[@revision], or {' or '.join(SHIPPED)}."
+            f"there is no {text}; expected a folder or file, a hub id org/name[@revision], or {' or '.join(SHIPPED)}."
         )
     name, _, revision = text.partition("@")
     import huggingface_hub
@@ -122,23 +143,44 @@ def resolve(path_or_id: str | Path) -> Path:
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     """The checkpoint at a path, hub id or name of a shipped model.
 
-    Raises UserError when it is not a checkpoint in one of the three layouts.
+    Raises UserError when it is not a checkpoint in one of the three layouts, nor a single file of weights.
     """
-    folder = resolve(path_or_id)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; expected the folder of a checkpoint.")
-    if (folder / INDEX).is_file():
-        return _open_pipeline(folder)
-    if original.is_original(folder):
-        settings, files = original.describe(folder)
-        return Checkpoint(folder=folder, layout="original", settings=settings, files=files)
-    if (folder / CONFIG).is_file():
-        settings = {"": read_json(folder / CONFIG)}
-        layout: CheckpointLayout = "native" if is_native(folder) else "diffusers"
-        return Checkpoint(folder=folder, layout=layout, settings=settings, files=_other_files(folder, ""))
+    path = resolve(path_or_id)
+    if not path.is_dir():
+        return _original(path.parent, original.describe_file(_weights_file(path)), path)
+    if (path / INDEX).is_file():
+        return _open_pipeline(path)
+    settings = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if class_name(settings) not in COMPONENTS or (path / original.SIDECAR).is_file():
+        described = original.describe_folder(path)
+        if described is not None:
+            return _original(path, described)
+    if settings:
+        layout: CheckpointLayout = "native" if is_native(path) else "diffusers"
+        return Checkpoint(folder=path, layout=layout, settings={"": settings}, files=_other_files(path, ""))
     raise UserError(
-        f"{folder} is no checkpoint: expected {INDEX}, {CONFIG} with weights, or the original Wan files in it."
+        f"{path} is no checkpoint: expected {INDEX}, {CONFIG} with weights, or the original files of Wan or FLUX in it."
     )
+
+
+def _original(folder: Path, described: original.Described, file: Path | None = None) -> Checkpoint:
+    return Checkpoint(
+        folder=folder,
+        layout="original",
+        settings=described.settings,
+        files=described.files,
+        weights=described.weights,
+        file=file,
+    )
+
+
+def _weights_file(path: Path) -> Path:
+    if not path.is_file() or not path.name.endswith(WEIGHT_SUFFIXES):
+        raise UserError(
+            f"{path} is neither the folder of a checkpoint nor a file of weights; expected one of these, a file ending "
+            f"in {', '.join(WEIGHT_SUFFIXES)}."
+        )
+    return path
 
 
 def _open_pipeline(folder: Path) -> Checkpoint:
@@ -165,7 +207,7 @@ def _open_pipeline(folder: Path) -> Checkpoint:
 
 
 def _is_weights(file: Path) -> bool:
-    return file.name.endswith(_WEIGHT_SUFFIXES)
+    return file.name.endswith((*WEIGHT_SUFFIXES, *_OTHER_WEIGHTS))
 
 
 def _has_weights(folder: Path) -> bool:

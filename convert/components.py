@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -21,6 +22,8 @@ from dit_jax.parameters import named_leaves
 Settings = dict[str, Any]  # the contents of a component's config.json, as diffusers or transformers wrote it
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
+_MOST_BLOCKS = 100
+_MOST_VALUES = 1 << 48  # in one leaf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,9 +252,20 @@ def component_of(settings: Settings, source: Path) -> Component:
             f"{source}: no converter for {name or 'a config without a class'}; known: {', '.join(COMPONENTS)}."
         )
     with usable_config(name, source):
+        _refuse_endless(settings)
         described = COMPONENTS[name](settings, name)
-        described.abstract  # noqa: B018  sizes that no model can have show here
+        for leaf, shape in described.shapes.items():
+            if not 0 < math.prod(shape) <= _MOST_VALUES:
+                raise UserError(f"{leaf} would have shape {shape}, which no model has; download the config again.")
     return described
+
+
+def _refuse_endless(settings: Settings) -> None:
+    """Blocks that are not stacked are built one by one, so that a damaged count would keep us busy for ever."""
+    for name in ("layers_per_block", "num_res_blocks"):
+        count = settings.get(name, 1)
+        if isinstance(count, int) and not 0 < count <= _MOST_BLOCKS:
+            raise UserError(f"{name} is {count}, expected 1 to {_MOST_BLOCKS}; download the config again.")
 
 
 @contextlib.contextmanager
@@ -259,9 +273,9 @@ def usable_config(name: str, source: Path) -> Iterator[None]:
     """Raises UserError in place of what reading a config raises when a setting is missing or makes no model."""
     try:
         yield
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be used ({error})"
         raise UserError(
             f"{source}: the config of {name} {reason}; expected the settings of its class; download it again."

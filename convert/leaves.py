@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.safetensors_files import Outgoing, Tensor, has_nan_or_infinity
+from convert.safetensors_files import FLOATS, Outgoing, Tensor, has_nan_or_infinity
 from convert.tables import Layout, Row
 from dit_jax.config import UserError
 
@@ -92,6 +92,11 @@ def leaves_from_tensors(
         found = [_expected_tensor(tensors, row, own, layout, block, source) for block in blocks]
         unread -= {row.key(layout, block) for block in blocks}
         for tensor in found:
+            if tensor.dtype not in FLOATS:
+                raise UserError(
+                    f"{tensor.file}: {tensor.key} is {tensor.dtype}, expected floating-point weights; "
+                    "download the weights again."
+                )
             if tensor.dtype != found[0].dtype:
                 raise UserError(
                     f"{tensor.file}: {tensor.key} is {tensor.dtype} but {found[0].key} is {found[0].dtype}; "

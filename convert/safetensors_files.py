@@ -1,4 +1,4 @@
-"""Tensors in files of the outside world: safetensors, mapped to read and streamed to write, and torch's `.pth`."""
+"""Tensors in safetensors files, mapped to read and streamed to write."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +36,8 @@ DTYPES: dict[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The exponent bits: all set means infinity or not-a-number.
 _EXPONENTS = {np.dtype(np.float32): 0x7F800000, np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
-_FLOATS = frozenset(dtype for name, dtype in DTYPES.items() if name.startswith(("F", "BF")))
+FLOATS = frozenset(dtype for name, dtype in DTYPES.items() if name.startswith(("F", "BF")))
 INDEX_SUFFIX = ".safetensors.index.json"
-WEIGHT_SUFFIXES = (INDEX_SUFFIX, ".safetensors", ".pth")  # in the order in which they are looked for
 _MAX_HEADER = 100_000_000  # what the safetensors library itself allows
 _MAX_AXES = 64  # what numpy allows
 _PIECE = 1 << 22  # bytes that are looked at or written at once
@@ -47,42 +46,23 @@ TENSORS_AHEAD = 2  # computed while one is written
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor in a file: `read()` gives a view of the mapped file, which costs no memory of the process's own."""
+    """One tensor in a file: `read()` gives a view of the mapped file, which costs no memory of the process's own.
+
+    stored  dtype in the file, where `read()` gives another
+    scale   key of the tensor that it is multiplied by
+    """
 
     key: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    stored: np.dtype | None = None
+    scale: str | None = None
 
-
-def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """All tensors of the weights `stem` in a folder: one `.safetensors`, its shards with an index, or a `.pth`.
-
-    Raises UserError for files that are missing, damaged, at odds with their index, or outside the folder.
-    """
-    file = _first_file(folder, stem)
-    if file.name.endswith(INDEX_SUFFIX):
-        return _read_sharded(folder, file)
-    return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
-
-
-def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The files that `read_tensors` reads. Raises UserError as it does for files that are missing or outside."""
-    file = _first_file(folder, stem)
-    if not file.name.endswith(INDEX_SUFFIX):
-        return [file]
-    return [file, *(_shard(folder, file, name) for name in sorted(set(_read_weight_map(file).values())))]
-
-
-def _first_file(folder: Path, stem: str) -> Path:
-    for suffix in WEIGHT_SUFFIXES:
-        if (folder / f"{stem}{suffix}").is_file():
-            return folder / f"{stem}{suffix}"
-    raise UserError(
-        f"{folder} has no weights: expected {stem}.safetensors, or its shards with {stem}{INDEX_SUFFIX}; "
-        "download the checkpoint again."
-    )
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -175,79 +155,9 @@ def _are_integers(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and abs(value) < 1 << 63 for value in values)
 
 
-def _read_sharded(folder: Path, index: Path) -> dict[str, Tensor]:
-    weight_map = _read_weight_map(index)
-    tensors: dict[str, Tensor] = {}
-    for name in dict.fromkeys(weight_map.values()):
-        for key, tensor in read_safetensors(_shard(folder, index, name)).items():
-            if key in tensors:
-                raise UserError(f"{key} is both in {tensors[key].file} and in {tensor.file}; expected it once.")
-            if weight_map.get(key) != name:
-                raise UserError(f"{key} is in {tensor.file}, but {index} puts it in {weight_map.get(key, 'no file')}.")
-            tensors[key] = tensor
-    lost = [key for key in weight_map if key not in tensors]
-    if lost:
-        raise UserError(
-            f"{folder / weight_map[lost[0]]} lacks {lost[0]}, which {index.name} promises; download it again."
-        )
-    return tensors
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    """Key of every tensor -> name of its file, beside the index."""
-    try:
-        content = json.loads(index.read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{index} is not JSON ({error}); download it again.") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index} is damaged: it has no weight_map from keys to files; download it again.")
-    for name in weight_map.values():
-        # A name and nothing else: an index may come from a stranger, and must not make us read files elsewhere.
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise UserError(
-                f"{index} points to {name!r}, outside its own folder; expected the name of a file beside it."
-            )
-    return weight_map
-
-
-def _shard(folder: Path, index: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        raise UserError(f"{index} points to {name}, which is missing from {folder}; download it again.")
-    return folder / name
-
-
-def read_torch(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth`, mapped and without running any code in it."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f'{file} can only be read with torch; run: pip install "dit-jax[torch]".') from error
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a different kind for every sort of damage
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file} cannot be read as a file of weights ({reason}); download it again.") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{file} should hold a dict of tensors and nothing else; save model.state_dict() again.")
-    return {key: _from_torch(key, file, value, torch) for key, value in state.items()}
-
-
-def _from_torch(key: str, file: Path, value: Any, torch: Any) -> Tensor:
-    name = str(value.dtype).removeprefix("torch.")
-    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
-
-    def read() -> np.ndarray:
-        # numpy has no bfloat16 of its own: torch hands the bytes over as integers.
-        same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-        return value.detach().contiguous().view(same_size).numpy().view(dtype)
-
-    return Tensor(key, file, dtype, tuple(value.shape), read)
-
-
 def has_nan_or_infinity(array: np.ndarray) -> bool:
     """Whether a float array holds a NaN or an infinity; integers never do."""
-    if array.dtype not in _FLOATS:
+    if array.dtype not in FLOATS:
         return False
     flat = array.reshape(-1)
     # In pieces, so that the mask of a large tensor never exists as a whole.

@@ -17,10 +17,12 @@ from flax import nnx
 from tqdm import tqdm
 
 from convert import original
-from convert.checkpoint import CONFIG, INDEX, Checkpoint, CheckpointLayout
+from convert.checkpoint import Checkpoint, CheckpointLayout
 from convert.components import Settings, component_of
+from convert.kinds import kind_to_write
 from convert.leaves import Leaf, check_leaves, tensors_from_leaves
 from convert.native import PARAMS, write_native
+from convert.original import CONFIG, INDEX, SIDECAR
 from convert.safetensors_files import flush, write_durably, write_tensors
 from dit_jax.config import UserError
 from dit_jax.parameters import named_leaves
@@ -43,7 +45,7 @@ def convert(
     Raises UserError for whatever is wrong with the source, and when the destination exists and `overwrite` is not set;
     the destination is then as it was, with nothing left beside it.
     """
-    _refuse_overlap(source.folder, destination)
+    _refuse_overlap(source.place, destination)
     # All components are opened before anything is written: most mistakes show in configs, names and shapes.
     leaves = {name: source.leaves(name) for name in source.settings}
     files = original.side_files(source.settings, source.files) if layout == "original" else source.files
@@ -58,12 +60,15 @@ def convert(
                 write_native(folder / name / PARAMS, part)
                 continue
             component = source.component(name)
-            in_place, stem = folder / name, component.stem
             if layout == "original":
-                in_place, stem = folder, original.STEMS[name or original.TRANSFORMER]
-            write_tensors(
-                in_place, stem, tensors_from_leaves(part, component.rows_to_write(layout), layout), max_shard_bytes
-            )
+                kind = kind_to_write(source.settings[name])
+                assert kind and kind.stem, name  # side_files has refused the others
+                tensors = tensors_from_leaves(part, component.rows, kind.layout)
+                inside = folder / original.subfolder(name, source.settings)
+                write_tensors(inside, kind.stem(source.settings[name]), tensors, max_shard_bytes)
+            else:
+                tensors = tensors_from_leaves(part, component.rows_to_write("diffusers"), "diffusers")
+                write_tensors(folder / name, component.stem, tensors, max_shard_bytes)
 
 
 def _watched(leaf: Leaf, progress: tqdm) -> Leaf:
@@ -124,7 +129,7 @@ def _refuse_existing(destination: Path, overwrite: bool) -> None:
     if not destination.is_dir() or destination.is_symlink():
         raise UserError(f"{destination} is not a folder; expected a checkpoint to replace; choose another destination.")
     # Replacing means deleting: never a folder that holds something else.
-    if any(destination.iterdir()) and not any((destination / name).is_file() for name in (INDEX, CONFIG)):
+    if any(destination.iterdir()) and not any((destination / name).is_file() for name in (INDEX, CONFIG, SIDECAR)):
         raise UserError(f"{destination} is no checkpoint, so --overwrite leaves it alone; choose another destination.")
 
 

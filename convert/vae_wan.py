@@ -1,13 +1,14 @@
-"""The Wan 2.1 autoencoder in diffusers' layout (`AutoencoderKLWan`) and in the authors' (`Wan2.1_VAE.pth`)."""
+"""Wan's autoencoders in diffusers' layout (`AutoencoderKLWan`) and in the authors' (`Wan2.1_VAE.pth`, `Wan2.2_VAE`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from convert.tables import CONV2D, CONV3D, Row, linear_rows
-from dit_jax.config import UserError
 from dit_jax.models.vae_wan import WanVAEConfig
+from dit_jax.models.vae_wan_blocks import Fold
 
 _NORM3D = "c 1 1 1 -> c"
 _NORM2D = "c 1 1 -> c"
@@ -22,6 +23,7 @@ _FIELDS = {
     "num_res_blocks": "num_res_blocks",
     "attn_scales": "attn_scales",
     "temporal_downsample": "temperal_downsample",
+    "residual": "is_residual",
     "in_channels": "in_channels",
     "out_channels": "out_channels",
     "latents_mean": "latents_mean",
@@ -30,12 +32,7 @@ _FIELDS = {
 
 
 def config_from_diffusers(config: Mapping[str, Any]) -> WanVAEConfig:
-    """Our config from the dict of `vae/config.json`; a field that is absent has its published default.
-
-    Raises UserError for the residual form of Wan 2.2.
-    """
-    if config.get("is_residual"):
-        raise UserError("the VAE has is_residual true, expected false as in Wan 2.1; use a Wan 2.1 checkpoint")
+    """Our config from the dict of `vae/config.json`; a field that is absent has Wan 2.1's published default."""
     given = {ours: config[theirs] for ours, theirs in _FIELDS.items() if theirs in config}
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return WanVAEConfig(**fields, patch=config.get("patch_size") or 1)
@@ -48,7 +45,6 @@ def config_to_diffusers(config: WanVAEConfig) -> dict[str, Any]:
         "_class_name": "AutoencoderKLWan",
         **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
         "dropout": 0.0,
-        "is_residual": False,
         "patch_size": config.patch if config.patch > 1 else None,
         "scale_factor_temporal": config.time_factor,
         "scale_factor_spatial": config.space_factor,
@@ -66,7 +62,37 @@ def vae_wan_rows(config: WanVAEConfig) -> list[Row]:
         rows += _middle(f"{coder}.middle", f"{coder}.mid_block", f"{coder}.middle")
         rows.append(_norm(f"{coder}.head.norm", f"{coder}.norm_out", f"{coder}.head.0"))
         rows += linear_rows(f"{coder}.head.conv", f"{coder}.conv_out", f"{coder}.head.2", CONV3D)
-    return [*rows, *_encoder_levels(config), *_decoder_levels(config)]
+    levels = _residual_levels if config.residual else _flat_levels
+    return [*rows, *levels(config)]
+
+
+def _flat_levels(config: WanVAEConfig) -> Iterator[Row]:
+    yield from _encoder_levels(config)
+    yield from _decoder_levels(config)
+
+
+def _residual_levels(config: WanVAEConfig) -> Iterator[Row]:
+    """Wan 2.2: all layouts nest the blocks in levels."""
+    widths = [config.base_dim * factor for factor in (1, *config.dim_mult)]
+    for level, (inputs, outputs) in enumerate(pairwise(widths)):
+        names = f"encoder.down.{level}", f"encoder.down_blocks.{level}", f"encoder.downsamples.{level}.downsamples"
+        yield from _level(*names, "downsampler", inputs, outputs, config.num_res_blocks, config.fold(level))
+    base = config.decoder_base_dim or config.base_dim
+    widths = [base * factor for factor in (config.dim_mult[-1], *reversed(config.dim_mult))]
+    for level, (inputs, outputs) in enumerate(pairwise(widths)):
+        names = f"decoder.up.{level}", f"decoder.up_blocks.{level}", f"decoder.upsamples.{level}.upsamples"
+        yield from _level(*names, "upsampler", inputs, outputs, config.num_res_blocks + 1, config.unfold(level))
+
+
+def _level(
+    ours: str, diffusers: str, original: str, sampler: str, inputs: int, outputs: int, blocks: int, fold: Fold | None
+) -> Iterator[Row]:
+    for block in range(blocks):
+        names = f"{ours}.layers.{block}", f"{diffusers}.resnets.{block}", f"{original}.{block}"
+        yield from _residual(*names, widens=block == 0 and inputs != outputs)
+    if fold:
+        names = f"{ours}.layers.{blocks}", f"{diffusers}.{sampler}", f"{original}.{blocks}"
+        yield from _resample(*names, over_time=fold[0] > 1)
 
 
 def _encoder_levels(config: WanVAEConfig) -> Iterator[Row]:

@@ -15,8 +15,10 @@ from convert.tables import (
     linear_rows,
     norm_rows,
 )
-from dit_jax.models.wan import WanConfig
+from dit_jax.models.wan import PRESETS, WanConfig
 
+HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"  # components of a model of two experts
+EXPERTS = {HIGH_NOISE: "high_noise_model", LOW_NOISE: "low_noise_model"}  # and the authors' folders of them
 PATCH_IN = "d c t y x -> (t y x c) d"
 
 
@@ -69,7 +71,7 @@ def wan_original_settings(config: WanConfig) -> dict[str, Any]:
     """The authors' `config.json` of a model of ours."""
     return {
         "_class_name": "WanModel",
-        "model_type": "i2v" if config.image_width else "t2v",
+        "model_type": _model_type(config),
         "dim": config.width,
         "eps": config.epsilon,
         "ffn_dim": config.mlp_width,
@@ -81,6 +83,12 @@ def wan_original_settings(config: WanConfig) -> dict[str, Any]:
         "text_dim": config.text_width,
         "text_len": 512,
     }
+
+
+def _model_type(config: WanConfig) -> str:
+    if config.out_channels == PRESETS["wan2.2-ti2v-5b"].out_channels:
+        return "ti2v"
+    return "i2v" if config.in_channels > config.out_channels else "t2v"
 
 
 def _original_config(settings: dict[str, Any]) -> WanConfig:

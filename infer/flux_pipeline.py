@@ -5,6 +5,7 @@ Shapes: B samples, R batch rows (guidance branches of a sample next to each othe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ import numpy as np
 
 from dit_jax.models.network import Conditioning
 from dit_jax.sampling.sampler import Guided
+from dit_jax.sampling.schedules import Schedule
 from infer.pipeline import Pipeline, interleaved
 from infer.request import Defaults, Job
+from infer.segments import Stage
 from infer.side_files import load_tokenizer, read_flux_shift
 
 TEXT_TOKENS = 512  # of T5, at most
@@ -23,9 +26,10 @@ TEXT_TOKENS = 512  # of T5, at most
 class FluxPipeline(Pipeline):
     """A FLUX.1 pipeline: CLIP tells the text as a whole, T5 its words."""
 
-    usual = Defaults(size=(1024, 1024), frames=1, steps=28, guidance=3.5, solver="euler", video=False)
+    def _usual(self) -> Defaults:
+        return Defaults(size=(1024, 1024), frames=1, steps=28, guidance=3.5, solver="euler", video=False)
 
-    def _load_models(self, dtype: Any) -> None:
+    def _load_models(self, dtype: Any, offload_expert: bool) -> None:
         self.shift = read_flux_shift(self.checkpoint)
         self.clip_tokenizer = load_tokenizer(self.checkpoint, "tokenizer")
         self.tokenizer = load_tokenizer(self.checkpoint, "tokenizer_2")
@@ -45,6 +49,9 @@ class FluxPipeline(Pipeline):
     def _token_ids(self, tokenizer, prompts: list[str], length: int) -> jax.Array:
         ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
         return self._rows(ids["input_ids"].astype(np.int32))
+
+    def _stages(self, job: Job, schedule: Schedule) -> list[Stage]:
+        return [Stage(first=0, stop=job.steps, denoiser=partial(self._denoiser, job))]
 
     def _denoiser(self, job: Job) -> Guided:
         branches = 2 if job.true_cfg > 1 else 1

@@ -46,15 +46,20 @@ def parser() -> argparse.ArgumentParser:
     add("--negative-prompt", metavar="T", default="", help="what it should not show")
     add("--out", required=True, metavar="FILE", help="output: .mp4 .mov .webm .gif .webp, or .png for one frame")
     add("--image", metavar="FILE", help="the first frame, for an image-to-video model")
+    add("--last-image", metavar="FILE", help="the last frame, for a model that draws between two")
     add("--size", metavar="WxH", help="pixels, such as 832x480 (default: the model's)")
     add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
-    add("--guidance", type=float, metavar="G", help="guidance scale; 1 turns guidance off (default: the model's)")
+    add(
+        "--guidance", metavar="G",
+        help="guidance scale; 1 turns guidance off; HIGH,LOW for the two experts of Wan 2.2 (default: the model's)",
+    )  # fmt: skip
     add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance against --negative-prompt; 1 is off")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="samples of each prompt; outputs are numbered")
     add("--solver", metavar="S", help="unipc or euler (default: the model's)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the starting noise; output i has seed N + i")
     add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")
+    add("--offload-expert", action="store_true", help="Wan 2.2: keep one of the two experts on the devices at a time")
     add("--sheet", metavar="FILE", help="also write a contact sheet of the frames: .png; numbered as outputs are")
     add("--from-latents", metavar="FILE", help="decode latents that an earlier run left behind; no prompt needed")
     add("--json", action="store_true", help="print one JSON object as the last line")
@@ -84,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the parsed command; returns what `--json` prints."""
     from infer import media
-    from infer.request import Request, parse_size
+    from infer.request import Request, parse_guidance, parse_size
 
     prompts = _prompts(options)
     media.check_output(options.out)
@@ -94,10 +99,11 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         prompt=prompts,
         negative_prompt=options.negative_prompt,
         image=media.open_image(options.image) if options.image else None,
+        last_image=media.open_image(options.last_image) if options.last_image else None,
         size=parse_size(options.size) if options.size else None,
         frames=options.frames,
         steps=options.steps,
-        guidance=options.guidance,
+        guidance=parse_guidance(options.guidance) if options.guidance else None,
         true_cfg=options.true_cfg,
         images_per_prompt=options.images_per_prompt,
         solver=options.solver,
@@ -116,8 +122,16 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     count = len(job.prompts)
     sheets = _numbered(options.sheet, count) if options.sheet else [None] * count
     for index, (out, sheet) in enumerate(zip(_numbered(options.out, count), sheets, strict=True)):
-        images = None if job.images is None else job.images[index : index + 1]
-        one = replace(job, prompts=job.prompts[index : index + 1], images=images, seed=job.seed + index)
+        images, last_images = (
+            None if given is None else given[index : index + 1] for given in (job.images, job.last_images)
+        )
+        one = replace(
+            job,
+            prompts=job.prompts[index : index + 1],
+            images=images,
+            last_images=last_images,
+            seed=job.seed + index,
+        )
         outputs += _denoise_and_decode(pipe, one, out, sheet)
     return _report(pipe, job, began, outputs)
 
@@ -167,7 +181,7 @@ def _load(options: argparse.Namespace):
 
     keep_compiled_programs()
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
-    return load_pipeline(options.model, mesh=mesh)
+    return load_pipeline(options.model, mesh=mesh, offload_expert=options.offload_expert)
 
 
 def _denoise_and_decode(pipe, job, out: Path, sheet: Path | None) -> list[Path]:

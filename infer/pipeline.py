@@ -20,19 +20,20 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from convert.checkpoint import Checkpoint, checkpoint_hash, load_model, open_checkpoint
+from convert.wan import LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.models.network import grid
-from dit_jax.sampling.sampler import Carry, Guided, noise, sample, start
+from dit_jax.sampling.sampler import Carry, Guided, noise, sample
 from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
 from dit_jax.sharding import batch_sharding, batch_shardings, leaf_sharding, replicated
 from infer import media
 from infer.placement import picture_sharding
 from infer.programs import Programs
-from infer.request import Defaults, Job, Request, Strides, check, fill
+from infer.request import Defaults, Job, Limits, Request, check, fill
+from infer.segments import Stage, segment_length
 from infer.side_files import read_defaults
 
-SEGMENT = 4  # steps a program runs at most before it reports progress
 VAE_CHUNK = 1  # latent frames that the VAE works on at a time
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -60,23 +61,31 @@ class Result:
         return names
 
 
-def load_pipeline(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None) -> Pipeline:
+def load_pipeline(
+    path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None, offload_expert: bool = False
+) -> Pipeline:
     """A pipeline from a diffusers directory, a native checkpoint, the original Wan files, a hub id or a shipped model.
 
-    dtype  of the transformer and the text encoders; by default fp32 on a CPU, bf16 elsewhere. The VAE and the image
-           encoder stay in fp32.
+    dtype           of the transformer and the text encoders; by default fp32 on a CPU, bf16 elsewhere. The VAE and the
+                    image encoder stay in fp32.
+    offload_expert  of a model with two experts, keep one at a time on the devices and read the other from the
+                    checkpoint when its turn comes
     """
     checkpoint = open_checkpoint(path)
     if not checkpoint.is_pipeline:
         raise UserError(
             f"{path} is a lone model: expected a whole pipeline (transformer, VAE, text encoder, tokenizer)"
         )
+    if offload_expert and LOW_NOISE not in checkpoint.settings:
+        raise UserError(
+            f"{path} has one transformer: expected two where one is to be offloaded; leave out --offload-expert"
+        )
     if dtype is None:
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     folder = Path(path).expanduser()
     name = folder.resolve().name if folder.exists() else str(path)
-    return _backbone(checkpoint)(checkpoint, name, mesh, dtype)
+    return _backbone(checkpoint)(checkpoint, name, mesh, dtype, offload_expert)
 
 
 def _backbone(checkpoint: Checkpoint) -> type[Pipeline]:
@@ -95,27 +104,30 @@ def _backbone(checkpoint: Checkpoint) -> type[Pipeline]:
 class Pipeline(ABC):
     """`pipe(prompt, size=(W, H), steps=…, guidance=…, solver=…, seed=…)`; see `Request` for every option.
 
-    A backbone's pipeline says which models it has (`_load_models`), what its transformer is told (`_denoiser`) and how
-    its noise levels are shifted (`shift`); everything else is here.
+    A backbone's pipeline says which models it has (`_load_models`), what its transformers are told and when each runs
+    (`_stages`), and how its noise levels are shifted (`shift`); everything else is here.
     """
 
-    usual = Defaults()
-    takes_image = False
-    transformer: Any
     vae: Any
     shift: Shift
 
-    def __init__(self, checkpoint: Checkpoint, name: str, mesh: jax.sharding.Mesh | None, dtype: Any):
+    def __init__(
+        self, checkpoint: Checkpoint, name: str, mesh: jax.sharding.Mesh | None, dtype: Any, offload_expert: bool
+    ):
         self.checkpoint, self.name, self.mesh, self.programs = checkpoint, name, mesh, Programs()
         self.hash = checkpoint_hash(checkpoint)
-        self.defaults = read_defaults(checkpoint, self.usual)
-        self._load_models(dtype)
+        self.defaults = read_defaults(checkpoint, self._usual())
+        self._load_models(dtype, offload_expert)
 
     @abstractmethod
-    def _load_models(self, dtype: Any) -> None: ...
+    def _load_models(self, dtype: Any, offload_expert: bool) -> None: ...
 
     @abstractmethod
-    def _denoiser(self, job: Job) -> Guided: ...
+    def _stages(self, job: Job, schedule: Schedule) -> list[Stage]: ...
+
+    def _usual(self) -> Defaults:
+        """What the backbone is run with unless the model or the request says otherwise."""
+        return Defaults()
 
     def _load(self, name: str, dtype: Any):
         table = self.checkpoint.component(name).axes
@@ -123,9 +135,16 @@ class Pipeline(ABC):
         return load_model(self.checkpoint, name, mesh=self.mesh, shardings=placed, dtype=dtype)
 
     @property
-    def strides(self) -> Strides:
-        return Strides(
-            space=self.vae.config.space_factor * self.transformer.config.patch[1], time=self.vae.config.time_factor
+    def transformer_config(self) -> Any:
+        """Sizes of the transformer (of every expert)."""
+        return self.checkpoint.component("transformer").config
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            space=self.vae.config.space_factor * self.transformer_config.patch[1],
+            time=self.vae.config.time_factor,
+            video=self.defaults.video,
         )
 
     def latents_shape(self, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
@@ -135,7 +154,7 @@ class Pipeline(ABC):
 
     def tokens(self, size: tuple[int, int], frames: int) -> int:
         """Tokens of a video in the transformer."""
-        return math.prod(grid((1, *self.latents_shape(size, frames)), self.transformer.config.patch))
+        return math.prod(grid((1, *self.latents_shape(size, frames)), self.transformer_config.patch))
 
     def __call__(self, prompt: str | list[str], *, progress: Progress | None = None, **options) -> Result:
         """Runs `Request(prompt=prompt, **options)`; `progress(stage, done, total)` is called as it goes."""
@@ -150,7 +169,7 @@ class Pipeline(ABC):
     def prepare(self, request: Request) -> Job:
         """The request with the model's defaults in it; UserError if the model cannot serve it."""
         job = fill(request, self.defaults)
-        check(job, self.strides, self.takes_image, self.defaults.video)
+        check(job, self.limits)
         return job
 
     def schedule(self, job: Job) -> Schedule:
@@ -159,35 +178,44 @@ class Pipeline(ABC):
 
     def denoise(self, job: Job, progress: Progress | None = None) -> np.ndarray:
         """Final latents [B, T, Y, X, C] of a job, fp32 in the sampler's normalised units."""
+        solver, schedule = SOLVERS[job.solver], self.schedule(job)
         with self._on_mesh():
-            denoiser = self._denoiser(job)
-            solver = SOLVERS[job.solver]
-            schedule = jax.tree.map(self._replicated, self.schedule(job))
-            carry = start(denoiser, solver, self._starting_noise(job))
-            pinned = None if self.mesh is None else batch_shardings(carry, self.mesh)
-            if pinned is not None:
-                carry = jax.device_put(carry, pinned)
-            count = max(n for n in range(1, SEGMENT + 1) if job.steps % n == 0)
-            run = _segment(solver, count)
-            for first in range(0, job.steps, count):
-                if progress:
-                    progress("denoise", first, job.steps)
-                step = self._replicated(np.int32(first))
-                carry = self.programs.run(
-                    (run.__name__, solver, count), run, denoiser, carry, schedule, step,
-                    donate=(1,), out_shardings=pinned,
-                )  # fmt: skip
-                if progress:
-                    jax.block_until_ready(carry)
+            stages = self._stages(job, schedule)
+            run = _segment(solver, count := segment_length(stages))
+            schedule = jax.tree.map(self._replicated, schedule)
+            latents = self._starting_noise(job)
+            carry = Carry(latents, solver.init(latents), None)
+            for stage in stages:
+                if stage.first:
+                    jax.block_until_ready(carry)  # or the weights that it needs cannot leave the devices
+                denoiser = stage.denoiser()
+                carry, pinned = self._pinned(carry._replace(denoiser=denoiser.init(carry.latents)))
+                for first in range(stage.first, stage.stop, count):
+                    if progress:
+                        progress("denoise", first, job.steps)
+                    step = self._replicated(np.int32(first))
+                    carry = self.programs.run(
+                        (run.__name__, solver, count), run, denoiser, carry, schedule, step,
+                        donate=(1,), out_shardings=pinned,
+                    )  # fmt: skip
+                    if progress:
+                        jax.block_until_ready(carry)
             if progress:
                 progress("denoise", job.steps, job.steps)
-            latents = np.asarray(carry.latents)
-        if not np.isfinite(latents).all():
+            final = np.asarray(denoiser.finish(carry.latents))
+        if not np.isfinite(final).all():
             raise UserError(
                 "the final latents hold NaN or infinity: expected numbers; look for NaN weights with `dit-convert "
                 "to-jax`, which names them, or load the pipeline with dtype=float32"
             )
-        return latents
+        return final
+
+    def _pinned(self, carry: Carry) -> tuple[Carry, Any]:
+        """The carry as the mesh splits it, and how: outputs are pinned to that, or the next segment compiles again."""
+        if self.mesh is None:
+            return carry, None
+        pinned = batch_shardings(carry, self.mesh)
+        return jax.device_put(carry, pinned), pinned
 
     def decode(self, job: Job, latents: np.ndarray, progress: Progress | None = None) -> Result:
         """Videos or images of final latents."""

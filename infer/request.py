@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -14,12 +15,16 @@ from dit_jax.sampling.solvers import SOLVERS
 
 SEEDS = 2**32  # a threefry key keeps no more of a seed
 
+Given = Literal["never", "optional", "always"]
+Guidance = float | tuple[float, float]  # one scale, or those of the (high, low) noise expert
+
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
     """What a model is run with unless the request says otherwise; `generation_defaults.json` in the model's folder.
 
-    guidance  the scale that the model is told or, if it is told none, of real guidance
+    guidance  the scale that the model is told or, if it is told none, of real guidance; a model of two experts may have
+              two, (high, low)
     true_cfg  scale of real guidance for a model that is told a guidance scale or none at all; 1 turns it off
     video     whether it makes videos
     grammar   a name of GRAMMARS that prompts keep to, so that a word outside it deserves a warning
@@ -28,7 +33,7 @@ class Defaults:
     size: tuple[int, int] = (832, 480)
     frames: int = 81
     steps: int = 50
-    guidance: float = 5.0
+    guidance: Guidance = 5.0
     true_cfg: float = 1.0
     solver: str = "unipc"
     fps: int = 16
@@ -41,8 +46,9 @@ class Request:
     """What a caller asks for; None leaves the choice to the model's defaults.
 
     size               (width, height) in pixels
-    image              the first frame, for an image-to-video model: one for each prompt, or one for all
-    guidance           the model's guidance scale: of real guidance (Wan), or of the one that it is told (FLUX dev)
+    image, last_image  the first and last frame, for an image-to-video model: one for each prompt, or one for all
+    guidance           the model's guidance scale: of real guidance (Wan), or of the one that it is told (FLUX dev);
+                       (high, low) for the two experts of Wan 2.2, where one number serves both
     true_cfg           FLUX: scale of real guidance against `negative_prompt`
     images_per_prompt  how many samples of each prompt, next to each other
     seed               of the first sample's noise; sample i has seed + i
@@ -52,10 +58,11 @@ class Request:
     prompt: str | list[str]
     negative_prompt: str = ""
     image: Image.Image | list[Image.Image] | None = None
+    last_image: Image.Image | list[Image.Image] | None = None
     size: tuple[int, int] | None = None
     frames: int | None = None
     steps: int | None = None
-    guidance: float | None = None
+    guidance: Guidance | None = None
     true_cfg: float | None = None
     images_per_prompt: int = 1
     solver: str | None = None
@@ -65,18 +72,19 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request with every choice made, one prompt and one image (or none) a sample."""
+    """A request with every choice made, one prompt and one first and last image (or none) a sample."""
 
     prompts: list[str]
     negative_prompt: str
     size: tuple[int, int]
     frames: int
     steps: int
-    guidance: float
+    guidance: Guidance
     true_cfg: float
     solver: str
     seed: int
     images: list[Image.Image] | None = None
+    last_images: list[Image.Image] | None = None
     latents: np.ndarray | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -84,19 +92,20 @@ class Job:
         told = ("prompts", "negative_prompt", "size", "frames", "steps", "guidance", "true_cfg", "solver", "seed")
         return {name: getattr(self, name) for name in told}
 
+    @property
+    def guidance_scales(self) -> tuple[float, float]:
+        """Guidance scales of the (high, low) noise expert."""
+        return self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
+
 
 def fill(request: Request, defaults: Defaults) -> Job:
     """The request with its open choices taken from the model's defaults."""
     prompts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
-    images = [request.image] * len(prompts) if isinstance(request.image, Image.Image) else request.image
-    if images is not None and len(images) != len(prompts):
-        raise UserError(f"{len(images)} images came with {len(prompts)} prompts: expected one for each, or one for all")
-
     copies = request.images_per_prompt
     if not isinstance(copies, int) or copies < 1:
         raise UserError(f"images_per_prompt is {copies}: expected a whole number of at least 1")
+    images, last_images = (_images(given, len(prompts), copies) for given in (request.image, request.last_image))
     prompts = [prompt for prompt in prompts for _ in range(copies)]
-    images = images and [image for image in images for _ in range(copies)]
 
     def choice(name: str) -> Any:
         asked = getattr(request, name)
@@ -108,26 +117,56 @@ def fill(request: Request, defaults: Defaults) -> Job:
         size=choice("size"),
         frames=choice("frames"),
         steps=choice("steps"),
-        guidance=choice("guidance"),
+        guidance=_guidance(choice("guidance")),
         true_cfg=choice("true_cfg"),
         solver=choice("solver"),
         seed=request.seed,
         images=images,
+        last_images=last_images,
         latents=request.latents,
     )
 
 
+def _images(given: Image.Image | list[Image.Image] | None, prompts: int, copies: int) -> list[Image.Image] | None:
+    if given is None:
+        return None
+    images = [given] * prompts if isinstance(given, Image.Image) else given
+    if len(images) != prompts:
+        raise UserError(f"{len(images)} images came with {prompts} prompts: expected one for each, or one for all")
+    return [image for image in images for _ in range(copies)]
+
+
+def _guidance(asked: Any) -> Guidance:
+    if isinstance(asked, int | float):
+        return asked
+    if isinstance(asked, Sequence) and len(asked) == 2 and all(isinstance(scale, int | float) for scale in asked):
+        return asked[0], asked[1]
+    raise UserError(f"guidance is {asked!r}: expected a number, or (high, low) for the experts of Wan 2.2")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Strides:
-    """Pixels a latent cell (times the patch) covers, and frames a latent frame covers."""
+class Limits:
+    """What a model can be asked for.
+
+    space       pixels that a latent cell (times the patch) covers
+    time        frames that a latent frame covers
+    image       whether a first frame is refused, may be given, or must be
+    last_image  likewise a last frame
+    experts     how many transformers take turns, and so may have a guidance scale of their own
+    video       whether it makes videos
+    """
 
     space: int
     time: int
+    image: Given = "never"
+    last_image: Given = "never"
+    experts: int = 1
+    video: bool = True
 
 
-def check(job: Job, strides: Strides, takes_image: bool, video: bool = True) -> None:
+def check(job: Job, limits: Limits) -> None:
     """Raises UserError for a job that the model cannot serve."""
-    if not video and job.frames != 1:
+    if not limits.video and job.frames != 1:
         raise UserError(f"{job.frames} frames were asked of a model that makes images: leave out --frames")
     if not job.prompts or not all(text.strip() for text in job.prompts):
         raise UserError("the prompt is empty: expected a description of the picture; pass one with --prompt")
@@ -135,28 +174,49 @@ def check(job: Job, strides: Strides, takes_image: bool, video: bool = True) -> 
         raise UserError(f"unknown solver {job.solver!r}: expected one of {', '.join(SOLVERS)}")
     if not isinstance(job.steps, int) or job.steps < 1:
         raise UserError(f"steps is {job.steps}: expected a whole number of at least 1")
-    for name in ("guidance", "true_cfg"):
-        if not math.isfinite(scale := getattr(job, name)) or scale < 0:
-            raise UserError(f"{name} is {scale}: expected a number of at least 0 (1 turns guidance off)")
+    _check_scales(job, limits.experts)
     if not isinstance(job.seed, int) or not 0 <= job.seed <= SEEDS - len(job.prompts):
         raise UserError(
             f"seed is {job.seed}: expected a whole number from 0 to {SEEDS - len(job.prompts)} "
             f"(prompt i has seed + i, below 2**32); pass another --seed"
         )
-    _check_size(job.size, strides.space)
-    if job.frames < 1 or (job.frames - 1) % strides.time:
-        low = max(job.frames - 1, 0) // strides.time * strides.time + 1
+    _check_size(job.size, limits.space)
+    if job.frames < 1 or (job.frames - 1) % limits.time:
+        low = max(job.frames - 1, 0) // limits.time * limits.time + 1
         raise UserError(
-            f"{job.frames} frames do not fit: expected {strides.time}·k + 1; "
-            f"the nearest are {low} and {low + strides.time}"
+            f"{job.frames} frames do not fit: expected {limits.time}·k + 1; "
+            f"the nearest are {low} and {low + limits.time}"
         )
-    if takes_image and job.images is None:
+    _check_images(job, limits)
+
+
+def _check_images(job: Job, limits: Limits) -> None:
+    if limits.image == "always" and job.images is None:
         raise UserError("this model animates an image and none was given: pass one with --image")
-    if not takes_image and job.images is not None:
+    if limits.image == "never" and job.images is not None:
         raise UserError(
-            f"an image was given to a text-to-{'video' if video else 'image'} model: leave out --image or choose an "
-            "image-to-video model"
+            f"an image was given to a text-to-{'video' if limits.video else 'image'} model: leave out --image or "
+            "choose an image-to-video model"
         )
+    if limits.last_image == "always" and job.last_images is None:
+        raise UserError("this model draws between two images and one was given: pass the other with --last-image")
+    if job.last_images is not None and (limits.last_image == "never" or job.frames == 1):
+        raise UserError(
+            "a last image was given where only a first one has a place: leave out --last-image, ask for more frames, "
+            "or choose a model that draws between two"
+        )
+
+
+def _check_scales(job: Job, experts: int) -> None:
+    if isinstance(job.guidance, tuple) and experts == 1:
+        raise UserError(
+            f"guidance is {job.guidance}: expected one number for a model of one transformer; two are for the experts "
+            "of Wan 2.2"
+        )
+    for name, scales in (("guidance", job.guidance_scales), ("true_cfg", (job.true_cfg,))):
+        for scale in scales:
+            if not math.isfinite(scale) or scale < 0:
+                raise UserError(f"{name} is {scale}: expected a number of at least 0 (1 turns guidance off)")
 
 
 def _check_size(size: tuple[int, int], multiple: int) -> None:
@@ -167,6 +227,17 @@ def _check_size(size: tuple[int, int], multiple: int) -> None:
         f"size {size[0]}x{size[1]} does not fit: expected a width and height that {multiple} divides; "
         f"the nearest is {nearest}"
     )
+
+
+def parse_guidance(text: str) -> Guidance:
+    """`5` -> 5.0, `4,3` -> (4.0, 3.0)."""
+    try:
+        scales = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        scales = ()
+    if len(scales) not in (1, 2):
+        raise UserError(f"guidance {text!r} is not understood: expected a number such as 5, or two such as 4,3")
+    return scales[0] if len(scales) == 1 else (scales[0], scales[1])
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import INDEX, Checkpoint
+from convert.checkpoint import Checkpoint
 from convert.components import read_json
 from dit_jax.config import UserError
 from dit_jax.sampling.schedules import Shift
@@ -21,33 +21,9 @@ DEFAULTS_FILE = "generation_defaults.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
 
-def check_supported(checkpoint: Checkpoint) -> None:
-    """Raises UserError for a Wan pipeline that needs more than one transformer, one image and the channels we feed."""
-    folder, index = checkpoint.folder, _read(checkpoint, INDEX)
-    if "transformer_2" in checkpoint.settings or index.get("boundary_ratio") is not None:
-        raise UserError(
-            f"{folder} is a Wan 2.2 model with two transformers: expected one, found transformer_2 or a "
-            "boundary_ratio; choose a Wan 2.1 checkpoint"
-        )
-    transformer, vae = checkpoint.component("transformer").config, checkpoint.component("vae").config
-    if transformer.image_positions is not None:
-        raise UserError(
-            f"{folder} draws between a first and a last frame (FLF2V): expected a model of a prompt and at most a "
-            f"first frame, found positions for {transformer.image_positions} image tokens; choose an I2V checkpoint"
-        )
-    takes_image = transformer.image_width is not None
-    channels = vae.z_dim + (vae.time_factor + vae.z_dim if takes_image else 0)
-    if transformer.in_channels != channels:
-        branch = "with" if takes_image else "without"
-        raise UserError(
-            f"{folder} has a transformer {branch} an image encoder that takes {transformer.in_channels} channels: "
-            f"expected {channels}; choose a Wan 2.1 checkpoint (Wan 2.2 feeds images in another way)"
-        )
-
-
 def read_defaults(checkpoint: Checkpoint, usual: Defaults) -> Defaults:
     """The model's own defaults over its backbone's; UserError for a setting that is none or does not fit."""
-    settings = _read(checkpoint, DEFAULTS_FILE)
+    settings = read_settings(checkpoint, DEFAULTS_FILE)
     names = [field.name for field in fields(Defaults)]
     for name, value in settings.items():
         if name not in names:
@@ -58,8 +34,9 @@ def read_defaults(checkpoint: Checkpoint, usual: Defaults) -> Defaults:
             raise UserError(
                 f"{checkpoint.folder / DEFAULTS_FILE} sets {name} to {value!r}: expected {_EXPECTED[name]}; mend it"
             )
-    if "size" in settings:
-        settings["size"] = tuple(settings["size"])
+    for name in ("size", "guidance"):
+        if isinstance(settings.get(name), list):
+            settings[name] = tuple(settings[name])
     return replace(usual, **settings)
 
 
@@ -68,7 +45,7 @@ _EXPECTED = {
     "size": "[width, height] in pixels",
     "frames": _COUNT,
     "steps": _COUNT,
-    "guidance": "a number from 0",
+    "guidance": "a number from 0, or two of them for the experts of Wan 2.2",
     "true_cfg": "a number from 0",
     "solver": f"one of {', '.join(SOLVERS)}",
     "fps": _COUNT,
@@ -86,9 +63,15 @@ def _fits(name: str, value: Any) -> bool:
         return value in SOLVERS
     if name == "video":
         return isinstance(value, bool)
+    if name == "guidance" and isinstance(value, list):
+        return len(value) == 2 and all(_is_scale(scale) for scale in value)
     if name in ("guidance", "true_cfg"):
-        return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        return _is_scale(value)
     return _is_count(value)
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
 def _is_count(value: Any) -> bool:
@@ -97,13 +80,13 @@ def _is_count(value: Any) -> bool:
 
 def read_shift(checkpoint: Checkpoint) -> Shift:
     """The shift of a Wan schedule, 1 where the scheduler's config has none; UserError where it is no number."""
-    settings = _read(checkpoint, SCHEDULER_FILE)
+    settings = read_settings(checkpoint, SCHEDULER_FILE)
     return Shift(constant=_number(checkpoint, settings, "flow_shift" if settings.get("flow_shift") else "shift", 1.0))
 
 
 def read_flux_shift(checkpoint: Checkpoint) -> Shift:
     """The shift of a FLUX schedule: by the number of tokens (dev) or constant (schnell); UserError for no number."""
-    settings = _read(checkpoint, SCHEDULER_FILE)
+    settings = read_settings(checkpoint, SCHEDULER_FILE)
     return Shift(
         constant=_number(checkpoint, settings, "shift", 1.0),
         dynamic=bool(settings.get("use_dynamic_shifting")),
@@ -144,7 +127,7 @@ def load_tokenizer(checkpoint: Checkpoint, folder: str):
     )
 
 
-def _read(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+def read_settings(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     source = checkpoint.files.get(name)
     if source is None:
         return {}

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.config import UserError
-from dit_jax.models import wan
+from dit_jax.models import vae_wan, wan
 from dit_jax.models.network import Conditioning
 from dit_jax.parameters import Precision, cast, named_leaves
 from dit_jax.sampling.sampler import Guided, sample, start
@@ -38,6 +38,7 @@ TEXT_TOKENS = 512
 IMAGE_TOKENS = 257
 STEPS = 50
 SEGMENT = 4
+STRIDES = {vae.z_dim: vae.space_factor for vae in vae_wan.PRESETS.values()}
 PRECISION = Precision(weights=jnp.bfloat16, exact=wan.FP32_LEAVES)
 MOSAIC = "tpu_custom_call"  # a Pallas kernel in a lowered program
 VMEM = "S(1)"  # on-chip memory in the layout of a compiled program's array
@@ -123,13 +124,16 @@ def tpu_devices(topology: str) -> list[Any]:
 
 
 def latents_shape(size: str, frames: int, channels: int) -> tuple[int, ...]:
-    """[1, T, Y, X, C] of a WxH video behind the VAE's strides of 4 in time and 8 in space."""
+    """[1, T, Y, X, C] of a WxH video behind a VAE of so many channels: strides of 4 in time, 8 or 16 in space."""
     width, height = parse_size(size)
-    if width % 16 or height % 16 or not width * height:
-        raise UserError(f"size {size} does not fit: width and height must be multiples of 16; write 832x480")
+    stride = STRIDES.get(channels, 8)
+    if width % (2 * stride) or height % (2 * stride) or not width * height:
+        raise UserError(
+            f"size {size} does not fit: width and height must be multiples of {2 * stride}; write 832x480 or 1280x704"
+        )
     if frames < 1 or frames % 4 != 1:
         raise UserError(f"{frames} frames do not fit: expected 4·k + 1; ask for {4 * max(frames // 4, 1) + 1}")
-    return 1, (frames - 1) // 4 + 1, height // 8, width // 8, channels
+    return 1, (frames - 1) // 4 + 1, height // stride, width // stride, channels
 
 
 def abstract_request(config: wan.WanConfig, size: str, frames: int) -> tuple[Guided, Any]:

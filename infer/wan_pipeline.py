@@ -1,4 +1,4 @@
-"""Wan 2.1: text, or an image and text, to video.
+"""Wan 2.1 and 2.2: text, or an image and text, to video.
 
 Shapes: B samples, R batch rows (guidance branches of a sample next to each other), L text tokens, E text width, I image
 tokens, T Y X latent grid, C latent channels.
@@ -8,40 +8,68 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from PIL import Image
 
+from convert.wan import HIGH_NOISE, LOW_NOISE
 from dit_jax.models.clip import preprocess
 from dit_jax.models.network import Conditioning
 from dit_jax.models.wan import TEXT_TOKENS_WITH_IMAGE
 from dit_jax.sampling.sampler import Guided
+from dit_jax.sampling.schedules import Schedule
+from infer.experts import Experts
 from infer.pipeline import VAE_CHUNK, Pipeline, interleaved, put
-from infer.request import Job
-from infer.side_files import check_supported, load_tokenizer, read_shift
+from infer.request import Defaults, Job, Limits
+from infer.segments import Stage, stages_between
+from infer.side_files import load_tokenizer, read_shift
+from infer.wan_variant import WanVariant, wan_variant
 
 
 class WanPipeline(Pipeline):
-    """A Wan 2.1 pipeline, with an image branch or without."""
+    """A Wan pipeline: one transformer or two experts, from text or from a first frame and text."""
 
-    def _load_models(self, dtype: Any) -> None:
-        check_supported(self.checkpoint)
+    @cached_property
+    def variant(self) -> WanVariant:
+        """Which of Wan's pipelines it is."""
+        return wan_variant(self.checkpoint)
+
+    def _usual(self) -> Defaults:
+        return self.variant.usual
+
+    def _load_models(self, dtype: Any, offload_expert: bool) -> None:
         self.shift = read_shift(self.checkpoint)
         self.tokenizer = load_tokenizer(self.checkpoint, "tokenizer")
-        self.transformer = self._load("transformer", dtype)
+        names = (HIGH_NOISE, LOW_NOISE) if self.variant.boundary is not None else (HIGH_NOISE,)
+        self.experts = Experts({name: partial(self._load, name, dtype) for name in names}, offload_expert)
         self.text_encoder = self._load("text_encoder", dtype)
         self.vae = self._load("vae", jnp.float32)
-        self.takes_image = self.transformer.config.image_width is not None
-        self.image_encoder = self._load("image_encoder", jnp.float32) if self.takes_image else None
+        has_image_branch = self.transformer_config.image_width is not None
+        self.image_encoder = self._load("image_encoder", jnp.float32) if has_image_branch else None
+
+    @property
+    def transformer(self) -> Any:
+        """The only transformer, or the high-noise expert."""
+        return self.experts[HIGH_NOISE]
+
+    @property
+    def limits(self) -> Limits:
+        variant = self.variant
+        return replace(super().limits, image=variant.image, last_image=variant.last_image, experts=len(self.experts))
 
     @property
     def text_tokens(self) -> int:
         """Length that text is padded to: Wan's 512, or the tokenizer's own limit where that is shorter."""
-        return TEXT_TOKENS_WITH_IMAGE if self.takes_image else min(512, self.tokenizer.model_max_length)
+        if self.variant.image == "always":
+            return TEXT_TOKENS_WITH_IMAGE
+        return min(512, self.tokenizer.model_max_length)
 
     def encode_text(self, prompts: list[str]) -> jax.Array:
         """Text embeddings [B, L, E]; zero behind each prompt's end, as Wan's pipelines have them."""
@@ -52,37 +80,71 @@ class WanPipeline(Pipeline):
         ids, valid = texts["input_ids"].astype(np.int32), texts["attention_mask"].astype(bool)
         return self.programs.run("text", _encode_text, self.text_encoder, self._rows(ids), self._rows(valid))
 
-    def _denoiser(self, job: Job) -> Guided:
-        branches = 2 if job.guidance > 1 else 1
+    def _stages(self, job: Job, schedule: Schedule) -> list[Stage]:
+        told = self._told(job)
+
+        def denoiser(expert: str, scale: float) -> Guided:
+            return replace(told, model=self.experts[expert], guidance_scale=self._replicated(np.float32(scale)))
+
+        high, low = job.guidance_scales
+        denoisers = [partial(denoiser, HIGH_NOISE, high)]
+        if self.variant.boundary is None:
+            return stages_between([0, job.steps], denoisers)
+        crossing = int(np.count_nonzero(schedule.timesteps >= self.variant.boundary))
+        return stages_between([0, crossing, job.steps], [*denoisers, partial(denoiser, LOW_NOISE, low)])
+
+    def _told(self, job: Job) -> Guided:
+        """The denoiser without a model and its guidance scale: what all experts are told alike."""
+        branches = 2 if max(job.guidance_scales) > 1 else 1
         text = self.encode_text(job.prompts)
         if branches == 2:
             text = interleaved(text, self.encode_text([job.negative_prompt] * len(job.prompts)))
-        image, extra = self._image_conditioning(job, branches) if self.takes_image else (None, None)
-        conditioning = Conditioning(self._rows(text), None if image is None else self._rows(image))
+        as_channels = self.variant.image == "always"
         return Guided(
-            model=self.transformer,
-            conditioning=conditioning,
-            guidance_scale=self._replicated(np.float32(job.guidance)),
-            extra=extra,
+            model=None,
+            conditioning=Conditioning(self._rows(text), self._image_states(job, branches)),
+            guidance_scale=self._replicated(np.float32(1)),
+            extra=self._given_frames(job) if as_channels else None,
+            held=None if as_channels or job.images is None else self._held_frame(job),
             branches=branches,
         )
 
-    def _image_conditioning(self, job: Job, branches: int) -> tuple[jax.Array, jax.Array]:
-        """(image encoder's states [R, I, E], mask and encoded first frame [B, T, Y, X, 4 + C])."""
-        assert job.images is not None and self.image_encoder is not None
-        images = [image.convert("RGB") for image in job.images]
+    def _image_states(self, job: Job, branches: int) -> jax.Array | None:
+        """The image encoder's states of the first frames [R, I, E], of the last ones behind each where there are any
+        [2R, I, E]; None for a model that has none."""
+        if self.image_encoder is None:
+            return None
+        assert job.images is not None
+        given = [job.images] if job.last_images is None else [job.images, job.last_images]
+        seen = [image for of_sample in zip(*given, strict=True) for image in of_sample]
         side = self.image_encoder.config.image_size
-        pixels = np.concatenate([preprocess(np.asarray(image)[None], side) for image in images])
+        pixels = np.concatenate([preprocess(np.asarray(image.convert("RGB"))[None], side) for image in seen])
         states = self.programs.run("image", _encode_image, self.image_encoder, self._rows(pixels))
-        resized = [image.resize(job.size, Image.Resampling.LANCZOS) for image in images]
-        first = np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in resized])[:, None]
-        video = np.concatenate([first, np.zeros((len(images), job.frames - 1, *first.shape[2:]), np.float32)], axis=1)
+        by_sample = jnp.repeat(states.reshape(len(job.images), -1, *states.shape[1:]), branches, axis=0)
+        return self._rows(by_sample.reshape(-1, *states.shape[1:]))
+
+    def _given_frames(self, job: Job) -> jax.Array:
+        """Mask of the frames that are given, and the encoded video of them [B, T, Y, X, 4 + C]."""
+        first = _at_size(job.images, job.size)
+        video = np.zeros((len(first), job.frames, *first.shape[2:]), np.float32)
+        video[:, :1] = first
+        if job.last_images is not None:
+            video[:, -1:] = _at_size(job.last_images, job.size)
         spread = self._spread(job)
-        encoded = self.programs.run("encode", _encode_video, self.vae, put(video, spread), out_shardings=spread)
+        encoded = self._encode(video, spread)
+        # A channel for each frame of a latent one; the first latent frame is of one frame alone.
         mask = np.zeros((*encoded.shape[:-1], self.vae.config.time_factor), np.float32)
         mask[:, 0] = 1
-        extra = self._rows(jnp.concatenate([put(mask, spread), encoded], axis=-1))
-        return jnp.repeat(states, branches, axis=0), extra
+        if job.last_images is not None:
+            mask[:, -1, ..., -1] = 1
+        return self._rows(jnp.concatenate([put(mask, spread), encoded], axis=-1))
+
+    def _held_frame(self, job: Job) -> jax.Array:
+        """The encoded first frame [B, 1, Y, X, C]."""
+        return self._rows(self._encode(_at_size(job.images, job.size), self._spread(job)))
+
+    def _encode(self, video: np.ndarray, spread: NamedSharding | None) -> jax.Array:
+        return self.programs.run("encode", _encode_video, self.vae, put(video, spread), out_shardings=spread)
 
 
 def _encode_text(encoder, ids_BL, valid_BL):
@@ -95,6 +157,13 @@ def _encode_image(encoder, pixels):
 
 def _encode_video(vae, video):
     return vae.normalise(vae.encode(video, chunk=VAE_CHUNK)[0])
+
+
+def _at_size(images: list[Image.Image] | None, size: tuple[int, int]) -> np.ndarray:
+    """Images at the video's size, [B, 1, H, W, 3] in [-1, 1]."""
+    assert images is not None
+    resized = [image.convert("RGB").resize(size, Image.Resampling.LANCZOS) for image in images]
+    return np.stack([np.asarray(image, np.float32) / 127.5 - 1 for image in resized])[:, None]
 
 
 def clean(prompt: str) -> str:

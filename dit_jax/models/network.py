@@ -69,6 +69,19 @@ class Conditioning(NamedTuple):
     guidance: jax.Array | None = None
 
 
+class TokenTimesteps(NamedTuple):
+    """Timesteps of tokens that have their own: the few distinct values [B, Q], and which of them each has [B, M].
+
+    What a model makes of a timestep it makes of the Q values; no array of modulation per token is ever built.
+    """
+
+    values: jax.Array
+    which: jax.Array
+
+
+Timesteps = jax.Array | TokenTimesteps  # [B], or of every token
+
+
 class Attended(NamedTuple):
     """Output of self-attention: the tokens' projected [B, M, D], and of a context's queries its heads [B, L, H, K]."""
 
@@ -148,13 +161,13 @@ def unlayout(rows_BMP: jax.Array, latents_shape, patch: Patch) -> jax.Array:
     )  # fmt: skip
 
 
-def network(model, call: NetworkCall, tokens: Tokens, t_B, conditioning: Conditioning, state=None, aux=None):
+def network(model, call: NetworkCall, tokens: Tokens, t: Timesteps, conditioning: Conditioning, state=None, aux=None):
     """One evaluation of a backbone: (velocity rows [B, M, P] in fp32, state).
 
-    `t_B` is the model's timestep in [0, 1000]; `state` is what the attention strategy keeps between steps, `aux` its
-    arrays.
+    `t` is the model's timestep in [0, 1000], of a row or (Wan) of each token; `state` is what the attention strategy
+    keeps between steps, `aux` its arrays.
     """
-    signal = model.signal(t_B, conditioning)
+    signal = model.signal(t, conditioning)
     x_BMD = meshes.constrain_tokens(model.embed(tokens.rows))
     place = Place(tokens.positions, model.rope(tokens.positions), tokens.valid)
     x_BMD, state = model.trunk(x_BMD, signal, place, call, state, aux)

@@ -1,28 +1,39 @@
-"""The video autoencoder of Wan 2.1: causal in time, 4 frames and 8×8 pixels to a latent of 16 channels.
+"""The video autoencoders of Wan, causal in time: 4 frames and 8×8 pixels to a latent of 16 channels (2.1), or 4 and
+16×16 to one of 48 (2.2).
 
 Letters: B batch, T frames, Y X pixels or latent grid, C channels, N pixels of a frame.
 
-The facts are those of `AutoencoderKLWan` in diffusers (the non-residual form) and of Wan-Video/Wan2.1. The first frame
-stands alone: it is never resampled in time, and a clip has 1 + 4k frames. A module with memory is
-`module(x, cache) -> (x, cache)`, where `None` is the clip's start.
+The facts are those of `AutoencoderKLWan` in diffusers and of Wan-Video/Wan2.1 and Wan2.2. The first frame stands alone:
+it is never resampled in time, and a clip has 1 + 4k frames. A module with memory is `module(x, cache) -> (x, cache)`,
+where `None` is the clip's start.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import einops
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from dit_jax.config import UserError
-from dit_jax.models.causal_conv import CausalConv, FrameConv, HalvingTimeConv
+from dit_jax.models.causal_conv import CausalConv
 from dit_jax.models.tiles import Tiling, code_in_tiles
+from dit_jax.models.vae_wan_blocks import (
+    Downsample,
+    Fold,
+    FrameAttention,
+    Head,
+    MiddleBlock,
+    ResidualBlock,
+    ResidualDown,
+    ResidualUp,
+    Upsample,
+    chain,
+)
 
 # Small enough to be whole on every device.
 AXES: dict[str, tuple[str | None, ...]] = {
@@ -33,16 +44,14 @@ AXES: dict[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("*.shortcut.kernel", "*.time_conv.kernel"), (None,) * 5),
 }
 
-# Attention weights of a call above this many bytes are made one frame at a time.
-_ATTENTION_BYTES = 64 * 2**20
-
 
 @dataclass(frozen=True, kw_only=True)
 class WanVAEConfig:
     """Shapes of the autoencoder; the defaults are the published Wan 2.1 VAE.
 
     `attn_scales` adds attention to the encoder's blocks at those scales (1, 1/2, ...), not to the decoder's, as in
-    diffusers; `decoder_base_dim` defaults to `base_dim`.
+    diffusers; `decoder_base_dim` defaults to `base_dim`; `residual` is the form of Wan 2.2, whose levels have shortcuts
+    and no attention; `patch`×`patch` pixels are folded into `in_channels`.
     """
 
     base_dim: int = 96
@@ -54,6 +63,7 @@ class WanVAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     in_channels: int = 3
     out_channels: int = 3
+    residual: bool = False
     patch: int = 1
     latents_mean: tuple[float, ...] = (
         *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -69,6 +79,8 @@ class WanVAEConfig:
             count = len(getattr(self, name))
             if count != self.z_dim:
                 raise UserError(f"{name} has {count} values, expected z_dim = {self.z_dim}; give one per channel")
+        if self.residual and self.attn_scales:
+            raise UserError(f"attn_scales are {self.attn_scales}, expected none in a residual VAE; leave them out")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise UserError(
                 f"temporal_downsample has {len(self.temporal_downsample)} entries, expected {len(self.dim_mult) - 1}: "
@@ -85,143 +97,46 @@ class WanVAEConfig:
         """Pixels to a latent along Y and X."""
         return self.patch * 2 ** len(self.temporal_downsample)
 
+    def fold(self, level: int) -> Fold | None:
+        """Frames and pixels that a level of the encoder takes together; None for the last."""
+        if level == len(self.temporal_downsample):
+            return None
+        return 2 if self.temporal_downsample[level] else 1, 2
 
-class ChannelNorm(nnx.Module):
-    """Every pixel's channels scaled to a root mean square of `scale`, in fp32."""
-
-    def __init__(self, channels: int):
-        self.scale = nnx.Param(jnp.ones(channels))
-
-    def __call__(self, x_BTYXC):
-        x = x_BTYXC.astype(jnp.float32)
-        # What is shorter than 1e-12 becomes zero. torch divides it by 1e-12, and its gradient with it, in every norm.
-        square = jnp.sum(x * x, axis=-1, keepdims=True)
-        inverse = lax.rsqrt(jnp.where(square > 1e-24, square, jnp.inf))
-        return (x * inverse * (math.sqrt(x.shape[-1]) * self.scale[...].astype(jnp.float32))).astype(x_BTYXC.dtype)
+    def unfold(self, level: int) -> Fold | None:
+        """Frames and pixels that a level of the decoder makes of one; None for the last."""
+        last = len(self.temporal_downsample)
+        return None if level == last else self.fold(last - 1 - level)
 
 
-class ResidualBlock(nnx.Module):
-    """Twice norm, SiLU and 3×3×3 convolution, round a shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.norm1 = ChannelNorm(inputs)
-        self.conv1 = CausalConv(inputs, outputs, (3, 3, 3), rngs=rngs)
-        self.norm2 = ChannelNorm(outputs)
-        self.conv2 = CausalConv(outputs, outputs, (3, 3, 3), rngs=rngs)
-        widens = inputs != outputs
-        self.shortcut = nnx.data(CausalConv(inputs, outputs, (1, 1, 1), rngs=rngs) if widens else None)
-
-    def __call__(self, x, cache=None):
-        cache1, cache2 = cache or (None, None)
-        y, cache1 = self.conv1(jax.nn.silu(self.norm1(x)), cache1)
-        y, cache2 = self.conv2(jax.nn.silu(self.norm2(y)), cache2)
-        if self.shortcut is not None:
-            x, _ = self.shortcut(x)
-        return x + y, (cache1, cache2)
-
-
-class FrameAttention(nnx.Module):
-    """Single-head self-attention among the pixels of each frame."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.norm = ChannelNorm(channels)
-        self.qkv = nnx.Linear(channels, 3 * channels, rngs=rngs)
-        self.out = nnx.Linear(channels, channels, rngs=rngs)
-
-    def __call__(self, x_BTYXC, cache=None):
-        batch, frames, height, width, channels = x_BTYXC.shape
-        x_FNC = self.norm(x_BTYXC).reshape(batch * frames, height * width, channels)
-        qkv = self.qkv(x_FNC.astype(self.qkv.kernel.dtype))
-        split = jnp.split(qkv, 3, axis=-1)
-        if 4 * batch * frames * (height * width) ** 2 <= _ATTENTION_BYTES:
-            y_FNC = _attend(*split)
-        else:
-            y_FNC = lax.map(jax.checkpoint(lambda frame: _attend(*frame)), tuple(split))
-        return x_BTYXC + self.out(y_FNC).reshape(x_BTYXC.shape), ()
-
-
-def _attend(q, k, v):
-    """Softmax attention in fp32, [..., N, C]; normalised after the second product."""
-    scores = jnp.einsum("...nc,...mc->...nm", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    y = jnp.einsum("...nm,...mc->...nc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (y / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-
-
-class Downsample(nnx.Module):
-    """Halves Y and X, and the frames where `over_time`."""
-
-    def __init__(self, channels: int, over_time: bool, *, rngs: nnx.Rngs):
-        self.conv = FrameConv(channels, channels, pads=((0, 1), (0, 1)), stride=2, rngs=rngs)
-        self.time_conv = nnx.data(HalvingTimeConv(channels, rngs=rngs) if over_time else None)
-
-    def __call__(self, x, cache=None):
-        x = self.conv(x)
-        return (x, ()) if self.time_conv is None else self.time_conv(x, cache)
-
-
-class Upsample(nnx.Module):
-    """Doubles Y and X and halves the channels; doubles the frames where `over_time`, save the clip's first.
-
-    The first frame is not in the context of the convolution over time either: the second frame sees zeros before it.
-    """
-
-    def __init__(self, channels: int, over_time: bool, *, rngs: nnx.Rngs):
-        self.conv = FrameConv(channels, channels // 2, rngs=rngs)
-        self.time_conv = nnx.data(CausalConv(channels, 2 * channels, (3, 1, 1), rngs=rngs) if over_time else None)
-
-    def __call__(self, x, cache=None):
-        if self.time_conv is None:
-            cache = ()
-        elif cache is not None:
-            x, cache = self._double(x, cache)
-        else:
-            context = self.time_conv.kernel.shape[0] - 1
-            cache = jnp.zeros((x.shape[0], context, *x.shape[2:]), self.time_conv.kernel.dtype)
-            if x.shape[1] > 1:
-                rest, cache = self._double(x[:, 1:], cache)
-                x = jnp.concatenate([x[:, :1].astype(rest.dtype), rest], axis=1)
-        # "nearest-exact" interpolation by a factor of two repeats every pixel.
-        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)), cache
-
-    def _double(self, x, cache):
-        assert self.time_conv is not None
-        batch, frames, height, width, channels = x.shape
-        y, cache = self.time_conv(x, cache)
-        y = y.reshape(batch, frames, height, width, 2, channels)
-        return jnp.moveaxis(y, 4, 2).reshape(batch, 2 * frames, height, width, channels), cache
-
-
-def _chain(layers: Sequence[nnx.Module], x, caches):
-    """Layers one after the other, each with its own cache."""
-    after = []
-    for layer, cache in zip(layers, caches or [None] * len(layers), strict=True):
-        x, cache = layer(x, cache)
-        after.append(cache)
-    return x, tuple(after)
-
-
-class MiddleBlock(nnx.Module):
-    """Residual block, attention, residual block, at the latent resolution."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.before = ResidualBlock(channels, channels, rngs=rngs)
-        self.attention = FrameAttention(channels, rngs=rngs)
-        self.after = ResidualBlock(channels, channels, rngs=rngs)
-
-    def __call__(self, x, cache=None):
-        return _chain([self.before, self.attention, self.after], x, cache)
-
-
-class Head(nnx.Module):
-    """Norm, SiLU and the last 3×3×3 convolution."""
-
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.norm = ChannelNorm(inputs)
-        self.conv = CausalConv(inputs, outputs, (3, 3, 3), rngs=rngs)
-
-    def __call__(self, x, cache=None):
-        return self.conv(jax.nn.silu(self.norm(x)), cache)
+PRESETS = {
+    "wan2.1": WanVAEConfig(),
+    "wan2.2": WanVAEConfig(
+        base_dim=160,
+        decoder_base_dim=256,
+        z_dim=48,
+        in_channels=12,
+        out_channels=12,
+        residual=True,
+        patch=2,
+        latents_mean=(
+            *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),
+            *(-0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825),
+            *(-0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+            *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230),
+            *(-0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748),
+            *(0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+        ),
+        latents_std=(
+            *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013),
+            *(0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978),
+            *(0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+            *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093),
+            *(0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887),
+            *(0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+        ),
+    ),
+}
 
 
 class Encoder(nnx.Module):
@@ -232,6 +147,9 @@ class Encoder(nnx.Module):
         self.conv_in = CausalConv(config.in_channels, widths[0], (3, 3, 3), rngs=rngs)
         down: list[nnx.Module] = []
         for level, (inputs, outputs) in enumerate(pairwise(widths)):
+            if config.residual:
+                down.append(ResidualDown(inputs, outputs, config.num_res_blocks, config.fold(level), rngs=rngs))
+                continue
             for block in range(config.num_res_blocks):
                 down.append(ResidualBlock(outputs if block else inputs, outputs, rngs=rngs))
                 if 0.5**level in config.attn_scales:
@@ -243,7 +161,7 @@ class Encoder(nnx.Module):
         self.head = Head(widths[-1], 2 * config.z_dim, rngs=rngs)
 
     def __call__(self, x, caches=None):
-        return _chain([self.conv_in, *self.down, self.middle, self.head], x, caches)
+        return chain([self.conv_in, *self.down, self.middle, self.head], x, caches)
 
 
 class Decoder(nnx.Module):
@@ -257,16 +175,19 @@ class Decoder(nnx.Module):
         over_time = tuple(reversed(config.temporal_downsample))
         up: list[nnx.Module] = []
         for level, (inputs, outputs) in enumerate(pairwise(widths)):
+            if config.residual:
+                up.append(ResidualUp(inputs, outputs, config.num_res_blocks + 1, config.unfold(level), rngs=rngs))
+                continue
             inputs = inputs // 2 if level else inputs  # the level before halved them
             for block in range(config.num_res_blocks + 1):
                 up.append(ResidualBlock(outputs if block else inputs, outputs, rngs=rngs))
             if level < len(over_time):
-                up.append(Upsample(outputs, over_time[level], rngs=rngs))
+                up.append(Upsample(outputs, outputs // 2, over_time[level], rngs=rngs))
         self.up = nnx.List(up)
         self.head = Head(widths[-1], config.out_channels, rngs=rngs)
 
     def __call__(self, z, caches=None):
-        return _chain([self.conv_in, self.middle, *self.up, self.head], z, caches)
+        return chain([self.conv_in, self.middle, *self.up, self.head], z, caches)
 
 
 class WanVAE(nnx.Module):

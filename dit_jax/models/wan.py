@@ -1,11 +1,12 @@
-"""The Wan 2.1 video diffusion transformer, text-to-video and image-to-video (Wan team, arXiv 2503.20314).
+"""The Wan 2.1 and 2.2 video diffusion transformer, text-to-video and image-to-video (Wan team, arXiv 2503.20314).
 
-Shapes: B batch rows, N tokens, L text tokens, I image tokens, D width, H heads, K head width, F MLP width, G blocks, P
-row channels.
+Shapes: B batch rows, N tokens, Q distinct timesteps of a row, L text tokens, I image tokens, D width, H heads, K head
+width, F MLP width, G blocks, P row channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.models.network import Conditioning, NetworkCall, Patch, Place, run_blocks
+from dit_jax.models.network import Conditioning, NetworkCall, Patch, Place, Timesteps, TokenTimesteps, run_blocks
 from dit_jax.ops.attention import attend
 from dit_jax.ops.linear import Linear, LinearGeneral, Mlp
 from dit_jax.ops.norms import LayerNorm, layer_norm, rms_norm
@@ -56,6 +57,11 @@ PRESETS = {
     "wan2.1-t2v-1.3b": WAN_1_3B,
     "wan2.1-t2v-14b": WAN_14B,
     "wan2.1-i2v-14b": replace(WAN_14B, in_channels=36, image_width=1280),
+    "wan2.2-t2v-a14b": WAN_14B,
+    "wan2.2-i2v-a14b": replace(WAN_14B, in_channels=36),
+    "wan2.2-ti2v-5b": replace(
+        WAN_14B, blocks=30, width=3072, heads=24, mlp_width=14336, in_channels=48, out_channels=48
+    ),
 }
 
 # Leaves that stay in fp32 when the weights are cast: dotted prefixes, as diffusers keeps them.
@@ -93,12 +99,34 @@ AXES = {
 
 
 class Signal(NamedTuple):
-    """What every block is told: time [B, D] and modulation [B, 6, D] in fp32, text [B, L, D], image [B, I, D]."""
+    """What every block is told.
+
+    time, modulation  of the distinct timesteps, [B, Q, D] and [B, Q, 6, D] in fp32
+    which             which of the Q is each token's [B, N]; None where all tokens of a row share one
+    text, image       [B, L, D], [B, I, D]
+    """
 
     time: jax.Array
     modulation: jax.Array
+    which: jax.Array | None
     text: jax.Array
     image: jax.Array | None
+
+    def of_tokens(self, of: Callable[[int], jax.Array]) -> jax.Array:
+        """`of(q)` [B, N, D] of the timestep q that each token has.
+
+        A token's result is selected, not its modulation, which would be written out for all tokens before its use.
+        """
+        chosen = of(0)
+        if self.which is not None:
+            for q in range(1, self.time.shape[1]):
+                chosen = jnp.where(self.which[..., None] == q, of(q), chosen)
+        return chosen
+
+
+def _modulated(normed_BND: jax.Array, table_BQSD: jax.Array, shift: int, scale: int, signal: Signal) -> jax.Array:
+    """Each token scaled and shifted by these rows of its timestep's table."""
+    return signal.of_tokens(lambda q: normed_BND * (1 + table_BQSD[:, q, scale, None]) + table_BQSD[:, q, shift, None])
 
 
 class HeadProjection(nnx.Module):
@@ -161,17 +189,19 @@ class WanBlock(nnx.Module):
 
     def __call__(self, x_BND: jax.Array, signal: Signal, place: Place, strategy, index: jax.Array, cache, aux):
         table = self.modulation[...].astype(jnp.float32) + signal.modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(table, 6, axis=1)
         dtype = x_BND.dtype
 
-        def modulated(x, scale, shift):
-            return (layer_norm(x, epsilon=self.epsilon) * (1 + scale) + shift).astype(dtype)
+        def modulated(x, shift, scale):
+            return _modulated(layer_norm(x, epsilon=self.epsilon), table, shift, scale, signal).astype(dtype)
 
-        attended, cache = strategy(self.attn1, modulated(x_BND, scale1, shift1), place, index, cache, aux)
-        x = (x_BND + attended.tokens.astype(jnp.float32) * gate1).astype(dtype)
+        def added(x, update, gate):
+            update = update.astype(jnp.float32)
+            return signal.of_tokens(lambda q: x + update * table[:, q, gate, None]).astype(dtype)
+
+        attended, cache = strategy(self.attn1, modulated(x_BND, 0, 1), place, index, cache, aux)
+        x = added(x_BND, attended.tokens, 2)
         x = x + self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image).astype(dtype)
-        update = self.mlp(modulated(x, scale2, shift2))
-        return (x + update.astype(jnp.float32) * gate2).astype(dtype), cache
+        return added(x, self.mlp(modulated(x, 3, 4)), 5), cache
 
 
 class ImageProjection(nnx.Module):
@@ -209,14 +239,15 @@ class Wan(nnx.Module):
         self.out = Linear(width, config.out_channels * cells, rngs=rngs)
         self.config = config
 
-    def signal(self, t_B: jax.Array, conditioning: Conditioning) -> Signal:
-        """Embeds the timestep (0 to 1000), the text and the image."""
-        time = self.time(sinusoids(t_B, self.config.time_frequencies))
+    def signal(self, t: Timesteps, conditioning: Conditioning) -> Signal:
+        """Embeds the timesteps (0 to 1000), the text and the image."""
+        values, which = t if isinstance(t, TokenTimesteps) else (t[:, None], None)
+        time = self.time(sinusoids(values, self.config.time_frequencies))
         text = self.text(conditioning.text)
         modulation = self.time_out(jax.nn.silu(time.astype(text.dtype)))
         image = None if conditioning.image is None else self.image(conditioning.image).astype(text.dtype)
-        modulation = modulation.astype(jnp.float32).reshape(-1, 6, self.config.width)
-        return Signal(time.astype(jnp.float32), modulation, text, image)
+        modulation = modulation.astype(jnp.float32).reshape(*values.shape, 6, self.config.width)
+        return Signal(time.astype(jnp.float32), modulation, which, text, image)
 
     def rope(self, positions_BN3: jax.Array) -> Rope:
         """Rotation table of tokens at (t, y, x)."""
@@ -232,7 +263,6 @@ class Wan(nnx.Module):
 
     def head(self, x_BND: jax.Array, signal: Signal) -> jax.Array:
         """Tokens to velocity rows."""
-        table = self.modulation[...].astype(jnp.float32) + signal.time[:, None]
-        shift, scale = jnp.split(table, 2, axis=1)
-        normed = layer_norm(x_BND, epsilon=self.config.epsilon) * (1 + scale) + shift
-        return self.out(normed.astype(x_BND.dtype))
+        table = self.modulation[...].astype(jnp.float32) + signal.time[:, :, None]
+        normed = layer_norm(x_BND, epsilon=self.config.epsilon)
+        return self.out(_modulated(normed, table, 0, 1, signal).astype(x_BND.dtype))

@@ -13,16 +13,28 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from dit_jax.models.network import Conditioning, NetworkCall, layout, network, unlayout
+from dit_jax.models.network import (
+    Conditioning,
+    NetworkCall,
+    Timesteps,
+    Tokens,
+    TokenTimesteps,
+    layout,
+    network,
+    unlayout,
+)
+from dit_jax.ops import mesh as meshes
 from dit_jax.sampling.schedules import Schedule
 from dit_jax.sampling.solvers import Solver, Step
 
 
 class Denoiser(Protocol):
-    """What the sampler integrates: velocity of latents at a step, with a state of its own."""
+    """What the sampler integrates: velocity of latents at a step, with a state of its own; `finish` is run on the last
+    latents."""
 
     def init(self, latents: jax.Array) -> Any: ...
     def __call__(self, latents: jax.Array, state: Any, step: Step) -> tuple[jax.Array, Any]: ...
+    def finish(self, latents: jax.Array) -> jax.Array: ...
 
 
 class Carry(NamedTuple):
@@ -53,7 +65,7 @@ def sample(denoiser: Denoiser, solver: Solver, carry: Carry, schedule: Schedule,
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("model", "conditioning", "guidance_scale", "extra"),
+    data_fields=("model", "conditioning", "guidance_scale", "extra", "held"),
     meta_fields=("call", "branches"),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +77,15 @@ class Guided:
                    `branches` is 1
     guidance_scale scalar or [B]
     extra          [B, T, Y, X, C'] channels that the backbone sees behind the latents (image-to-video), or None
+    held           [B, T', Y, X, C] first frames that are known, or None: they take the latents' place at every step and
+                   at the end, and their tokens have timestep 0
     """
 
     model: Any
     conditioning: Conditioning
     guidance_scale: jax.Array
     extra: jax.Array | None = None
+    held: jax.Array | None = None
     call: NetworkCall = NetworkCall()
     branches: int = 1
 
@@ -79,16 +94,29 @@ class Guided:
 
     def __call__(self, latents, state, step):
         patch = self.model.config.patch
-        seen = latents if self.extra is None else jnp.concatenate([latents, self.extra], axis=-1)
+        seen = self.finish(latents)
+        if self.extra is not None:
+            seen = jnp.concatenate([seen, self.extra], axis=-1)
         tokens = layout(jnp.repeat(seen, self.branches, axis=0), patch)
-        t_R = jnp.broadcast_to(step.t, tokens.rows.shape[:1])
-        rows, state = network(self.model, self.call, tokens, t_R, self.conditioning, state)
+        rows, state = network(self.model, self.call, tokens, self._timesteps(step, tokens), self.conditioning, state)
         velocity = unlayout(rows, latents.shape, patch)
         if self.branches == 1:
             return velocity, state
         conditional, unconditional = velocity[0::2], velocity[1::2]
         scale = jnp.reshape(self.guidance_scale, (-1, 1, 1, 1, 1))
         return unconditional + scale * (conditional - unconditional), state
+
+    def finish(self, latents):
+        """The latents with the held frames in their place."""
+        return latents if self.held is None else latents.at[:, : self.held.shape[1]].set(self.held)
+
+    def _timesteps(self, step: Step, tokens: Tokens) -> Timesteps:
+        t_R = jnp.broadcast_to(step.t, tokens.rows.shape[:1])
+        if self.held is None:
+            return t_R
+        is_held = tokens.positions[..., 0] * self.model.config.patch[0] < self.held.shape[1]
+        which = meshes.constrain_tokens(is_held.astype(jnp.int32))
+        return TokenTimesteps(jnp.stack([t_R, jnp.zeros_like(t_R)], axis=1), which)
 
 
 def noise(seeds: list[int], shape: tuple[int, ...]) -> jax.Array:

@@ -231,7 +231,7 @@ NO_CHECKPOINT = {
     "config a list": (lambda f: with_config(f / "a", "[]"), "a", "found list"),
     "no weights": (lambda f: (saved(f / "a") / "model.safetensors").unlink(), "a", "expected model.safetensors"),
     "empty folder": (lambda f: (f / "a").mkdir(), "a", "is no checkpoint"),
-    "a file": (lambda f: (f / "a").write_text(""), "a", "is not a folder"),
+    "a file": (lambda f: (f / "a").write_text(""), "a", "is neither the folder of a checkpoint nor a file of weights"),
     "no folder": (lambda f: None, "a", "there is no "),
     "component folder missing": (lambda f: index_of(f, toy=["tests", "Toy"]), ".", "lacks the folder toy"),
     "component outside": (lambda f: index_of(f, **{"../toy": ["tests", "Toy"]}), ".", "lacks the folder"),
@@ -265,7 +265,7 @@ def test_a_folder_that_mixes_layouts(tmp_path):
 
 def test_resolve(tmp_path, monkeypatch):
     assert resolve(tmp_path) == tmp_path
-    assert resolve("demo-wan") == checkpoint.DEMO
+    assert resolve("demo-wan") == checkpoint.SHIPPED["demo-wan"]
     asked = []
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, revision: asked.append((name, revision)) or "/x"
@@ -330,10 +330,10 @@ def test_every_file_of_a_checkpoint_counts_in_its_hash(layout, text_pipeline, tm
 
 
 def test_the_hash_of_what_ships_is_of_all_its_files():
-    shipped = open_checkpoint(checkpoint.DEMO)
+    shipped = open_checkpoint(checkpoint.SHIPPED["demo-wan"])
     known = {file for file in shipped.files.values() if isinstance(file, Path)}
     known |= {file for name in shipped.settings for file in shipped.weight_files(name)}
-    assert known == {file for file in checkpoint.DEMO.rglob("*") if file.is_file()}
+    assert known == {file for file in checkpoint.SHIPPED["demo-wan"].rglob("*") if file.is_file()}
 
 
 def test_the_hash_of_a_native_checkpoint_repeats(tmp_path):

@@ -91,11 +91,6 @@ def test_transformers_opens_what_we_write(version, tmp_path):
     assert all(torch.equal(found.state_dict()[key], tensor) for key, tensor in reference.items())
 
 
-def test_the_authors_have_no_layout_of_it(tmp_path):
-    with pytest.raises(UserError, match="the original layout exists for Wan"):
-        convert(open_checkpoint(saved(tmp_path / "source")), tmp_path / "out", "original")
-
-
 def test_keys_on_disk():
     key = "text_model.final_layer_norm.bias"
     assert canonical_clip_text_key(key) == canonical_clip_text_key("final_layer_norm.bias") == key

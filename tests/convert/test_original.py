@@ -10,15 +10,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import original
+from convert import shapes
 from convert.checkpoint import open_checkpoint
+from convert.shapes import SIDECAR
 from convert.transfer import convert
 from dit_jax.config import UserError
-from dit_jax.models.vae_wan import WanVAEConfig
 
 torch = pytest.importorskip("torch")
-TINY_VAE = WanVAEConfig(base_dim=4, dim_mult=(1, 2, 4, 4))
-PTH = [stem for name, stem in original.STEMS.items() if name != original.TRANSFORMER]
+STEMS = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "Wan2.1_VAE",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16",
+    "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14",
+}
+PTH = [stem for name, stem in STEMS.items() if name != "transformer"]
 
 
 def to_torch(array: np.ndarray):
@@ -41,15 +46,14 @@ def as_published(source: Path, folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     del config["text_dim"]  # theirs leaves it out
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / original.CONFIGS).unlink()
+    (folder / SIDECAR).unlink()
     return folder
 
 
 @pytest.fixture
 def small_constants(monkeypatch):
     """The constants that no shape tells, at the size of the fixtures."""
-    monkeypatch.setattr(original, "WanVAEConfig", lambda: TINY_VAE)
-    monkeypatch.setattr(original, "ORIGINAL_CLIP", replace(original.ORIGINAL_CLIP, width=80, heads=1))
+    monkeypatch.setattr(shapes, "ORIGINAL_CLIP", replace(shapes.ORIGINAL_CLIP, width=80, heads=1))
 
 
 def stored(folder: Path, stem: str) -> dict[str, np.ndarray]:
@@ -67,7 +71,7 @@ def test_a_release_converts_and_comes_back(projecting_pipeline, tmp_path):
         assert found.keys() == {key for key in state if not key.startswith(("textual.", "log_scale"))}
         for key, array in found.items():
             assert torch.equal(to_torch(array), state[key]) and to_torch(array).dtype == state[key].dtype
-    transformer = original.STEMS[original.TRANSFORMER]
+    transformer = STEMS["transformer"]
     expected, found = stored(published, transformer), stored(tmp_path / "again", transformer)
     assert expected.keys() == found.keys()
     assert all(found[key].tobytes() == array.tobytes() for key, array in expected.items())
@@ -133,7 +137,7 @@ def reconfigured(settings: dict):
 
 def reshaped(component: str, key: str, *shape: int):
     def damage(folder: Path) -> None:
-        file = folder / f"{original.STEMS[component]}.pth"
+        file = folder / f"{STEMS[component]}.pth"
         torch.save(torch.load(file, weights_only=True) | {key: torch.ones(shape)}, file)
 
     return damage
@@ -146,8 +150,8 @@ def patch_of_a_vector(folder: Path) -> None:
 
 CLIP_PATCH = "visual.patch_embedding.weight"
 PROBLEMS = {
-    "no transformer": (without("diffusion_pytorch_model"), "lacks diffusion_pytorch_model.safetensors"),
-    "no config": (without("config.json"), "lacks config.json"),
+    "no transformer": (without("diffusion_pytorch_model"), "lacks a transformer beside"),
+    "no config": (without("config.json"), r"has width 24, expected a multiple of 128.*config\.json"),
     "a key of no Wan": (renamed, r"lacks blocks\.0\.modulation; expected shape \(1, 6, 24\)"),
     "damaged pickle": (lambda f: (f / "Wan2.1_VAE.pth").write_bytes(b"junk"), r"Wan2\.1_VAE\.pth cannot be read"),
     "a config of one setting": (reconfigured({"dim": 4}), r"config\.json: the config of WanModel lacks 'num_layers'"),
@@ -215,15 +219,20 @@ def test_a_damaged_side_file_is_named(text_pipeline, tmp_path):
 
 def test_configs_may_not_point_outside(text_pipeline, tmp_path):
     convert(open_checkpoint(text_pipeline), tmp_path / "original", "original")
-    (tmp_path / "original" / original.CONFIGS).write_text('{"../config.json": {}}')
+    (tmp_path / "original" / SIDECAR).write_text('{"../config.json": {}}')
     with pytest.raises(UserError, match="inside the folder"):
         open_checkpoint(tmp_path / "original")
 
 
-def test_only_wan_has_this_layout(text_pipeline, tmp_path):
-    with pytest.raises(UserError, match="for Wan pipelines and Wan transformers only"):
-        convert(open_checkpoint(text_pipeline / "vae"), tmp_path / "out", "original")
-    assert list(tmp_path.iterdir()) == []
+def test_a_component_of_another_model_has_no_place_in_this_layout(text_pipeline, tmp_path):
+    source = shutil.copytree(text_pipeline, tmp_path / "source")
+    (source / "text_encoder").rename(source / "text_encoder_3")
+    index = json.loads((source / "model_index.json").read_text())
+    index["text_encoder_3"] = index.pop("text_encoder")
+    (source / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="the original layout has no place for text_encoder_3"):
+        convert(open_checkpoint(source), tmp_path / "out", "original")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("kind", ["text_pipeline", "image_pipeline"])
@@ -234,7 +243,7 @@ def test_diffusers_own_converters_agree_with_our_keys(kind, request, tmp_path):
     convert(open_checkpoint(source), tmp_path / "original", "original")
     converters = {"transformer": convert_wan_transformer_to_diffusers, "vae": convert_wan_vae_to_diffusers}
     for name, converter in converters.items():
-        state = {key: to_torch(array) for key, array in stored(tmp_path / "original", original.STEMS[name]).items()}
+        state = {key: to_torch(array) for key, array in stored(tmp_path / "original", STEMS[name]).items()}
         found = converter(state)
         expected = stored(source / name, "diffusion_pytorch_model")
         assert found.keys() == expected.keys()

@@ -13,10 +13,10 @@ from convert.safetensors_files import (
     Outgoing,
     has_nan_or_infinity,
     read_safetensors,
-    read_tensors,
     write_safetensors,
     write_tensors,
 )
+from convert.weight_files import read_tensors
 from dit_jax.config import UserError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from dit_jax.models import flux, wan
 from dit_jax.models.flux import Flux, FluxConfig
-from dit_jax.models.network import Conditioning, NetworkCall, layout, network, unlayout
+from dit_jax.models.network import Conditioning, NetworkCall, TokenTimesteps, layout, network, unlayout
 from dit_jax.models.wan import Wan, WanConfig
 from dit_jax.sampling.sampler import Guided, sample, start
 from dit_jax.sampling.schedules import Shift
@@ -35,7 +35,7 @@ FLUX = FluxConfig(
     text_width=11, pooled_width=9, time_frequencies=8, rope_widths=(4, 2, 2),
 )  # fmt: skip
 VIDEO, PICTURE = (3, 6, 10, 4), (1, 6, 10, 4)
-OTHERS = 3  # the image-to-video model, in a batch, and FLUX run on so many of the meshes
+OTHERS = 3  # the image-to-video model, in a batch, a first frame that is held, and FLUX run on so many of the meshes
 STEPS = 4
 SOLVER = UniPC()
 SCHEDULE = SOLVER.schedule(STEPS, Shift(constant=3.0), 45)
@@ -64,11 +64,14 @@ def random_model(config: WanConfig | FluxConfig):
 
 
 def evaluate(guided: Guided, latents):
-    """The network alone, on all branches, each row at a time of its own."""
+    """The network alone, on all branches, each row (or token, where a frame is held) at a time of its own."""
     seen = latents if guided.extra is None else jnp.concatenate([latents, guided.extra], -1)
     seen = jnp.repeat(seen, guided.branches, 0)
-    t = jnp.linspace(900, 100, seen.shape[0])
-    rows, _ = network(guided.model, NetworkCall(), layout(seen, guided.model.config.patch), t, guided.conditioning)
+    tokens, t = layout(seen, guided.model.config.patch), jnp.linspace(900, 100, seen.shape[0])
+    if guided.held is not None:
+        which = jnp.broadcast_to(jnp.arange(tokens.rows.shape[1], dtype=jnp.int32) % 3, tokens.rows.shape[:2])
+        t = TokenTimesteps(jnp.stack([t, t / 2, 0 * t], axis=1), which)
+    rows, _ = network(guided.model, NetworkCall(), tokens, t, guided.conditioning)
     return unlayout(rows, seen.shape, guided.model.config.patch)
 
 
@@ -81,7 +84,7 @@ def conditioning(config: WanConfig | FluxConfig, rows: int, rng: np.random.Gener
     return Conditioning(text, image)
 
 
-def case(name: str, config: WanConfig | FluxConfig, samples: int) -> Case:
+def case(name: str, config: WanConfig | FluxConfig, samples: int, held: bool = False) -> Case:
     rng = np.random.default_rng(samples)
     shape = PICTURE if isinstance(config, FluxConfig) else VIDEO
     latents, extra = rng.standard_normal((2, samples, *shape), np.float32)
@@ -91,6 +94,7 @@ def case(name: str, config: WanConfig | FluxConfig, samples: int) -> Case:
         conditioning=told,
         guidance_scale=np.linspace(3, 5, samples, dtype=np.float32),
         extra=extra if told.image is not None else None,
+        held=extra[:, :1] if held else None,
         branches=2,
     )
     segment = jax.jit(sample, static_argnames=("solver", "count"))
@@ -134,7 +138,7 @@ def main(meshes: list[str]) -> None:
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    cases = [case("t2v", T2V, 1), case("i2v batch", I2V, 2), case("flux", FLUX, 1)]
+    cases = [case("t2v", T2V, 1), case("i2v batch", I2V, 2), case("held", T2V, 1, held=True), case("flux", FLUX, 1)]
     errors: dict[str, float] = {}
     compilations = {}
     for number, text in enumerate(meshes):

@@ -143,7 +143,7 @@ def eight_devices():
 
 def test_same_result_on_every_mesh(eight_devices):
     errors = eight_devices["errors"]
-    assert len(errors) == 2 * len(MESHES) + 2 * 2 * 3  # network and samples; two more models on three meshes
+    assert len(errors) == 2 * len(MESHES) + 2 * 3 * 3  # network and samples; three more cases on three meshes
     assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}
 
 

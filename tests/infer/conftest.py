@@ -19,3 +19,23 @@ def image_to_video(tmp_path_factory):
     folder, pipeline = tmp_path_factory.mktemp("i2v") / "tiny-i2v", image_to_video()
     pipeline.save_pretrained(folder)
     return folder, pipeline
+
+
+@pytest.fixture(scope="session")
+def text_experts(tmp_path_factory):
+    """(folder, diffusers pipeline) of a tiny text-to-video model of two experts."""
+    from tiny_wan import two_experts
+
+    folder, pipeline = tmp_path_factory.mktemp("t2v-a14b") / "tiny-t2v-a14b", two_experts(image=False)
+    pipeline.save_pretrained(folder)
+    return folder, pipeline
+
+
+@pytest.fixture(scope="session")
+def text_or_image(tmp_path_factory):
+    """(folder, diffusers pipeline) of a tiny model that takes a first frame or none."""
+    from tiny_wan import text_or_image
+
+    folder, pipeline = tmp_path_factory.mktemp("ti2v") / "tiny-ti2v", text_or_image()
+    pipeline.save_pretrained(folder)
+    return folder, pipeline

@@ -1,6 +1,7 @@
 """What `test_pipeline_mesh.py` runs in a process of its own: saved pipelines on eight fake CPU devices. Writes
 OUT.npz."""
 
+import json
 import sys
 
 import jax
@@ -12,6 +13,8 @@ from infer import load_pipeline
 from infer.request import Request
 
 SMALL = dict(size=(48, 64), frames=5, guidance=3.0)
+LARGE = dict(size=(96, 64), frames=5, guidance=3.0)  # where a latent is 16x16 pixels
+GUIDANCE = (3.5, 2.0)
 PROMPTS = ["the dog sleeps", "a red cat runs"]
 IMAGE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8))
 WIDE = dict(size=(832, 480), frames=1)  # latents of 60 x 104: eight devices divide the columns alone
@@ -63,16 +66,36 @@ def image_to_video(folder: str, mesh: str) -> dict[str, np.ndarray]:
     return {f"{mesh} image": video, f"{mesh} image shard": np.array(dict(runs)["encode"])}
 
 
-def main(text_folder: str, image_folder: str, out: str, meshes: list[str]) -> None:
+def experts(folder: str, mesh: str, compiled: list[str]) -> dict[str, np.ndarray]:
+    """Both resident, and one at a time."""
+    told = dict(seed=7, steps=4, **SMALL | dict(guidance=GUIDANCE))
+    pipe = load_pipeline(folder, mesh=make_mesh(parse_mesh(mesh)))
+    found = {"experts": pipe("a red cat runs", **told).frames[0]}
+    before = len(compiled)
+    pipe("the dog sleeps", **told | dict(seed=8))
+    found["experts compiled"] = np.array(len(compiled) - before)
+    offloading = load_pipeline(folder, mesh=make_mesh(parse_mesh(mesh)), offload_expert=True)
+    return found | {"experts one at a time": offloading("a red cat runs", **told).frames[0]}
+
+
+def first_frame(folder: str, mesh: str) -> dict[str, np.ndarray]:
+    """A model that may have a first frame, of which every token has its own timestep."""
+    pipe = load_pipeline(folder, mesh=make_mesh(parse_mesh(mesh)))
+    return {"first frame": pipe(PROMPTS, image=IMAGE, seed=6, steps=2, **LARGE).frames}
+
+
+def main(folders: dict[str, str], out: str, meshes: list[str]) -> None:
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
     found: dict[str, np.ndarray] = {}
     for mesh in meshes:
-        found |= text_to_video(text_folder, mesh, compiled)
-    np.savez(out, **found, **image_to_video(image_folder, meshes[0]))
+        found |= text_to_video(folders["text"], mesh, compiled)
+    found |= image_to_video(folders["image"], meshes[0])
+    found |= experts(folders["experts"], meshes[1], compiled)
+    np.savez(out, **found, **first_frame(folders["first frame"], meshes[0]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])
+    main(json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from beside_diffusers import FRAMES, PROMPT, SIZE, by_diffusers, by_ours, relative, starting_noise
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
 
@@ -15,41 +14,6 @@ from dit_jax.config import UserError
 from infer import load_pipeline
 from infer.request import Request
 from infer.wan_pipeline import clean
-
-PROMPT, NEGATIVE = "a red cat runs under the moon", "blue fish"
-SIZE, FRAMES, STEPS = (48, 32), 9, 4  # 6x4 latent cells, 3 latent frames: 18 tokens
-
-
-def starting_noise(channels=4, count=1):
-    return np.random.default_rng(0).standard_normal((count, 3, 4, 6, channels)).astype(np.float32)
-
-
-def by_diffusers(pipeline, solver, noise, guidance=3.5, **options):
-    if solver == "euler":
-        pipeline.scheduler, saved = FlowMatchEulerDiscreteScheduler(shift=3.0), pipeline.scheduler
-    channels_first = torch.tensor(noise).permute(0, 4, 1, 2, 3)
-    pipeline.set_progress_bar_config(disable=True)
-    shared = dict(
-        prompt=[PROMPT], negative_prompt=[NEGATIVE], width=SIZE[0], height=SIZE[1], num_frames=FRAMES,
-        num_inference_steps=STEPS, guidance_scale=guidance, latents=channels_first,
-    )  # fmt: skip
-    with torch.no_grad():
-        latents = pipeline(**shared, output_type="latent", **options).frames
-        video = pipeline(**shared, output_type="np", **options).frames
-    if solver == "euler":
-        pipeline.scheduler = saved
-    return latents.permute(0, 2, 3, 4, 1).numpy(), video
-
-
-def by_ours(pipe, solver, noise, guidance=3.5, **options):
-    return pipe(
-        PROMPT, negative_prompt=NEGATIVE, size=SIZE, frames=FRAMES, steps=STEPS, guidance=guidance, solver=solver,
-        latents=noise, **options,
-    )  # fmt: skip
-
-
-def relative(a, b):
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 @pytest.fixture(scope="module")

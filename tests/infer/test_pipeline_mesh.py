@@ -1,5 +1,6 @@
 """The same request gives the same pixels on one device and on eight, alone and in a batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from eight_devices import IMAGE, PROMPTS, SMALL, WIDE, wide_latents
+from eight_devices import GUIDANCE, IMAGE, LARGE, PROMPTS, SMALL, WIDE, wide_latents
 
 from infer import load_pipeline
 from infer.request import Request
@@ -16,12 +17,14 @@ MESHES = ("data=2,context=4", "fsdp=4,tensor=2")
 
 
 @pytest.fixture(scope="module")
-def on_eight(text_to_video, image_to_video, tmp_path_factory):
+def on_eight(text_to_video, image_to_video, text_experts, text_or_image, tmp_path_factory):
     out = tmp_path_factory.mktemp("mesh") / "found.npz"
     flags = "--xla_force_host_platform_device_count=8"
     script = Path(__file__).with_name("eight_devices.py")
+    pipelines = {"text": text_to_video, "image": image_to_video, "experts": text_experts, "first frame": text_or_image}
+    folders = json.dumps({name: str(folder) for name, (folder, _) in pipelines.items()})
     run = subprocess.run(
-        [sys.executable, str(script), str(text_to_video[0]), str(image_to_video[0]), str(out), *MESHES],
+        [sys.executable, str(script), folders, str(out), *MESHES],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
@@ -67,3 +70,16 @@ def test_image_to_video_is_the_same(on_eight, image_to_video):
     alone = load_pipeline(image_to_video[0])(PROMPTS, image=IMAGE, seed=6, steps=2, **SMALL).frames
     assert np.abs(on_eight[f"{MESHES[0]} image"].astype(int) - alone).max() <= 1
     assert on_eight[f"{MESHES[0]} image shard"].tolist() == [1, 5, 16, 48, 3]
+
+
+def test_two_experts_are_the_same_resident_and_one_at_a_time(on_eight, text_experts):
+    told = dict(seed=7, steps=4, **SMALL | dict(guidance=GUIDANCE))
+    alone = load_pipeline(text_experts[0])("a red cat runs", **told).frames[0]
+    assert np.abs(on_eight["experts"].astype(int) - alone).max() <= 1
+    np.testing.assert_array_equal(on_eight["experts one at a time"], on_eight["experts"])
+    assert on_eight["experts compiled"] == 0
+
+
+def test_a_first_frame_that_is_held_is_the_same(on_eight, text_or_image):
+    alone = load_pipeline(text_or_image[0])(PROMPTS, image=IMAGE, seed=6, steps=2, **LARGE).frames
+    assert np.abs(on_eight["first frame"].astype(int) - alone).max() <= 1

@@ -14,11 +14,6 @@ def copied(text_to_video, tmp_path):
     return shutil.copytree(text_to_video[0], tmp_path / "copy")
 
 
-@pytest.fixture
-def copied_with_image(image_to_video, tmp_path):
-    return shutil.copytree(image_to_video[0], tmp_path / "copy")
-
-
 def change(file, **settings):
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
@@ -29,25 +24,28 @@ def refused(folder, *words):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-def test_two_transformers_are_refused(copied):
+def test_two_transformers_without_a_boundary_are_refused(copied):
     shutil.copytree(copied / "transformer", copied / "transformer_2")
     change(copied / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
-    refused(copied, "two transformers", "Wan 2.1")
+    refused(copied, "two experts", "transformer_2 with the boundary_ratio None")
 
 
-def test_a_boundary_between_experts_is_refused(copied):
+def test_a_boundary_without_a_second_transformer_is_refused(copied):
     change(copied / "model_index.json", boundary_ratio=0.875)
-    refused(copied, "boundary_ratio", "Wan 2.1")
+    refused(copied, "two experts", "no transformer_2 and the boundary_ratio 0.875")
 
 
-def test_first_and_last_frame_is_refused(copied_with_image):
-    change(copied_with_image / "transformer" / "config.json", pos_embed_seq_len=10)
-    refused(copied_with_image, "FLF2V", "10 image tokens", "I2V")
+def test_experts_of_two_sizes_are_refused(copied):
+    shutil.copytree(copied / "transformer", copied / "transformer_2")
+    change(copied / "transformer_2" / "config.json", num_layers=2)
+    index = dict(transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.9)
+    change(copied / "model_index.json", **index)
+    refused(copied, "experts of two sizes", "one config")
 
 
 def test_an_image_without_an_image_branch_is_refused(copied):
-    change(copied / "transformer" / "config.json", in_channels=12)
-    refused(copied, "without an image encoder", "12 channels", "expected 4")
+    change(copied / "transformer" / "config.json", in_channels=13)
+    refused(copied, "without an image encoder", "13 channels", "expected 4 or 12")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +57,7 @@ def test_an_image_without_an_image_branch_is_refused(copied):
         ('{"steps": "ten"}', ["steps", "'ten'", "whole number"]),
         ('{"guidance": null}', ["guidance", "None", "number"]),
         ('{"grammar": "latin"}', ["grammar", "'latin'", "moving-digits or digits"]),
+        ('{"guidance": [4, 3, 2]}', ["guidance", "[4, 3, 2]", "two of them"]),
     ],
 )
 def test_damaged_defaults(copied, contents, words):

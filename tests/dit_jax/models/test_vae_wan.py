@@ -1,4 +1,4 @@
-"""The Wan 2.1 autoencoder against diffusers': whole, in chunks, in tiles, its gradients, its two layouts."""
+"""The Wan 2.1 and 2.2 autoencoders against diffusers': whole, in chunks, in tiles, its gradients, its two layouts."""
 
 from functools import cache
 
@@ -15,7 +15,8 @@ from flax import nnx
 from convert.tables import assign
 from convert.vae_wan import config_from_diffusers, config_to_diffusers, vae_wan_rows
 from dit_jax.config import UserError
-from dit_jax.models.vae_wan import AXES, FrameAttention, WanVAE, WanVAEConfig
+from dit_jax.models.vae_wan import AXES, PRESETS, WanVAE, WanVAEConfig
+from dit_jax.models.vae_wan_blocks import FrameAttention
 from dit_jax.parameters import named_leaves, with_leaves
 from dit_jax.sharding import logical_axes
 
@@ -41,9 +42,35 @@ CONFIGS = {
         out_channels=12,
         **STATISTICS,
     ),
+    "residual": WanVAEConfig(
+        base_dim=6,
+        decoder_base_dim=8,
+        num_res_blocks=1,
+        dim_mult=(1, 2, 2),
+        temporal_downsample=(False, True),
+        residual=True,
+        patch=2,
+        in_channels=12,
+        out_channels=12,
+        **STATISTICS,
+    ),
+    "residual, twice in time": WanVAEConfig(
+        base_dim=4,
+        num_res_blocks=2,
+        dim_mult=(1, 2, 2, 2),
+        temporal_downsample=(False, True, True),
+        residual=True,
+        patch=2,
+        in_channels=12,
+        out_channels=12,
+        **STATISTICS,
+    ),
 }
 # 5 latent frames after the first are two chunks of 2 and one left over.
-CASES = [("four levels", None), ("four levels", 2), ("odd widths", None), ("patched", None), ("patched", 1)]
+CASES = [
+    *(("four levels", None), ("four levels", 2), ("odd widths", None), ("patched", None), ("patched", 1)),
+    *(("residual", None), ("residual", 1), ("residual, twice in time", None), ("residual, twice in time", 2)),
+]
 TOLERANCE = 1e-5
 
 
@@ -137,25 +164,27 @@ def test_decoder_is_diffusers_whole_and_in_chunks(name, chunk):
     assert 0.01 < np.mean(np.abs(torch_video(name)) == 1) < 0.9  # the clip is seen, and more than the clip
 
 
+@pytest.mark.parametrize("name", ["patched", "residual"])
 @pytest.mark.parametrize("chunk", [None, 1])
-def test_a_picture_is_the_first_frame_of_a_clip(chunk):
-    mean, _, x = torch_moments("patched")
-    encoded, _ = jax.jit(WanVAE.encode, static_argnums=2)(our_vae("patched"), x[:, :1], chunk)
-    decoded = jax.jit(WanVAE.decode, static_argnums=2)(our_vae("patched"), latents()[:, :1], chunk)
+def test_a_picture_is_the_first_frame_of_a_clip(name, chunk):
+    mean, _, x = torch_moments(name)
+    encoded, _ = jax.jit(WanVAE.encode, static_argnums=2)(our_vae(name), x[:, :1], chunk)
+    decoded = jax.jit(WanVAE.decode, static_argnums=2)(our_vae(name), latents()[:, :1], chunk)
     assert distance(encoded, mean[:, :1]) <= TOLERANCE
-    assert distance(decoded, torch_video("patched")[:, :1]) <= TOLERANCE
+    assert distance(decoded, torch_video(name)[:, :1]) <= TOLERANCE
 
 
-def test_tiles_are_diffusers():
+@pytest.mark.parametrize("name", ["patched", "residual"])
+def test_tiles_are_diffusers(name):
     """6×7 latents in tiles of 4 with an overlap of 1: two rows, three columns, edges of smaller sizes."""
-    name = "patched"
-    theirs = torch_vae(name)
+    theirs, space = torch_vae(name), CONFIGS[name].space_factor
     x, z = video(name, 3, 6, 7), latents(2, 6, 7)
     try:
         with torch.no_grad():
-            theirs.enable_tiling(8, 8, 6, 6)  # its encoder counts folded pixels, 2 to a latent, its decoder whole ones
+            folded = space // 2  # its encoder counts folded pixels, its decoder whole ones
+            theirs.enable_tiling(4 * folded, 4 * folded, 3 * folded, 3 * folded)
             posterior = theirs.encode(channels_first(x)).latent_dist
-            theirs.enable_tiling(16, 16, 12, 12)
+            theirs.enable_tiling(4 * space, 4 * space, 3 * space, 3 * space)
             expected = channels_last(theirs.decode(channels_first(z)).sample)
     finally:
         theirs.disable_tiling()
@@ -220,7 +249,7 @@ def test_large_frames_attend_one_at_a_time(monkeypatch):
     attention = FrameAttention(8, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5, 8))
     at_once = attention(x)[0]
-    monkeypatch.setattr("dit_jax.models.vae_wan._ATTENTION_BYTES", 0)
+    monkeypatch.setattr("dit_jax.models.vae_wan_blocks._ATTENTION_BYTES", 0)
     assert "scan" in str(jax.make_jaxpr(attention)(x))
     assert distance(attention(x)[0], at_once) <= 1e-6
 
@@ -292,7 +321,7 @@ def test_original_keys_are_those_that_diffusers_converts():
     jax.tree.map(np.testing.assert_array_equal, from_original, from_diffusers)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS.values(), WanVAEConfig()])
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *PRESETS.values()])
 def test_config_goes_to_diffusers_and_back(config):
     assert config_from_diffusers(config_to_diffusers(config)) == config
 
@@ -303,6 +332,29 @@ def test_config_defaults_are_diffusers():
     assert config_from_diffusers(published) == WanVAEConfig()
 
 
-def test_config_of_wan_2_2_is_refused():
-    with pytest.raises(UserError, match="Wan 2"):
-        config_from_diffusers({"is_residual": True, "patch_size": 2})
+def test_published_sizes_of_wan_2_2():
+    config = PRESETS["wan2.2"]
+    assert (config.time_factor, config.space_factor, config.z_dim) == (4, 16, 48)
+    fields = {key: value for key, value in config_to_diffusers(config).items() if key != "_class_name"}
+    with torch.device("meta"):
+        theirs = AutoencoderKLWan(**fields)
+    shapes = {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
+    ours = {name: leaf.shape for name, leaf in named_leaves(abstract(config))}
+    rows = vae_wan_rows(config)
+    assert {row.diffusers: row.outside_shape(ours[row.ours], "diffusers") for row in rows} == shapes
+    assert {row.ours for row in rows} == ours.keys()
+
+
+def test_original_keys_of_wan_2_2_nest_by_levels():
+    """Against the authors' names, spelt out for one level of each kind."""
+    config = CONFIGS["residual"]
+    keys = {row.original: row.diffusers for row in vae_wan_rows(config)}
+    assert len(keys) == len(vae_wan_rows(config))
+    down, up = "encoder.downsamples.1.downsamples.", "decoder.upsamples.0.upsamples."
+    assert keys[f"{down}0.residual.2.weight"] == "encoder.down_blocks.1.resnets.0.conv1.weight"
+    assert keys[f"{down}0.shortcut.bias"] == "encoder.down_blocks.1.resnets.0.conv_shortcut.bias"
+    assert keys[f"{down}1.resample.1.weight"] == "encoder.down_blocks.1.downsampler.resample.1.weight"
+    assert keys[f"{down}1.time_conv.bias"] == "encoder.down_blocks.1.downsampler.time_conv.bias"
+    assert keys[f"{up}1.residual.6.weight"] == "decoder.up_blocks.0.resnets.1.conv2.weight"
+    assert keys[f"{up}2.time_conv.weight"] == "decoder.up_blocks.0.upsampler.time_conv.weight"
+    assert keys["decoder.middle.1.to_qkv.weight"] == "decoder.mid_block.attentions.0.to_qkv.weight"

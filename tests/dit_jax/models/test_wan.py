@@ -10,8 +10,8 @@ from flax import nnx
 
 from convert.tables import assign
 from convert.wan import wan_config, wan_rows, wan_settings
-from dit_jax.models.network import Conditioning, NetworkCall, layout, network, unlayout
-from dit_jax.models.wan import FP32_LEAVES, Wan
+from dit_jax.models.network import Conditioning, NetworkCall, TokenTimesteps, layout, network, unlayout
+from dit_jax.models.wan import FP32_LEAVES, PRESETS, Wan, WanConfig
 from dit_jax.parameters import Precision, cast, named_leaves
 
 TINY = dict(
@@ -73,6 +73,72 @@ def test_equals_diffusers(settings):
     text_tokens = 512 if settings is IMAGE else 7
     expected = run_torch(reference, *inputs(settings, text_tokens))
     assert relative(run_jax(jax_model(reference), *inputs(settings, text_tokens)), expected) <= 1e-5
+
+
+def own_timesteps(tokens=3 * 3 * 5, values=3):
+    """Timesteps of each token [2, N], as three values a row and which of them each token has."""
+    rng = np.random.default_rng(4)
+    distinct = rng.uniform(0, 999, (2, values)).astype(np.float32)
+    which = rng.integers(0, values, (2, tokens)).astype(np.int32)
+    return np.take_along_axis(distinct, which, axis=1), TokenTimesteps(distinct, which)
+
+
+@pytest.mark.parametrize("settings", [TINY, IMAGE], ids=["t2v", "i2v"])
+def test_tokens_with_their_own_timesteps_equal_diffusers(settings):
+    reference = torch_model(settings)
+    latents, _, text, image = inputs(settings, 512 if settings is IMAGE else 7)
+    each, told = own_timesteps()
+    expected = run_torch(reference, latents, each, text, image)
+    assert relative(run_jax(jax_model(reference), latents, told, text, image), expected) <= 1e-5
+    assert relative(run_jax(jax_model(reference), latents, told.values[:, 0], text, image), expected) > 1e-2
+
+
+def test_no_modulation_of_every_token_is_held():
+    """Six vectors a token would be; what a second timestep costs is less than two."""
+    config = WanConfig(
+        blocks=2, width=96, heads=3, head_width=32, mlp_width=100, in_channels=5, out_channels=5, text_width=11
+    )
+    model = nnx.eval_shape(lambda: Wan(config, nnx.Rngs(0)))
+    rows, tokens = 2, 5 * 32 * 32
+
+    def given(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def memory(t):
+        def run(model, latents, t, text):
+            return network(model, NetworkCall(), layout(latents, config.patch), t, Conditioning(text))[0]
+
+        lowered = jax.jit(run).lower(model, given(rows, 5, 64, 64, 5), t, given(rows, 7, 11))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    each = TokenTimesteps(given(rows, 2), given(rows, tokens, dtype=jnp.int32))
+    vector_a_token = 4 * rows * tokens * config.width
+    assert memory(each) - memory(given(rows)) < 2 * vector_a_token
+
+
+def parameters(shapes):
+    return sum(int(np.prod(shape)) for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "settings"),
+    [
+        ("wan2.2-t2v-a14b", 16, {}),
+        ("wan2.2-i2v-a14b", 16, dict(in_channels=36)),
+        (
+            "wan2.2-ti2v-5b",
+            48,
+            dict(in_channels=48, num_attention_heads=24, ffn_dim=14336, num_layers=30),
+        ),
+    ],
+)
+def test_presets_of_wan_2_2_are_as_published(name, channels, settings):
+    """Settings of the published configs, which otherwise are diffusers' defaults with text of width 4096."""
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(**dict(text_dim=4096, out_channels=channels) | settings)
+    assert wan_config(dict(theirs.config)) == PRESETS[name]
+    ours = nnx.eval_shape(lambda: Wan(PRESETS[name], nnx.Rngs(0)))
+    assert parameters(leaf.shape for _, leaf in named_leaves(ours)) == parameters(p.shape for p in theirs.parameters())
 
 
 def test_remat_changes_nothing():
