@@ -5,7 +5,8 @@ Shapes: B samples, R batch rows (guidance branches of a sample next to each othe
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ class FluxPipeline(Pipeline):
     """A FLUX.1 pipeline: CLIP tells the text as a whole, T5 its words."""
 
     usual = Defaults(size=(1024, 1024), frames=1, steps=28, guidance=3.5, solver="euler", video=False)
+    lora_models: ClassVar[Mapping[str, str]] = {
+        "transformer": "transformer", "text_encoder": "clip", "text_encoder_2": "text_encoder",
+    }  # fmt: skip
 
     def _load_models(self, dtype: Any) -> None:
         self.shift = read_flux_shift(self.checkpoint)

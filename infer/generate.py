@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ examples:
   out/seven.mp4
   dit-generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat surfing at dusk" --mesh context=8 --out cat.mp4
   dit-generate --model black-forest-labs/FLUX.1-schnell --prompt "a cat" --steps 4 --out cat.png
+  dit-generate --model black-forest-labs/FLUX.1-dev --lora style.safetensors:0.8 --prompt "a cat" --out cat.png
 """
 
 
@@ -37,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="FILE", help="a file with one prompt a line, in place of --prompt; outputs are numbered")
     add("--negative-prompt", metavar="T", default="", help="what it should not show")
     add("--out", required=True, metavar="FILE", help="output: .mp4 .mov .webm .gif .webp, or .png for one frame")
+    add("--lora", action="append", default=[], metavar="PATH[:STRENGTH]", help="merge a LoRA (strength 1); repeatable")
+    add("--allow-unmatched", action="store_true", help="leave out a LoRA's keys that match no layer, with a warning")
     add("--image", metavar="FILE", help="the first frame, for an image-to-video model")
     add("--size", metavar="WxH", help="pixels, such as 832x480 (default: the model's)")
     add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
@@ -155,11 +159,18 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 def _load(options: argparse.Namespace):
     from dit_jax.sharding import make_mesh, parse_mesh
     from infer.caches import keep_compiled_programs
+    from infer.loras import UnmatchedKeys, parse_choice
     from infer.pipeline import load_pipeline
 
     keep_compiled_programs()
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
-    return load_pipeline(options.model, mesh=mesh)
+    loras = [parse_choice(text) for text in options.lora]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnmatchedKeys)
+        pipe = load_pipeline(options.model, mesh=mesh, lora=loras, allow_unmatched=options.allow_unmatched)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return pipe
 
 
 def _denoise_and_decode(pipe, job, out: Path, sheet: Path | None) -> list[Path]:

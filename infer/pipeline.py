@@ -8,25 +8,29 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from convert.checkpoint import Checkpoint, checkpoint_hash, load_model, open_checkpoint
+from convert.checkpoint import Checkpoint, checkpoint_hash, leaf_reader, open_checkpoint
+from convert.lora_keys import Target
 from dit_jax.config import UserError
+from dit_jax.lora import Lora, merged_leaf, of_leaf
 from dit_jax.models.network import grid
+from dit_jax.parameters import with_leaves
 from dit_jax.sampling.sampler import Carry, Guided, noise, sample, start
 from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
 from dit_jax.sharding import batch_sharding, batch_shardings, leaf_sharding, replicated
 from infer import media
+from infer.loras import ChosenLora, LoraChoice, read_choice, replace_leaves
 from infer.placement import picture_sharding
 from infer.programs import Programs
 from infer.request import Defaults, Job, Request, Strides, check, fill
@@ -60,11 +64,19 @@ class Result:
         return names
 
 
-def load_pipeline(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None) -> Pipeline:
+def load_pipeline(
+    path: str | Path,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = None,
+    lora: Sequence[LoraChoice] = (),
+    allow_unmatched: bool = False,
+) -> Pipeline:
     """A pipeline from a diffusers directory, a native checkpoint, the original Wan files, a hub id or a shipped model.
 
     dtype  of the transformer and the text encoders; by default fp32 on a CPU, bf16 elsewhere. The VAE and the image
            encoder stay in fp32.
+    lora   LoRAs to merge: (file, strength) or a file at strength 1; `allow_unmatched` as for `Pipeline.set_loras`
     """
     checkpoint = open_checkpoint(path)
     if not checkpoint.is_pipeline:
@@ -76,7 +88,10 @@ def load_pipeline(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dt
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     folder = Path(path).expanduser()
     name = folder.resolve().name if folder.exists() else str(path)
-    return _backbone(checkpoint)(checkpoint, name, mesh, dtype)
+    pipe = _backbone(checkpoint)(checkpoint, name, mesh, dtype)
+    if lora:
+        pipe.set_loras(lora, allow_unmatched=allow_unmatched)
+    return pipe
 
 
 def _backbone(checkpoint: Checkpoint) -> type[Pipeline]:
@@ -101,6 +116,8 @@ class Pipeline(ABC):
 
     usual = Defaults()
     takes_image = False
+    lora_models: ClassVar[Mapping[str, str]] = {"transformer": "transformer", "text_encoder": "text_encoder"}
+    """Component that a LoRA may add to -> the attribute that holds its model."""
     transformer: Any
     vae: Any
     shift: Shift
@@ -109,6 +126,9 @@ class Pipeline(ABC):
         self.checkpoint, self.name, self.mesh, self.programs = checkpoint, name, mesh, Programs()
         self.hash = checkpoint_hash(checkpoint)
         self.defaults = read_defaults(checkpoint, self.usual)
+        self.loras: tuple[ChosenLora, ...] = ()
+        self._read_leaf: dict[str, Callable[[str], jax.Array]] = {}
+        self._merged_leaves: dict[str, frozenset[str]] = {}
         self._load_models(dtype)
 
     @abstractmethod
@@ -118,9 +138,41 @@ class Pipeline(ABC):
     def _denoiser(self, job: Job) -> Guided: ...
 
     def _load(self, name: str, dtype: Any):
-        table = self.checkpoint.component(name).axes
-        placed = partial(leaf_sharding, table=table, mesh=self.mesh) if self.mesh is not None and table else None
-        return load_model(self.checkpoint, name, mesh=self.mesh, shardings=placed, dtype=dtype)
+        model = self.checkpoint.component(name)
+        on_mesh = self.mesh is not None and model.axes
+        placed = partial(leaf_sharding, table=model.axes, mesh=self.mesh) if on_mesh else None
+        read = leaf_reader(self.checkpoint, name, mesh=self.mesh, shardings=placed, dtype=dtype)
+        self._read_leaf[name] = read
+        return with_leaves(model.abstract, {leaf: read(leaf) for leaf in model.shapes})
+
+    def set_loras(self, loras: Sequence[LoraChoice], *, allow_unmatched: bool = False) -> None:
+        """Merges these LoRAs, (file, strength) or a file at strength 1, in place of those merged before; none unmerges.
+
+        Merging starts from the checkpoint's own weights, which are read again where a LoRA had been added: nothing
+        drifts, no second copy is kept, and nothing compiles again. Raises UserError, with the models as they were, for
+        a LoRA that cannot be read or does not fit; `allow_unmatched` makes keys that match no layer a warning.
+        """
+        present = [name for name in self.lora_models if name in self._read_leaf]
+        targets = {name: Target.of(self.checkpoint.component(name)) for name in present}
+        chosen = tuple(read_choice(choice, targets, allow_unmatched) for choice in loras)
+        for component in targets:
+            self._merge(
+                component, [(lora.parts[component], lora.strength) for lora in chosen if component in lora.parts]
+            )
+        self.loras = chosen
+
+    def _merge(self, component: str, loras: Sequence[tuple[Lora, float]]) -> None:
+        read, merged = self._read_leaf[component], self._merged_leaves.get(component, frozenset())
+        wanted = frozenset(name for lora, _ in loras for name in lora)
+        # Until all is done every one of them may have been merged into: an interruption is mended by the next call.
+        self._merged_leaves[component] = merged | wanted
+
+        def value(name: str, leaf: jax.Array) -> jax.Array:
+            return merged_leaf(read(name) if name in merged else leaf, of_leaf(name, loras))
+
+        with self._on_mesh():
+            replace_leaves(self, self.lora_models[component], merged | wanted, value)
+        self._merged_leaves[component] = wanted
 
     @property
     def strides(self) -> Strides:
@@ -211,7 +263,9 @@ class Pipeline(ABC):
         return jnp.array(job.latents, jnp.float32)  # a copy: the sampler donates it
 
     def _metadata(self, job: Job) -> list[dict[str, Any]]:
-        shared = {"model": self.name, "checkpoint": self.hash, "plan": "dense"}
+        shared: dict[str, Any] = {"model": self.name, "checkpoint": self.hash, "plan": "dense"}
+        if self.loras:
+            shared |= {"loras": [lora.describe() for lora in self.loras]}
         told = {name: value for name, value in job.describe().items() if name != "prompts"} | shared
         seeds = [job.seed + i if job.latents is None else None for i in range(len(job.prompts))]
         return [told | {"prompt": prompt, "seed": seed} for prompt, seed in zip(job.prompts, seeds, strict=True)]
