@@ -118,7 +118,7 @@ def open_lora(path: str | Path, targets: Mapping[str, Target]) -> LoraFile:
     for key, tensor in lora_tensors(file).items():
         address = address_of(key, file)
         layer = _layer(layers, address, targets) if address else None
-        if layer is None or not _has_place(layer.module, address.role):
+        if address is None or layer is None or not _has_place(layer.module, address.role):
             unmatched.append(key)
             continue
         if address.role in layer.tensors:
@@ -141,20 +141,19 @@ def read_lora(
     targets  of a checkpoint's components, with shapes
     Raises UserError as `open_lora` does, and for keys that match no module unless `allow_unmatched`.
     """
+    shapes = {component: target.shapes or {} for component, target in targets.items()}
     opened = open_lora(path, targets)
     if opened.unmatched and not (allow_unmatched and opened.layers):
         raise UserError(unmatched_message(opened))
     pieces: dict[str, dict[str, dict[int | None, _Piece]]] = defaultdict(lambda: defaultdict(dict))
     for layer in opened.layers:
-        shapes = targets[layer.component].shapes
-        assert shapes is not None
-        for row, piece in _pieces(layer, shapes):
+        for row, piece in _pieces(layer, shapes[layer.component]):
             own = pieces[layer.component][row.ours]
             if layer.block in own:
                 raise UserError(f"{opened.file}: {layer.name} is there under two names; expected one; drop the other.")
             own[layer.block] = piece
     return opened, {
-        component: {name: _adapter(found, targets[component].shapes[name]) for name, found in leaves.items()}
+        component: {name: _adapter(found, shapes[component][name]) for name, found in leaves.items()}
         for component, leaves in pieces.items()
     }
 
@@ -284,14 +283,14 @@ def _adapter(pieces: Mapping[int | None, _Piece], shape: tuple[int, ...]) -> Ada
     count = shape[0] if stacked else 1
     blocks = [pieces.get(block if stacked else None, _Piece()) for block in range(count)]
     parts: dict[str, Any] = {}
-    pairs = [piece for piece in blocks if piece.down is not None and piece.up is not None]
-    if pairs:
-        rank = max(piece.up.shape[0] for piece in pairs)
+    ranks = [0 if piece.up is None else piece.up.shape[0] for piece in blocks]
+    if any(ranks):
+        rank = max(ranks)
         parts["down"] = _padded([piece.down for piece in blocks], rank, axis=-1)
         parts["up"] = _padded([piece.up for piece in blocks], rank, axis=0)
         parts["alpha"] = np.array([piece.alpha for piece in blocks], np.float32)
         # A rank of 1 where there is no pair: 0 / 0 would be no number.
-        parts["rank"] = np.array([1 if piece.up is None else piece.up.shape[0] for piece in blocks], np.float32)
+        parts["rank"] = np.maximum(np.array(ranks, np.float32), 1)
     if any(piece.full is not None for piece in blocks):
         parts["full"] = _padded([piece.full for piece in blocks], shape[-1], axis=-1)
     return Adapter(stacked=stacked, **(parts if stacked else {name: array[0] for name, array in parts.items()}))

@@ -177,4 +177,5 @@ def address_of(key: str, file: Path) -> Address | None:
 
 def is_adapter_key(key: str) -> bool:
     """Whether a key is of a LoRA or of another kind of adapter, and not of a model."""
-    return any(pattern.search(key) for pattern, *_ in (*SUFFIXES, *_OTHER_ADAPTERS))
+    suffixes, adapters = (pattern for pattern, _, _ in SUFFIXES), (pattern for pattern, _ in _OTHER_ADAPTERS)
+    return any(pattern.search(key) for pattern in (*suffixes, *adapters))

@@ -46,12 +46,12 @@ Lora = Mapping[str, Adapter]
 def delta(adapter: Adapter) -> jax.Array:
     """What an adapter without the axis G adds at strength 1: fp32, of the leaf's shape."""
     total = jnp.float32(0) if adapter.full is None else jnp.asarray(adapter.full, jnp.float32)
-    if adapter.down is None:
+    if adapter.down is None or adapter.up is None or adapter.alpha is None or adapter.rank is None:
         return total
     down, up = jnp.asarray(adapter.down, jnp.float32), jnp.asarray(adapter.up, jnp.float32)
     # A TPU would otherwise multiply fp32 in bf16.
     product = jnp.tensordot(down, up, axes=1, precision=jax.lax.Precision.HIGHEST)
-    return product * (adapter.alpha / adapter.rank) + total
+    return product * jnp.asarray(adapter.alpha / adapter.rank) + total
 
 
 def merged_leaf(leaf: jax.Array, adapters: Sequence[tuple[Adapter, float]]) -> jax.Array:

@@ -139,8 +139,9 @@ class Pipeline(ABC):
 
     def _load(self, name: str, dtype: Any):
         model = self.checkpoint.component(name)
-        on_mesh = self.mesh is not None and model.axes
-        placed = partial(leaf_sharding, table=model.axes, mesh=self.mesh) if on_mesh else None
+        placed = None
+        if self.mesh is not None and model.axes:
+            placed = partial(leaf_sharding, table=model.axes, mesh=self.mesh)
         read = leaf_reader(self.checkpoint, name, mesh=self.mesh, shardings=placed, dtype=dtype)
         self._read_leaf[name] = read
         return with_leaves(model.abstract, {leaf: read(leaf) for leaf in model.shapes})

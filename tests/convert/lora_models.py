@@ -5,8 +5,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel, WanPipeline, WanTransformer3DModel
 from safetensors.numpy import save_file
+
+from convert.checkpoint import load_model, open_checkpoint
+from convert.lora import read_lora
+from convert.lora_keys import Target
+from convert.tables import assign
+from dit_jax.lora import merged
+from dit_jax.parameters import named_leaves
 
 FLUX = dict(
     in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=8, num_attention_heads=3,
@@ -127,7 +134,65 @@ def fused(model):
     """Weights by name of a diffusers model whose adapters are merged."""
     model.fuse_lora()
     return {
-        name.replace(".base_layer", ""): tensor.detach().numpy()
-        for name, tensor in model.state_dict().items()
-        if "lora_" not in name
+        name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items() if "lora_" not in name
     }
+
+
+def fused_by_diffusers(pipeline, model, file):
+    """Weights of diffusers' model with the LoRA that its own loader reads from the file."""
+    if pipeline is WanPipeline:
+        tensors, metadata = WanPipeline.lora_state_dict(file, return_lora_metadata=True)
+        WanPipeline.load_lora_into_transformer(tensors, model, metadata=metadata)
+    else:
+        tensors, alphas, metadata = FluxPipeline.lora_state_dict(file, return_alphas=True, return_lora_metadata=True)
+        FluxPipeline.load_lora_into_transformer(tensors, alphas, model, metadata=metadata)
+    return fused(model)
+
+
+class Tiny:
+    """A tiny model on disk, ours and its tables."""
+
+    def __init__(self, folder, make, modules, pipeline):
+        self.make, self.modules, self.pipeline = make, modules, pipeline
+        make().save_pretrained(folder)
+        checkpoint = open_checkpoint(folder)
+        self.component = checkpoint.component("")
+        self.targets = {"transformer": Target.of(self.component)}
+        self.ours = load_model(checkpoint)
+
+    def pairs(self, seed=0):
+        return random_pairs(self.make(), self.modules, seed)
+
+    def merged(self, *files, **options):
+        """Leaves of ours with LoRAs, (file, strength) each."""
+        loras = [(read_lora(file, self.targets, **options)[1]["transformer"], strength) for file, strength in files]
+        return leaves(merged(self.ours, loras))
+
+    def fused(self, file):
+        """Leaves of ours from the weights that diffusers merges the LoRA into."""
+        return self.leaves(fused_by_diffusers(self.pipeline, self.make(), file))
+
+    def leaves(self, state):
+        """Leaves of ours from a state dict of diffusers."""
+        tensors = {key: tensor.detach().numpy() for key, tensor in state.items()}
+        return leaves(assign(self.component.abstract, self.component.rows, tensors))
+
+    def error(self, found, expected):
+        """Relative error of what was added, over all leaves."""
+        base = leaves(self.ours)
+        gap = [found[name] - expected[name] for name in base]
+        added = [expected[name] - base[name] for name in base]
+        return norm(gap) / norm(added)
+
+
+def leaves(model):
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(model)}
+
+
+def norm(arrays):
+    return np.sqrt(sum(float((array.astype(np.float64) ** 2).sum()) for array in arrays))
+
+
+def saved(file, tensors):
+    save_file({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}, file)
+    return file
