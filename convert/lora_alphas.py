@@ -18,6 +18,7 @@ from dit_jax.config import UserError
 
 METADATA = "lora_adapter_metadata"  # diffusers' name for it
 CONFIG = "adapter_config.json"
+LARGEST_ALPHA = 1e30
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,13 @@ def _check(config: dict[str, Any], source: Path) -> None:
     patterns = config.get("alpha_pattern") or {}
     alphas = [config.get("lora_alpha"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
     if not all(alpha is None or _is_number(alpha) for alpha in alphas):
-        raise UserError(f"{source}: lora_alpha and alpha_pattern should hold finite numbers; use another LoRA.")
+        raise UserError(
+            f"{source}: lora_alpha and alpha_pattern should hold numbers below {LARGEST_ALPHA:g}; use another LoRA."
+        )
     for name in patterns:
         if re.search(r"[^\w.^-]", name):
             raise UserError(f"{source}: alpha_pattern has {name!r}; expected names of modules; write them out.")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_ALPHA

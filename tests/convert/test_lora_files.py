@@ -189,3 +189,39 @@ def test_no_file(lora_wan, tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="expected"):
         lora_wan.merged((tmp_path / name, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "should be a JSON object"),
+        ('{"transformer.lora_alpha": Infinity}', "should hold numbers below"),
+        ('{"transformer.lora_alpha": 1%s}' % ("0" * 400), "should hold numbers below"),
+        ('{"transformer.lora_alpha": "8"}', "should hold numbers below"),
+        ('{"transformer.alpha_pattern": [4]}', "should hold numbers below"),
+        ('{"transformer.alpha_pattern": {"(a+)+$": 4}}', "expected names of modules"),
+        ('{"transformer.use_dora": true}', "describes a DoRA"),
+    ],
+)
+def test_damaged_metadata_is_one_sentence(lora_wan, tmp_path, metadata, message):
+    file = tmp_path / "lora.safetensors"
+    save_file(GOOD, file, {"lora_adapter_metadata": metadata})
+    with pytest.raises(UserError) as error:
+        lora_wan.merged((file, 1.0))
+    assert message in str(error.value) and "lora.safetensors" in str(error.value)
+
+
+def test_a_torch_file_is_read_too(lora_wan, tmp_path):
+    torch.save({key: torch.tensor(value) for key, value in GOOD.items()}, tmp_path / "lora.pt")
+    expected = lora_wan.merged((saved(tmp_path / "lora.safetensors", GOOD), 1.0))
+    found = lora_wan.merged((tmp_path / "lora.pt", 1.0))
+    assert all((found[name] == expected[name]).all() for name in expected)
+
+
+@pytest.mark.parametrize("length", [0, 4, 30, 200, -1])
+def test_a_truncated_file_is_one_sentence(lora_wan, tmp_path, length):
+    file = saved(tmp_path / "lora.safetensors", GOOD)
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"lora\.safetensors is (truncated|damaged)"):
+        lora_wan.merged((file, 1.0))
