@@ -179,7 +179,7 @@ def _denoise_and_decode(pipe, job, out: Path, sheet: Path | None) -> list[Path]:
 
     with Bar(out.name) as bar:
         latents = pipe.denoise(job, bar)
-        kept = latents_file.write(out, latents, job, pipe.hash)
+        kept = latents_file.write(out, latents, job, pipe.hash, pipe.loras)
         paths = _decode(pipe, job, latents, out, sheet, bar)
     kept.unlink()
     return paths
@@ -188,7 +188,7 @@ def _denoise_and_decode(pipe, job, out: Path, sheet: Path | None) -> list[Path]:
 def _from_latents(pipe, options: argparse.Namespace) -> dict[str, Any]:
     from infer import latents_file
 
-    latents, job = latents_file.read(Path(options.from_latents), pipe.hash)
+    latents, job = latents_file.read(Path(options.from_latents), pipe.hash, pipe.loras)
     began, out = time.perf_counter(), Path(options.out)
     with Bar(out.name) as bar:
         paths = _decode(pipe, job, latents, out, Path(options.sheet) if options.sheet else None, bar)

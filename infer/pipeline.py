@@ -30,7 +30,7 @@ from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
 from dit_jax.sharding import batch_sharding, batch_shardings, leaf_sharding, replicated
 from infer import media
-from infer.loras import ChosenLora, LoraChoice, read_choice, replace_leaves
+from infer.loras import LoraChoice, read_choice, replace_leaves
 from infer.placement import picture_sharding
 from infer.programs import Programs
 from infer.request import Defaults, Job, Request, Strides, check, fill
@@ -126,7 +126,7 @@ class Pipeline(ABC):
         self.checkpoint, self.name, self.mesh, self.programs = checkpoint, name, mesh, Programs()
         self.hash = checkpoint_hash(checkpoint)
         self.defaults = read_defaults(checkpoint, self.usual)
-        self.loras: tuple[ChosenLora, ...] = ()
+        self.loras: list[dict[str, Any]] = []  # name, hash and strength of each that is merged
         self._read_leaf: dict[str, Callable[[str], jax.Array]] = {}
         self._merged_leaves: dict[str, frozenset[str]] = {}
         self._load_models(dtype)
@@ -155,12 +155,12 @@ class Pipeline(ABC):
         """
         present = [name for name in self.lora_models if name in self._read_leaf]
         targets = {name: Target.of(self.checkpoint.component(name)) for name in present}
-        chosen = tuple(read_choice(choice, targets, allow_unmatched) for choice in loras)
+        chosen = [read_choice(choice, targets, allow_unmatched) for choice in loras]
         for component in targets:
             self._merge(
                 component, [(lora.parts[component], lora.strength) for lora in chosen if component in lora.parts]
             )
-        self.loras = chosen
+        self.loras = [lora.describe() for lora in chosen]
 
     def _merge(self, component: str, loras: Sequence[tuple[Lora, float]]) -> None:
         read, merged = self._read_leaf[component], self._merged_leaves.get(component, frozenset())
@@ -266,7 +266,7 @@ class Pipeline(ABC):
     def _metadata(self, job: Job) -> list[dict[str, Any]]:
         shared: dict[str, Any] = {"model": self.name, "checkpoint": self.hash, "plan": "dense"}
         if self.loras:
-            shared |= {"loras": [lora.describe() for lora in self.loras]}
+            shared |= {"loras": self.loras}
         told = {name: value for name, value in job.describe().items() if name != "prompts"} | shared
         seeds = [job.seed + i if job.latents is None else None for i in range(len(job.prompts))]
         return [told | {"prompt": prompt, "seed": seed} for prompt, seed in zip(job.prompts, seeds, strict=True)]

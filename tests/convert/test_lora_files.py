@@ -9,7 +9,7 @@ from lora_models import (
     saved,
     write_diffusers,
 )
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from convert.lora import read_lora
 from convert.tables import assign

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_flux
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from dit_jax.config import UserError
 from dit_jax.parameters import named_leaves
@@ -196,8 +196,6 @@ def test_kohyas_text_encoders_are_merged_into_both_encoders(flux, tmp_path, clip
     pipe.set_loras([write_lora(tmp_path / "a.safetensors", models)])
     expected = leaves(pipe)
     dotted = write_lora(tmp_path / "b.safetensors", models)
-    from safetensors.numpy import load_file
-
     kohya = {}
     for key, value in load_file(dotted).items():
         component, _, name = key.partition(".")
@@ -205,7 +203,7 @@ def test_kohyas_text_encoders_are_merged_into_both_encoders(flux, tmp_path, clip
         layer = (t5 if component == "text_encoder_2" else clip) + name.replace(".", "_")
         number = (T5_LAYERS if component == "text_encoder_2" else CLIP_LAYERS).index(name)
         kohya[f"{layer}.{'lora_down' if half[0] == 'A' else 'lora_up'}.weight"] = value
-        kohya[f"{layer}.alpha"] = np.float32((1 + number % 3) * (0.5 + number % 2))
+        kohya[f"{layer}.alpha"] = np.array((1 + number % 3) * (0.5 + number % 2), np.float32)
     save_file(kohya, tmp_path / "kohya.safetensors")
     pipe.set_loras([tmp_path / "kohya.safetensors"])
     found = leaves(pipe)
@@ -235,9 +233,24 @@ def test_the_command_merges_loras_and_records_them(wan, wan_loras, tmp_path, cap
     assert told[0]["hash"] != told[1]["hash"] and len(told[0]["hash"]) == 12
 
 
-def test_unmatched_keys_stop_the_command_or_are_a_warning(wan, wan_loras, flux_lora, tmp_path, capsys):
-    from safetensors.numpy import load_file
+def test_latents_that_a_lora_made_are_decoded_under_its_name(wan, wan_loras, tmp_path, monkeypatch, capsys):
+    out, latents = tmp_path / "x.mp4", tmp_path / "x.mp4.latents.safetensors"
+    arguments = ["--model", str(wan[0]), "--out", str(out)]
+    lora = ["--lora", f"{wan_loras[0]}:0.5"]
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            media, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device", "x.mp4"))
+        )
+        size = ["--prompt", "a red cat", "--size", "48x32", "--frames", "5", "--steps", "1"]
+        assert generate.main([*arguments, *lora, *size]) == 2
+    capsys.readouterr()
+    assert generate.main([*arguments, "--from-latents", str(latents)]) == 2
+    assert "pass the --lora that made it" in capsys.readouterr().err
+    assert generate.main([*arguments, *lora, "--from-latents", str(latents)]) == 0
+    assert media.read_metadata(out)["loras"][0]["strength"] == 0.5
 
+
+def test_unmatched_keys_stop_the_command_or_are_a_warning(wan, wan_loras, flux_lora, tmp_path, capsys):
     odd = {"transformer.blocks.9.attn1.to_k.lora_A.weight": np.ones((1, 32), np.float32)}
     save_file(load_file(wan_loras[0]) | odd, tmp_path / "odd.safetensors")
     arguments = ["--model", str(wan[0]), "--prompt", "a red cat", "--size", "48x32", "--frames", "5", "--steps", "1"]
