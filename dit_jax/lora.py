@@ -57,7 +57,8 @@ def delta(adapter: Adapter) -> jax.Array:
 def merged_leaf(leaf: jax.Array, adapters: Sequence[tuple[Adapter, float]]) -> jax.Array:
     """A leaf with adapters added, each times its strength: summed in fp32, in the leaf's dtype and sharding.
 
-    No more than one block is in fp32 at a time.
+    Blocks are added to one by one, so that a TPU never holds more than one of them in fp32. (A CPU has no bf16 of its
+    own, and holds a copy of a stack in it.)
     """
     if not adapters:
         return leaf

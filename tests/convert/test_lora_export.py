@@ -7,7 +7,8 @@ import pytest
 from lora_models import FLUX_MODULES, WRITERS, random_pairs, saved, write_comfyui, write_kohya
 from safetensors.numpy import load_file
 
-from convert import cli
+from convert import cli, example_lora
+from convert.lora_backbones import is_lora, recognise
 from convert.lora_export import convert_lora
 from dit_jax.config import UserError
 
@@ -75,6 +76,25 @@ def test_what_diffusers_has_no_place_for_is_refused_and_nothing_is_left(lora_wan
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_a_file_is_told_from_its_keys(lora_wan, tmp_path):
+    pair = {"x.lora_A.weight": np.ones((1, 3), np.float32), "x.lora_B.weight": np.ones((3, 1), np.float32)}
+    file = saved(tmp_path / "x.safetensors", pair)
+    assert is_lora(file)
+    with pytest.raises(UserError, match="is no LoRA of Wan or FLUX: none of its keys names a layer"):
+        recognise(file)
+    lora_wan.make().save_pretrained(tmp_path / "model")
+    assert not is_lora(tmp_path / "model") and not is_lora(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
+
+
+def test_what_inspect_says_of_keys_that_it_does_not_know(lora_wan, tmp_path, capsys):
+    tensors = load_file(write_comfyui(tmp_path / "x.safetensors", lora_wan.pairs()))
+    odd = {"diffusion_model.blocks.0.nothing.lora_A.weight": np.ones((1, 24), np.float32)}
+    assert run("inspect", saved(tmp_path / "x.safetensors", tensors | odd)) == 0
+    assert "1 keys match no layer: diffusion_model.blocks.0.nothing" in capsys.readouterr().out
+    assert run("to-torch", tmp_path / "x.safetensors", tmp_path / "out") == 2
+    assert "1 keys match no layer" in capsys.readouterr().err
+
+
 def run(*arguments) -> int:
     return cli.main([str(argument) for argument in arguments])
 
@@ -105,3 +125,18 @@ def test_a_lora_has_no_other_form(lora_wan, tmp_path, capsys, arguments):
     assert run(*arguments, file, tmp_path / "out") == 2
     assert "is a LoRA: expected `dit-convert to-torch" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_example_is_a_lora_of_its_model(lora_wan, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    lora_wan.make().save_pretrained(tmp_path / "model" / "transformer")
+    (tmp_path / "model" / "model_index.json").write_text('{"transformer": ["diffusers", "WanTransformer3DModel"]}')
+    file = tmp_path / "example.safetensors"
+    for style in ("kohya", "comfyui"):
+        assert example_lora.main([str(tmp_path / "model"), str(file), "--style", style]) == 0
+        found = lora_wan.merged((file, 1.0))
+        convert_lora(file, tmp_path / style)
+        assert lora_wan.error(found, lora_wan.fused(tmp_path / style)) <= 1e-5
+        assert example_lora.main([str(tmp_path / "model"), str(file)]) == 2
+        file.unlink()
+    assert "exists" in capsys.readouterr().err
