@@ -14,6 +14,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from convert.checkpoint import CheckpointLayout, open_checkpoint
+from convert.lora import unmatched_keys_on_stderr
 from convert.lora_backbones import is_lora
 from convert.lora_export import convert_lora
 from convert.lora_summary import summarise_lora
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("destination", metavar="DST", type=Path, help="folder to make")
         command.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already at DST")
     to_torch.add_argument("--layout", choices=("diffusers", "original"), default="diffusers")
+    to_torch.add_argument("--allow-unmatched", action="store_true", help="leave out a LoRA's keys that match no layer")
     to_torch.add_argument(
         "--max-shard-size",
         type=_bytes,
@@ -95,7 +97,8 @@ def _convert(arguments: argparse.Namespace) -> None:
                 f"{arguments.source} is a LoRA: expected `dit-convert to-torch --layout diffusers`, the one form that "
                 "LoRAs are written in; the file itself can be given to --lora."
             )
-        file = convert_lora(arguments.source, arguments.destination, arguments.overwrite)
+        with unmatched_keys_on_stderr():
+            file = convert_lora(arguments.source, arguments.destination, arguments.overwrite, arguments.allow_unmatched)
         print(f"{file}: diffusers style, {time.perf_counter() - start:.1f} s")
         return
     source = open_checkpoint(arguments.source)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +26,10 @@ from dit_jax.lora import Adapter, Lora
 _FOLDER_FILES = (LORA_WEIGHTS, "adapter_model.safetensors")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _NAMED = 10  # keys that a message lists
+
+
+class UnmatchedKeys(UserWarning):
+    """Keys of a LoRA that match no layer were left out."""
 
 
 @dataclass(kw_only=True)
@@ -139,12 +146,11 @@ def read_lora(
     """(the file, component -> LoRA of that model) of a file in any style.
 
     targets  of a checkpoint's components, with shapes
-    Raises UserError as `open_lora` does, and for keys that match no module unless `allow_unmatched`.
+    Raises UserError as `open_lora` and `check_matched` do.
     """
     shapes = {component: target.shapes or {} for component, target in targets.items()}
     opened = open_lora(path, targets)
-    if opened.unmatched and not (allow_unmatched and opened.layers):
-        raise UserError(unmatched_message(opened))
+    check_matched(opened, allow_unmatched)
     pieces: dict[str, dict[str, dict[int | None, _Piece]]] = defaultdict(lambda: defaultdict(dict))
     for layer in opened.layers:
         for row, piece in _pieces(layer, shapes[layer.component]):
@@ -158,15 +164,29 @@ def read_lora(
     }
 
 
-def unmatched_message(opened: LoraFile) -> str:
-    """One sentence that names up to ten keys that match nothing."""
+def check_matched(opened: LoraFile, allow_unmatched: bool) -> None:
+    """Raises UserError that names up to ten keys that match nothing; warns instead where some do and it is allowed."""
+    if not opened.unmatched:
+        return
     named = ", ".join(opened.unmatched[:_NAMED])
     more = len(opened.unmatched) - _NAMED
-    return (
-        f"{opened.file}: {len(opened.unmatched)} keys match no layer of this model ({named}"
-        f"{f' and {more} more' if more > 0 else ''}); expected a LoRA of this model; pass "
-        "--allow-unmatched (allow_unmatched=True) to leave them out."
+    found = (
+        f"{opened.file}: {len(opened.unmatched)} keys match no layer ({named}{f' and {more} more' if more > 0 else ''})"
     )
+    if not (allow_unmatched and opened.layers):
+        remedy = "pass --allow-unmatched (allow_unmatched=True) to leave them out"
+        raise UserError(f"{found}; expected a LoRA of this model; {remedy}.")
+    warnings.warn(f"{found}; they are left out.", UnmatchedKeys, stacklevel=3)
+
+
+@contextlib.contextmanager
+def unmatched_keys_on_stderr() -> Iterator[None]:
+    """For commands: the warnings about unmatched keys as lines of their own."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnmatchedKeys)
+        yield
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
 
 
 def _layer(layers: dict[tuple[str, str], Layer], address: Address, targets: Mapping[str, Target]) -> Layer | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.lora import Layer, unmatched_message
+from convert.lora import Layer, check_matched
 from convert.lora_alphas import METADATA
 from convert.lora_backbones import recognise
 from convert.lora_keys import Role, module_name
@@ -41,15 +41,14 @@ class _Exported:
         return self.down.shape[0]
 
 
-def convert_lora(source: str | Path, destination: Path, overwrite: bool = False) -> Path:
+def convert_lora(source: str | Path, destination: Path, overwrite: bool = False, allow_unmatched: bool = False) -> Path:
     """Write a LoRA file in diffusers' style into a new folder; returns the file.
 
     Raises UserError for whatever is wrong with the source, for what diffusers has no place for, and when the
     destination exists and `overwrite` is not set; the destination is then as it was.
     """
     _, opened = recognise(source)
-    if opened.unmatched:
-        raise UserError(unmatched_message(opened))
+    check_matched(opened, allow_unmatched)
     exported = [module for layer in opened.layers for module in _modules(layer)]
     with staged(destination, overwrite) as folder:
         write_safetensors(folder / LORA_WEIGHTS, _tensors(exported), {METADATA: json.dumps(_configs(exported))})

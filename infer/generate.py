@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,20 +156,17 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _load(options: argparse.Namespace):
+    from convert.lora import unmatched_keys_on_stderr
     from dit_jax.sharding import make_mesh, parse_mesh
     from infer.caches import keep_compiled_programs
-    from infer.loras import UnmatchedKeys, parse_choice
+    from infer.loras import parse_choice
     from infer.pipeline import load_pipeline
 
     keep_compiled_programs()
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
     loras = [parse_choice(text) for text in options.lora]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UnmatchedKeys)
-        pipe = load_pipeline(options.model, mesh=mesh, lora=loras, allow_unmatched=options.allow_unmatched)
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    return pipe
+    with unmatched_keys_on_stderr():
+        return load_pipeline(options.model, mesh=mesh, lora=loras, allow_unmatched=options.allow_unmatched)
 
 
 def _denoise_and_decode(pipe, job, out: Path, sheet: Path | None) -> list[Path]:

@@ -8,7 +8,6 @@ that no LoRA has touched is what it was when it was loaded, and is not read agai
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import jax
 
-from convert.lora import read_lora, unmatched_message
+from convert.lora import read_lora
 from convert.lora_keys import Target
 from dit_jax.config import UserError
 from dit_jax.lora import Lora
@@ -24,10 +23,6 @@ from dit_jax.parameters import leaf_name
 
 LoraChoice = str | Path | tuple[str | Path, float]
 """A LoRA's file, folder or hub id, with its strength or at strength 1."""
-
-
-class UnmatchedKeys(UserWarning):
-    """Keys of a LoRA that match no layer were left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +45,6 @@ def read_choice(choice: LoraChoice, targets: Mapping[str, Target], allow_unmatch
     if not isinstance(strength, int | float) or not math.isfinite(strength):
         raise UserError(f"the strength of LoRA {path} is {strength!r}: expected a finite number; write 0.8, say")
     opened, parts = read_lora(path, targets, allow_unmatched)
-    if opened.unmatched:
-        warnings.warn(unmatched_message(opened), UnmatchedKeys, stacklevel=3)
     return ChosenLora(name=opened.file.name, hash=opened.hash, strength=float(strength), parts=parts)
 
 

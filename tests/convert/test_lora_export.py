@@ -92,7 +92,9 @@ def test_what_inspect_says_of_keys_that_it_does_not_know(lora_wan, tmp_path, cap
     assert run("inspect", saved(tmp_path / "x.safetensors", tensors | odd)) == 0
     assert "1 keys match no layer: diffusion_model.blocks.0.nothing" in capsys.readouterr().out
     assert run("to-torch", tmp_path / "x.safetensors", tmp_path / "out") == 2
-    assert "1 keys match no layer" in capsys.readouterr().err
+    assert "1 keys match no layer" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert run("to-torch", tmp_path / "x.safetensors", tmp_path / "out", "--allow-unmatched") == 0
+    assert "warning: " in capsys.readouterr().err and (tmp_path / "out" / WEIGHTS).is_file()
 
 
 def run(*arguments) -> int:
