@@ -245,14 +245,32 @@ def load_model(
     Raises UserError as `Checkpoint.leaves` does.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
-    model, leaves = checkpoint.component(component), checkpoint.leaves(component)
-    precision = Precision(weights=dtype, exact=model.fp32)
-    values = {}
-    for name, leaf in leaves.items():
+    read = leaf_reader(checkpoint, component, mesh=mesh, shardings=shardings, dtype=dtype)
+    model = checkpoint.component(component)
+    return with_leaves(model.abstract, {name: read(name) for name in model.shapes})
+
+
+def leaf_reader(
+    checkpoint: Checkpoint,
+    component: str,
+    *,
+    mesh: Mesh | None = None,
+    shardings: Shardings | None = None,
+    dtype: Any = None,
+) -> Callable[[str], jax.Array]:
+    """Reads one leaf of a component by its dotted path, straight to its place; arguments as of `load_model`."""
+    leaves, precision = (
+        checkpoint.leaves(component),
+        Precision(weights=dtype, exact=checkpoint.component(component).fp32),
+    )
+
+    def read(name: str) -> jax.Array:
+        leaf = leaves[name]
         if dtype is not None and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
             leaf = leaf.cast(np.dtype(precision.dtype(name)))
-        values[name] = _placed(leaf, _sharding(name, leaf, mesh, shardings))
-    return with_leaves(model.abstract, values)
+        return _placed(leaf, _sharding(name, leaf, mesh, shardings))
+
+    return read
 
 
 def _sharding(name: str, leaf: Leaf, mesh: Mesh | None, shardings: Shardings | None) -> Sharding | None:

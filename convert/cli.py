@@ -14,11 +14,15 @@ from types import FrameType
 from tqdm import tqdm
 
 from convert.checkpoint import CheckpointLayout, open_checkpoint
+from convert.lora import unmatched_keys_on_stderr
+from convert.lora_backbones import is_lora
+from convert.lora_export import convert_lora
+from convert.lora_summary import summarise_lora
 from convert.summary import summarise
 from convert.transfer import MAX_SHARD_BYTES, convert
 from dit_jax.config import UserError
 
-_SOURCE = "folder, hub id org/name[@revision], demo-wan or demo-flux"
+_SOURCE = "folder or file, hub id org/name[@revision], demo-wan or demo-flux; or the file of a LoRA"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -64,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("destination", metavar="DST", type=Path, help="folder to make")
         command.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already at DST")
     to_torch.add_argument("--layout", choices=("diffusers", "original"), default="diffusers")
+    to_torch.add_argument("--allow-unmatched", action="store_true", help="leave out a LoRA's keys that match no layer")
     to_torch.add_argument(
         "--max-shard-size",
         type=_bytes,
@@ -86,6 +91,16 @@ def _bytes(text: str) -> int:
 
 def _convert(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
+    if is_lora(arguments.source):
+        if getattr(arguments, "layout", "native") != "diffusers":
+            raise UserError(
+                f"{arguments.source} is a LoRA: expected `dit-convert to-torch --layout diffusers`, the one form that "
+                "LoRAs are written in; the file itself can be given to --lora."
+            )
+        with unmatched_keys_on_stderr():
+            file = convert_lora(arguments.source, arguments.destination, arguments.overwrite, arguments.allow_unmatched)
+        print(f"{file}: diffusers style, {time.perf_counter() - start:.1f} s")
+        return
     source = open_checkpoint(arguments.source)
     layout: CheckpointLayout = "native" if arguments.command == "to-jax" else arguments.layout
     with tqdm(unit="tensor", file=sys.stderr) as bar:
@@ -101,7 +116,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(source: str, as_json: bool) -> None:
-    summary = summarise(open_checkpoint(source))
+    summary = summarise_lora(source) if is_lora(source) else summarise(open_checkpoint(source))
     print(json.dumps(summary.as_dict()) if as_json else "\n".join(summary.lines()))
 
 

@@ -68,6 +68,7 @@ class Tensor:
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of one file, after checking that its header is sound and every byte it promises is there."""
     header, start = _read_header(file)
+    header.pop("__metadata__", None)
     available = file.stat().st_size - start
     mapped = np.asarray(np.memmap(file, np.uint8, "r"))
     used = 0
@@ -93,7 +94,7 @@ def _viewer(raw: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> Callabl
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """(entries without metadata, offset of the first data byte)."""
+    """(entries, offset of the first data byte)."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -111,8 +112,15 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         raise UserError(f"{file} is damaged: its header is not JSON ({error}); download it again.") from error
     if not isinstance(header, dict):
         raise UserError(f"{file} is damaged: its header should be a JSON object; download it again.")
-    header.pop("__metadata__", None)
     return header, 8 + length
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that a safetensors file carries beside its tensors. Raises UserError for a damaged file."""
+    metadata = _read_header(file)[0].get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise UserError(f"{file} is damaged: its metadata should be an object of texts; download it again.")
+    return metadata
 
 
 def _without_duplicates(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -222,11 +230,11 @@ def _shards(tensors: Sequence[Outgoing], limit: int) -> list[list[Outgoing]]:
     return shards
 
 
-def write_safetensors(file: Path, tensors: Sequence[Outgoing]) -> None:
-    """Stream tensors into one file, flushed to disk before returning."""
+def write_safetensors(file: Path, tensors: Sequence[Outgoing], metadata: Mapping[str, str] | None = None) -> None:
+    """Stream tensors, and texts beside them, into one file, flushed to disk before returning."""
     # Widest dtype first keeps every tensor aligned without gaps, which the format forbids.
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.key))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for tensor in ordered:
         span = [offset, offset + tensor.bytes]

@@ -91,6 +91,39 @@ class Row:
             return tensor
         return einops.rearrange(tensor, pattern, **(_sizes(pattern, ours) | self.sizes))
 
+    def is_matrix(self, layout: Layout) -> bool:
+        """Whether the outside tensor is a linear map or a convolution: outputs first, then inputs."""
+        pattern = self.pattern_for(layout)
+        left = [] if pattern == SAME else _terms(pattern.split("->")[0])
+        return len(left) > 1 and left[0] != ["1"]
+
+    def factors_to_ours(
+        self, down: np.ndarray, up: np.ndarray, ours: Sequence[int], layout: Layout
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Factors of our leaf (one block), [*inputs, R] and [R, *outputs], from those of the outside matrix.
+
+        down  [R, *inputs] with the outside tensor's input axes
+        up    [outputs, R]
+        """
+        part = self.parts.get(layout)
+        if part and part.axis == 0:
+            up = up[part.start : part.stop]
+        elif part:
+            down = down[:, part.start : part.stop]
+        pattern = self.pattern_for(layout)
+        left, right = (_terms(side) for side in pattern.split("->"))
+        outputs, inputs = left[:1], left[1:]
+        sizes = _sizes(pattern, ours) | self.sizes
+
+        def mapped(array: np.ndarray, before: list[list[str]], after: list[list[str]]) -> np.ndarray:
+            names = {name for group in before for name in group}
+            known = {name: size for name, size in sizes.items() if name in names}
+            return einops.rearrange(array, f"{_text(before)} -> {_text(after)}", **known)
+
+        rank, produced = [["rank"]], [group for group in right if group[0] in outputs[0]]
+        taken = [group for group in right if group not in produced]
+        return mapped(down, rank + inputs, taken + rank), mapped(up, outputs + rank, rank + produced)
+
     def to_outside(self, leaf: np.ndarray, layout: Layout = "diffusers") -> np.ndarray:
         """The outside tensor (or this row's part of it) from our leaf of one block."""
         pattern = self.pattern_for(layout)
@@ -145,6 +178,11 @@ def _reversed(pattern: str) -> str:
 def _terms(side: str) -> list[list[str]]:
     """`(h k) d` -> [[h, k], [d]]; `1` stays as it is."""
     return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", side)]
+
+
+def _text(groups: list[list[str]]) -> str:
+    """[[h, k], [d]] -> `(h k) d`"""
+    return " ".join(f"({' '.join(group)})" if len(group) > 1 else group[0] for group in groups)
 
 
 def _sizes(pattern: str, ours: Sequence[int]) -> dict[str, int]:

@@ -28,6 +28,7 @@ from dit_jax.config import UserError
 from dit_jax.parameters import named_leaves
 
 MAX_SHARD_BYTES = 5 * 10**9
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # what marks a folder as a LoRA of diffusers
 
 
 def convert(
@@ -129,7 +130,8 @@ def _refuse_existing(destination: Path, overwrite: bool) -> None:
     if not destination.is_dir() or destination.is_symlink():
         raise UserError(f"{destination} is not a folder; expected a checkpoint to replace; choose another destination.")
     # Replacing means deleting: never a folder that holds something else.
-    if any(destination.iterdir()) and not any((destination / name).is_file() for name in (INDEX, CONFIG, SIDECAR)):
+    known = (INDEX, CONFIG, SIDECAR, LORA_WEIGHTS)
+    if any(destination.iterdir()) and not any((destination / name).is_file() for name in known):
         raise UserError(f"{destination} is no checkpoint, so --overwrite leaves it alone; choose another destination.")
 
 

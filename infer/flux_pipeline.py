@@ -15,6 +15,7 @@ import numpy as np
 from dit_jax.models.network import Conditioning
 from dit_jax.sampling.sampler import Guided
 from dit_jax.sampling.schedules import Schedule
+from infer.loras import Held
 from infer.pipeline import Pipeline, interleaved
 from infer.request import Defaults, Job
 from infer.segments import Stage
@@ -28,6 +29,14 @@ class FluxPipeline(Pipeline):
 
     def _usual(self) -> Defaults:
         return Defaults(size=(1024, 1024), frames=1, steps=28, guidance=3.5, solver="euler", video=False)
+
+    def lora_models(self) -> dict[str, Held]:
+        held = vars(self)
+        return {
+            "transformer": (held, "transformer"),
+            "text_encoder": (held, "clip"),
+            "text_encoder_2": (held, "text_encoder"),
+        }
 
     def _load_models(self, dtype: Any, offload_expert: bool) -> None:
         self.shift = read_flux_shift(self.checkpoint)

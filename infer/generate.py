@@ -27,6 +27,7 @@ examples:
   out/seven.mp4
   dit-generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat surfing at dusk" --mesh context=8 --out cat.mp4
   dit-generate --model black-forest-labs/FLUX.1-schnell --prompt "a cat" --steps 4 --out cat.png
+  dit-generate --model black-forest-labs/FLUX.1-dev --lora style.safetensors:0.8 --prompt "a cat" --out cat.png
 """
 
 
@@ -45,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="FILE", help="a file with one prompt a line, in place of --prompt; outputs are numbered")
     add("--negative-prompt", metavar="T", default="", help="what it should not show")
     add("--out", required=True, metavar="FILE", help="output: .mp4 .mov .webm .gif .webp, or .png for one frame")
+    add("--lora", action="append", default=[], metavar="PATH[:STRENGTH]", help="merge a LoRA (strength 1); repeatable")
+    add("--allow-unmatched", action="store_true", help="leave out a LoRA's keys that match no layer, with a warning")
     add("--image", metavar="FILE", help="the first frame, for an image-to-video model")
     add("--last-image", metavar="FILE", help="the last frame, for a model that draws between two")
     add("--size", metavar="WxH", help="pixels, such as 832x480 (default: the model's)")
@@ -175,13 +178,23 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _load(options: argparse.Namespace):
+    from convert.lora import unmatched_keys_on_stderr
     from dit_jax.sharding import make_mesh, parse_mesh
     from infer.caches import keep_compiled_programs
+    from infer.loras import parse_choice
     from infer.pipeline import load_pipeline
 
     keep_compiled_programs()
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
-    return load_pipeline(options.model, mesh=mesh, offload_expert=options.offload_expert)
+    loras = [parse_choice(text) for text in options.lora]
+    with unmatched_keys_on_stderr():
+        return load_pipeline(
+            options.model,
+            mesh=mesh,
+            lora=loras,
+            allow_unmatched=options.allow_unmatched,
+            offload_expert=options.offload_expert,
+        )
 
 
 def _denoise_and_decode(pipe, job, out: Path, sheet: Path | None) -> list[Path]:
@@ -190,7 +203,7 @@ def _denoise_and_decode(pipe, job, out: Path, sheet: Path | None) -> list[Path]:
 
     with Bar(out.name) as bar:
         latents = pipe.denoise(job, bar)
-        kept = latents_file.write(out, latents, job, pipe.hash)
+        kept = latents_file.write(out, latents, job, pipe.hash, pipe.loras)
         paths = _decode(pipe, job, latents, out, sheet, bar)
     kept.unlink()
     return paths
@@ -199,7 +212,7 @@ def _denoise_and_decode(pipe, job, out: Path, sheet: Path | None) -> list[Path]:
 def _from_latents(pipe, options: argparse.Namespace) -> dict[str, Any]:
     from infer import latents_file
 
-    latents, job = latents_file.read(Path(options.from_latents), pipe.hash)
+    latents, job = latents_file.read(Path(options.from_latents), pipe.hash, pipe.loras)
     began, out = time.perf_counter(), Path(options.out)
     with Bar(out.name) as bar:
         paths = _decode(pipe, job, latents, out, Path(options.sheet) if options.sheet else None, bar)

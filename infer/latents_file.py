@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -15,11 +17,14 @@ from infer.request import Job
 SUFFIX = ".latents.safetensors"
 
 
-def write(out: Path, latents: np.ndarray, job: Job, checkpoint: str) -> Path:
+Loras = Sequence[Mapping[str, Any]]  # name, hash and strength of each
+
+
+def write(out: Path, latents: np.ndarray, job: Job, checkpoint: str, loras: Loras) -> Path:
     """Writes `OUT.latents.safetensors` beside the output and returns its path."""
     path = out.with_name(out.name + SUFFIX)
     path.parent.mkdir(parents=True, exist_ok=True)
-    details = {"job": json.dumps(job.describe()), "checkpoint": checkpoint}
+    details = {"job": json.dumps(job.describe()), "checkpoint": checkpoint, "loras": json.dumps(loras)}
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file({"latents": np.ascontiguousarray(latents)}, partial, details)
@@ -29,12 +34,13 @@ def write(out: Path, latents: np.ndarray, job: Job, checkpoint: str) -> Path:
     return path
 
 
-def read(path: Path, checkpoint: str) -> tuple[np.ndarray, Job]:
-    """(latents, the job that they answer); UserError if they are not there or come from another checkpoint."""
+def read(path: Path, checkpoint: str, loras: Loras) -> tuple[np.ndarray, Job]:
+    """(latents, the job that they answer); UserError if they are not there or come from another model or LoRA."""
     try:
         with safe_open(path, framework="np") as file:
             latents, details = file.get_tensor("latents"), file.metadata() or {}
             job, source = Job(**json.loads(details["job"])), details["checkpoint"]
+            merged = json.loads(details.get("loras", "[]"))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"cannot read latents from {str(path)!r} ({error}): expected a file *{SUFFIX} left by dit-generate"
@@ -42,5 +48,9 @@ def read(path: Path, checkpoint: str) -> tuple[np.ndarray, Job]:
     if source != checkpoint:
         raise UserError(
             f"{path} was made by checkpoint {source}, this model is {checkpoint}: pass the --model that made it"
+        )
+    if merged != loras:
+        raise UserError(
+            f"{path} has LoRAs {json.dumps(merged)}, found {json.dumps(loras)}: pass the --lora that made it"
         )
     return latents, job

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from convert.checkpoint import Checkpoint, checkpoint_hash, load_model, open_checkpoint
+from convert.checkpoint import Checkpoint, checkpoint_hash, leaf_reader, open_checkpoint
+from convert.lora_keys import Target
 from convert.wan import LOW_NOISE
 from dit_jax.config import UserError
+from dit_jax.lora import Lora, merged_leaf, of_leaf
 from dit_jax.models.network import grid
+from dit_jax.parameters import with_leaves
 from dit_jax.sampling.sampler import Carry, Guided, noise, sample
 from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
 from dit_jax.sharding import batch_sharding, batch_shardings, leaf_sharding, replicated
 from infer import media
+from infer.loras import Held, LoraChoice, read_choice, replace_leaves
 from infer.placement import picture_sharding
 from infer.programs import Programs
 from infer.request import Defaults, Job, Limits, Request, check, fill
@@ -62,12 +66,20 @@ class Result:
 
 
 def load_pipeline(
-    path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None, offload_expert: bool = False
+    path: str | Path,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = None,
+    lora: Sequence[LoraChoice] = (),
+    allow_unmatched: bool = False,
+    offload_expert: bool = False,
 ) -> Pipeline:
-    """A pipeline from a diffusers directory, a native checkpoint, the original Wan files, a hub id or a shipped model.
+    """A pipeline from a diffusers directory, a native checkpoint, the original files, a hub id or a shipped model.
 
     dtype           of the transformer and the text encoders; by default fp32 on a CPU, bf16 elsewhere. The VAE and the
                     image encoder stay in fp32.
+    lora            LoRAs to merge: (file, strength) or a file at strength 1; `allow_unmatched` as for
+                    `Pipeline.set_loras`
     offload_expert  of a model with two experts, keep one at a time on the devices and read the other from the
                     checkpoint when its turn comes
     """
@@ -85,7 +97,10 @@ def load_pipeline(
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     folder = Path(path).expanduser()
     name = folder.resolve().name if folder.exists() else str(path)
-    return _backbone(checkpoint)(checkpoint, name, mesh, dtype, offload_expert)
+    pipe = _backbone(checkpoint)(checkpoint, name, mesh, dtype, offload_expert)
+    if lora:
+        pipe.set_loras(lora, allow_unmatched=allow_unmatched)
+    return pipe
 
 
 def _backbone(checkpoint: Checkpoint) -> type[Pipeline]:
@@ -117,6 +132,10 @@ class Pipeline(ABC):
         self.checkpoint, self.name, self.mesh, self.programs = checkpoint, name, mesh, Programs()
         self.hash = checkpoint_hash(checkpoint)
         self.defaults = read_defaults(checkpoint, self._usual())
+        self.loras: list[dict[str, Any]] = []  # name, hash and strength of each that is merged
+        self._chosen: dict[str, list[tuple[Lora, float]]] = {}  # component -> what is merged into it
+        self._read_leaf: dict[str, Callable[[str], jax.Array]] = {}
+        self._merged_leaves: dict[str, frozenset[str]] = {}
         self._load_models(dtype, offload_expert)
 
     @abstractmethod
@@ -130,9 +149,52 @@ class Pipeline(ABC):
         return Defaults()
 
     def _load(self, name: str, dtype: Any):
-        table = self.checkpoint.component(name).axes
-        placed = partial(leaf_sharding, table=table, mesh=self.mesh) if self.mesh is not None and table else None
-        return load_model(self.checkpoint, name, mesh=self.mesh, shardings=placed, dtype=dtype)
+        model = self.checkpoint.component(name)
+        placed = None
+        if self.mesh is not None and model.axes:
+            placed = partial(leaf_sharding, table=model.axes, mesh=self.mesh)
+        read = leaf_reader(self.checkpoint, name, mesh=self.mesh, shardings=placed, dtype=dtype)
+        self._read_leaf[name] = read
+        loras = self._chosen.get(name, [])
+        self._merged_leaves[name] = _names(loras)
+        with self._on_mesh():
+            leaves = {leaf: merged_leaf(read(leaf), of_leaf(leaf, loras)) for leaf in model.shapes}
+        return with_leaves(model.abstract, leaves)
+
+    def lora_models(self) -> dict[str, Held]:
+        """Component that a LoRA may add to -> where its model is held."""
+        held = vars(self)
+        return {"transformer": (held, "transformer"), "text_encoder": (held, "text_encoder")}
+
+    def set_loras(self, loras: Sequence[LoraChoice], *, allow_unmatched: bool = False) -> None:
+        """Merges these LoRAs, (file, strength) or a file at strength 1, in place of those merged before; none unmerges.
+
+        Merging starts from the checkpoint's own weights, which are read again where a LoRA had been added: nothing
+        drifts, no second copy is kept, and nothing compiles again. An expert that is not on the devices gets them when
+        it is read. Raises UserError, with the models as they were, for a LoRA that cannot be read or does not fit;
+        `allow_unmatched` makes keys that match no layer a warning.
+        """
+        models = self.lora_models()
+        targets = {name: Target.of(self.checkpoint.component(name)) for name in models}
+        chosen = [read_choice(choice, targets, allow_unmatched) for choice in loras]
+        for component, held in models.items():
+            parts = [(lora.parts[component], lora.strength) for lora in chosen if component in lora.parts]
+            self._chosen[component] = parts
+            if held[1] in held[0]:
+                self._merge(component, held, parts)
+        self.loras = [lora.describe() for lora in chosen]
+
+    def _merge(self, component: str, held: Held, loras: Sequence[tuple[Lora, float]]) -> None:
+        read, merged, wanted = self._read_leaf[component], self._merged_leaves[component], _names(loras)
+        # Until all is done every one of them may have been merged into: an interruption is mended by the next call.
+        self._merged_leaves[component] = merged | wanted
+
+        def value(name: str, leaf: jax.Array) -> jax.Array:
+            return merged_leaf(read(name) if name in merged else leaf, of_leaf(name, loras))
+
+        with self._on_mesh():
+            replace_leaves(held, merged | wanted, value)
+        self._merged_leaves[component] = wanted
 
     @property
     def transformer_config(self) -> Any:
@@ -239,7 +301,9 @@ class Pipeline(ABC):
         return jnp.array(job.latents, jnp.float32)  # a copy: the sampler donates it
 
     def _metadata(self, job: Job) -> list[dict[str, Any]]:
-        shared = {"model": self.name, "checkpoint": self.hash, "plan": "dense"}
+        shared: dict[str, Any] = {"model": self.name, "checkpoint": self.hash, "plan": "dense"}
+        if self.loras:
+            shared |= {"loras": self.loras}
         told = {name: value for name, value in job.describe().items() if name != "prompts"} | shared
         seeds = [job.seed + i if job.latents is None else None for i in range(len(job.prompts))]
         return [told | {"prompt": prompt, "seed": seed} for prompt, seed in zip(job.prompts, seeds, strict=True)]
@@ -258,6 +322,10 @@ class Pipeline(ABC):
         """How the VAE's latents and videos [B, T, Y, X, C] are split."""
         _, rows, columns, _ = self.latents_shape(job.size, job.frames)
         return None if self.mesh is None else picture_sharding(self.mesh, len(job.prompts), rows, columns)
+
+
+def _names(loras: Sequence[tuple[Lora, float]]) -> frozenset[str]:
+    return frozenset(name for lora, _ in loras for name in lora)
 
 
 def put(value, sharding: NamedSharding | None) -> jax.Array:

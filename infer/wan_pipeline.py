@@ -26,6 +26,7 @@ from dit_jax.models.wan import TEXT_TOKENS_WITH_IMAGE
 from dit_jax.sampling.sampler import Guided
 from dit_jax.sampling.schedules import Schedule
 from infer.experts import Experts
+from infer.loras import Held
 from infer.pipeline import VAE_CHUNK, Pipeline, interleaved, put
 from infer.request import Defaults, Job, Limits
 from infer.segments import Stage, stages_between
@@ -53,6 +54,10 @@ class WanPipeline(Pipeline):
         self.vae = self._load("vae", jnp.float32)
         has_image_branch = self.transformer_config.image_width is not None
         self.image_encoder = self._load("image_encoder", jnp.float32) if has_image_branch else None
+
+    def lora_models(self) -> dict[str, Held]:
+        experts = {name: (self.experts.resident, name) for name in self.experts}
+        return experts | {"text_encoder": (vars(self), "text_encoder")}
 
     @property
     def transformer(self) -> Any:

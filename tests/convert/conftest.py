@@ -122,3 +122,21 @@ def image_pipeline(tmp_path_factory) -> Path:
 def projecting_pipeline(tmp_path_factory) -> Path:
     """An image-to-video pipeline whose CLIP has its projection, as the authors' file has."""
     return _save(tmp_path_factory.mktemp("projecting"), image=True, projection=True)
+
+
+@pytest.fixture(scope="session")
+def lora_flux(tmp_path_factory):
+    """A tiny FLUX transformer that LoRAs are merged into, in diffusers and here."""
+    import lora_models
+
+    folder = tmp_path_factory.mktemp("lora-flux")
+    return lora_models.Tiny(folder, lora_models.flux_model, lora_models.FLUX_MODULES, lora_models.FluxPipeline)
+
+
+@pytest.fixture(scope="session")
+def lora_wan(tmp_path_factory):
+    """A tiny Wan transformer that LoRAs are merged into, in diffusers and here."""
+    import lora_models
+
+    folder = tmp_path_factory.mktemp("lora-wan")
+    return lora_models.Tiny(folder, lora_models.wan_model, lora_models.WAN_MODULES, lora_models.WanPipeline)

@@ -1,0 +1,137 @@
+"""Adapters merged into leaves: in what precision, on what mesh, and from which weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_jax.config import UserError
+from dit_jax.lora import Adapter, delta, merged, merged_leaf
+from dit_jax.models.wan import Wan, WanConfig
+from dit_jax.parameters import named_leaves
+
+TINY = WanConfig(
+    blocks=3, width=24, heads=2, head_width=12, mlp_width=20, in_channels=4, out_channels=4, text_width=11,
+    time_frequencies=8,
+)  # fmt: skip
+QUERY, OUT, BIAS = "blocks.attn1.q.linear.kernel", "out.kernel", "blocks.mlp.up.bias"
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def low_rank(inputs, outputs, blocks=(), rank=4, seed=0):
+    """An adapter of ordinary size with another alpha and rank in every block."""
+    down = random(*blocks, *inputs, rank, seed=seed) / np.prod(inputs) ** 0.5
+    up, ranks = random(*blocks, rank, *outputs, seed=seed + 1), np.full(blocks, rank, np.float32)
+    alpha = (1 + np.arange(blocks[0] if blocks else 1, dtype=np.float32)) * 1.5
+    return Adapter(stacked=bool(blocks), down=down, up=up, alpha=alpha if blocks else alpha[0], rank=ranks)
+
+
+def model():
+    abstract = nnx.eval_shape(lambda: Wan(TINY, nnx.Rngs(0)))
+    return jax.tree.map(lambda leaf: jnp.asarray(random(*leaf.shape)), abstract)
+
+
+def lora(seed=0):
+    return {
+        QUERY: low_rank((24,), (2, 12), blocks=(3,), seed=seed),
+        OUT: low_rank((24,), (16,), seed=seed),
+        BIAS: Adapter(stacked=True, full=random(3, 20, seed=seed)),
+    }
+
+
+def leaves(module):
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(module)}
+
+
+def by_hand(weights, adapters):
+    """In fp64, block by block, from the definition."""
+    total = weights.astype(np.float64)
+    for adapter, strength in adapters:
+        if adapter.full is not None:
+            total = total + strength * np.float64(adapter.full)
+            continue
+        blocks = range(len(adapter.alpha)) if adapter.stacked else [slice(None)]
+        parts = []
+        for block in blocks if adapter.stacked else [...]:
+            product = np.tensordot(np.float64(adapter.down[block]), np.float64(adapter.up[block]), 1)
+            parts.append(product * adapter.alpha[block] / adapter.rank[block])
+        total = total + strength * (np.stack(parts) if adapter.stacked else parts[0])
+    return total
+
+
+def test_every_touched_leaf_is_the_sum_and_no_other_changes():
+    loras = [(lora(0), 0.8), (lora(5), -0.4)]
+    before, after = model(), leaves(merged(model(), loras))
+    for name, weights in leaves(before).items():
+        if name in (QUERY, OUT, BIAS):
+            expected = by_hand(weights, [(own[name], strength) for own, strength in loras])
+            assert np.linalg.norm(after[name] - expected) <= 1e-6 * np.linalg.norm(expected)
+            assert np.linalg.norm(after[name] - weights) > 0.1 * np.linalg.norm(weights)
+        else:
+            np.testing.assert_array_equal(after[name], weights)
+
+
+def test_the_model_that_is_merged_into_stays_as_it_is():
+    pristine = model()
+    first = leaves(merged(pristine, [(lora(), 1.0)]))
+    for name, weights in leaves(model()).items():
+        np.testing.assert_array_equal(leaves(pristine)[name], weights)
+    again = leaves(merged(pristine, [(lora(), 1.0)]))
+    assert all((first[name] == again[name]).all() for name in first)
+
+
+def test_bf16_weights_are_rounded_once():
+    weights = jnp.asarray(random(3, 24, 2, 12), jnp.bfloat16)
+    adapters = [(lora()[QUERY], 0.5), (lora(7)[QUERY], 0.25)]
+    found = merged_leaf(weights, adapters)
+    assert found.dtype == jnp.bfloat16
+    expected = by_hand(np.asarray(weights, np.float32), adapters)
+    nearest = np.asarray(jnp.asarray(expected, jnp.float32).astype(jnp.bfloat16), np.float32)
+    differing = np.asarray(found, np.float32) != nearest  # ties, a last bit of fp32 apart
+    assert differing.mean() < 0.001
+
+
+def test_a_leaf_that_the_model_lacks_is_refused_by_name():
+    with pytest.raises(UserError, match=r"no leaf blocks\.nothing"):
+        merged(model(), [({"blocks.nothing": lora()[BIAS]}, 1.0)])
+
+
+def test_adapters_are_data_that_gradients_reach():
+    weights, adapter = jnp.asarray(random(3, 24, 2, 12)), lora()[QUERY]
+
+    def loss(adapter):
+        return ((weights + jax.vmap(delta)(adapter)) ** 2).sum()
+
+    gradient = jax.grad(loss)(jax.tree.map(jnp.asarray, adapter))
+    assert gradient.down.shape == adapter.down.shape and np.abs(gradient.up).max() > 0
+
+
+MESHES = ("fsdp=4,tensor=2", "data=2,context=4")
+
+
+@pytest.fixture(scope="module")
+def on_eight():
+    flags = "--xla_force_host_platform_device_count=8"
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("lora_on_eight_devices.py")), *MESHES],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_sharded_model_gets_the_same_weights_and_keeps_its_shardings(on_eight, mesh):
+    assert on_eight[mesh]["error"] <= 1e-6
+    assert on_eight[mesh]["shardings kept"]
+    assert on_eight[mesh]["sharded leaves"] == (2 if "fsdp" in mesh else 0)

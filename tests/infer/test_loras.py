@@ -1,0 +1,287 @@
+"""LoRAs of a pipeline: against diffusers, and merging, changing and removing them without compiling again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_flux
+import torch
+from safetensors.numpy import load_file, save_file
+
+from dit_jax.config import UserError
+from dit_jax.parameters import named_leaves
+from infer import generate, load_pipeline, media
+from infer.loras import parse_choice
+
+SIZE = (96, 64)
+VIDEO = dict(size=(32, 48), frames=5, steps=3, guidance=4.0)
+FLUX_LAYERS = [
+    "transformer_blocks.1.attn.to_q",
+    "transformer_blocks.0.attn.add_k_proj",
+    "transformer_blocks.0.ff.net.2",
+]
+FLUX_LAYERS += [
+    f"single_transformer_blocks.{i}.{name}" for i in (0, 1) for name in ("attn.to_k", "proj_mlp", "proj_out")
+]
+CLIP_LAYERS = [f"text_model.encoder.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.fc1")]
+T5_LAYERS = ["encoder.block.0.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo"]
+WAN_LAYERS = [f"blocks.{i}.{name}" for i in (0, 2) for name in ("attn1.to_k", "attn2.to_out.0", "ffn.net.0.proj")]
+
+
+def weights_of(model):
+    """Shapes of weights, by their names with and without the prefix that transformers 5 has dropped."""
+    shapes = {name.removesuffix(".weight"): tuple(p.shape) for name, p in model.state_dict().items()}
+    return shapes | {f"text_model.{name}": shape for name, shape in shapes.items()}
+
+
+def write_lora(file, models, seed=0, key="{component}.{name}.lora_{half}.weight"):
+    """A LoRA file in diffusers' style, alphas other than ranks in its metadata.
+
+    models  component -> (diffusers' model, names of layers)
+    """
+    rng, tensors, metadata = np.random.default_rng(seed), {}, {}
+    for component, (model, layers) in models.items():
+        shapes, config = weights_of(model), {"r": 2, "lora_alpha": 3, "rank_pattern": {}, "alpha_pattern": {}}
+        for number, name in enumerate(layers):
+            rank, (outputs, inputs) = 1 + number % 3, shapes[name]
+            half = dict(zip("AB", [(rank, inputs), (outputs, rank)], strict=True))
+            for letter, shape in half.items():
+                value = 0.7 * rng.standard_normal(shape).astype(np.float32) / shape[1] ** 0.5
+                tensors[key.format(component=component, name=name, half=letter)] = value
+            pattern = name.removeprefix("text_model.") if component != "transformer" else f"^{name}"
+            config["rank_pattern"][pattern], config["alpha_pattern"][pattern] = rank, rank * (0.5 + number % 2)
+        config["target_modules"] = [name.removeprefix("text_model.") for name in layers]
+        metadata |= {f"{component}.{name}": value for name, value in config.items()}
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(metadata)})
+    return file
+
+
+def leaves(pipe):
+    models = {name: holder[key] for name, (holder, key) in pipe.lora_models().items()}
+    return {f"{c}.{name}": np.asarray(leaf) for c, model in models.items() for name, leaf in named_leaves(model)}
+
+
+def differing(one, other):
+    return {name for name in one if not np.array_equal(one[name], other[name])}
+
+
+def relative(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    """(folder, diffusers pipeline, ours) of a tiny FLUX dev."""
+    folder, theirs = tmp_path_factory.mktemp("flux") / "tiny-flux", tiny_flux.pipeline(dev=True)
+    theirs.save_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    return folder, theirs, load_pipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def wan(text_to_video):
+    folder, theirs = text_to_video
+    return folder, theirs, load_pipeline(folder)
+
+
+@pytest.fixture
+def flux_lora(flux, tmp_path):
+    _, theirs, _ = flux
+    models = {"transformer": (theirs.transformer, FLUX_LAYERS), "text_encoder": (theirs.text_encoder, CLIP_LAYERS)}
+    return write_lora(tmp_path / "style.safetensors", models)
+
+
+@pytest.fixture
+def wan_loras(wan, tmp_path):
+    models = {"transformer": (wan[1].transformer, WAN_LAYERS)}
+    return [write_lora(tmp_path / f"{seed}.safetensors", models, seed) for seed in (0, 1)]
+
+
+def packed(latents):
+    b, _, y, x, c = latents.shape
+    z = torch.tensor(latents)[:, 0].permute(0, 3, 1, 2).reshape(b, c, y // 2, 2, x // 2, 2)
+    return z.permute(0, 2, 4, 1, 3, 5).reshape(b, y * x // 4, 4 * c)
+
+
+def test_a_flux_pipeline_with_a_lora_equals_diffusers(flux, flux_lora):
+    _, theirs, pipe = flux
+    noise = np.random.default_rng(0).standard_normal((1, 1, 8, 12, tiny_flux.CHANNELS)).astype(np.float32)
+    options = dict(prompt="a red cat", width=SIZE[0], height=SIZE[1], num_inference_steps=3, guidance_scale=2.5)
+    theirs.load_lora_weights(flux_lora, adapter_name="style")
+    theirs.set_adapters("style", 0.8)
+    try:
+        with torch.no_grad():
+            latents = theirs(**options, latents=packed(noise), output_type="latent").images
+    finally:
+        theirs.unload_lora_weights()
+    expected = theirs._unpack_latents(latents, SIZE[1], SIZE[0], theirs.vae_scale_factor).permute(0, 2, 3, 1)[:, None]
+
+    def ours():
+        return pipe("a red cat", size=SIZE, steps=3, guidance=2.5, latents=noise).latents
+
+    plain = ours()
+    pipe.set_loras([(flux_lora, 0.8)])
+    found = ours()
+    pipe.set_loras([])
+    assert relative(found, expected.numpy()) <= 1e-4
+    assert relative(plain, expected.numpy()) > 1e-2
+
+
+def test_a_wan_pipeline_with_two_loras_equals_diffusers(wan, wan_loras):
+    _, theirs, pipe = wan
+    noise = np.random.default_rng(0).standard_normal((1, 2, 4, 6, 4)).astype(np.float32)
+    for number, file in enumerate(wan_loras):
+        theirs.load_lora_weights(file, adapter_name=f"lora{number}")
+    theirs.set_adapters(["lora0", "lora1"], [0.8, -0.5])
+    try:
+        with torch.no_grad():
+            expected = theirs(
+                prompt="a red cat", width=48, height=32, num_frames=5, num_inference_steps=3, guidance_scale=4.0,
+                latents=torch.tensor(noise).permute(0, 4, 1, 2, 3), output_type="latent",
+            ).frames  # fmt: skip
+    finally:
+        theirs.unload_lora_weights()
+    options = VIDEO | {"size": (48, 32), "latents": noise}
+    plain = pipe("a red cat", **options).latents
+    pipe.set_loras([(wan_loras[0], 0.8), (wan_loras[1], -0.5)])
+    found = pipe("a red cat", **options).latents
+    pipe.set_loras([])
+    expected = expected.permute(0, 2, 3, 4, 1).numpy()
+    assert relative(found, expected) <= 1e-4
+    assert relative(plain, expected) > 1e-2
+
+
+def test_strengths_change_and_loras_go_without_compiling_again(wan, wan_loras):
+    _, _, pipe = wan
+    pristine, plain = leaves(pipe), pipe("a red cat", **VIDEO).latents
+    known = len(pipe.programs)
+    found = []
+    for strength in (0.8, 0.3, 0.8):
+        pipe.set_loras([(wan_loras[0], strength)])
+        found.append((leaves(pipe), pipe("a red cat", **VIDEO).latents))
+    assert not differing(found[0][0], found[2][0]), "merging again is not merging twice"
+    assert differing(found[0][0], found[1][0]) == differing(found[0][0], pristine)
+    assert relative(found[0][1], found[1][1]) > 1e-3
+    pipe.set_loras([wan_loras[1]])
+    pipe.set_loras([])
+    assert not differing(leaves(pipe), pristine), "unmerging is exact"
+    np.testing.assert_array_equal(pipe("a red cat", **VIDEO).latents, plain)
+    assert len(pipe.programs) == known
+
+
+def test_a_pipeline_in_bf16_gets_its_own_weights_back(wan, wan_loras):
+    folder, _, exact = wan
+    pipe = load_pipeline(folder, dtype=jnp.bfloat16, lora=[(wan_loras[0], 0.8)])
+    touched = {name for name in leaves(pipe) if "attn1.k.linear.kernel" in name}
+    merged = leaves(pipe)
+    pipe.set_loras([])
+    pristine = leaves(pipe)
+    assert touched < differing(merged, pristine) and pristine[min(touched)].dtype == jnp.bfloat16
+    assert not differing(pristine, leaves(load_pipeline(folder, dtype=jnp.bfloat16)))
+    exact.set_loras([(wan_loras[0], 0.8)])
+    gap = [relative(np.float32(merged[name]), leaves(exact)[name]) for name in differing(merged, pristine)]
+    exact.set_loras([])
+    assert max(gap) < 2**-8
+
+
+@pytest.mark.parametrize(("clip", "t5"), [("lora_te1_", "lora_te3_"), ("lora_te_", "lora_te2_")])
+def test_kohyas_text_encoders_are_merged_into_both_encoders(flux, tmp_path, clip, t5):
+    _, theirs, pipe = flux
+    models = {"text_encoder": (theirs.text_encoder, CLIP_LAYERS), "text_encoder_2": (theirs.text_encoder_2, T5_LAYERS)}
+    pipe.set_loras([write_lora(tmp_path / "a.safetensors", models)])
+    expected = leaves(pipe)
+    dotted = write_lora(tmp_path / "b.safetensors", models)
+    kohya = {}
+    for key, value in load_file(dotted).items():
+        component, _, name = key.partition(".")
+        name, half = name.split(".lora_")
+        layer = (t5 if component == "text_encoder_2" else clip) + name.replace(".", "_")
+        number = (T5_LAYERS if component == "text_encoder_2" else CLIP_LAYERS).index(name)
+        kohya[f"{layer}.{'lora_down' if half[0] == 'A' else 'lora_up'}.weight"] = value
+        kohya[f"{layer}.alpha"] = np.array((1 + number % 3) * (0.5 + number % 2), np.float32)
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    pipe.set_loras([tmp_path / "kohya.safetensors"])
+    found = leaves(pipe)
+    pipe.set_loras([])
+    assert not differing(found, expected)
+    assert {name.split(".")[0] for name in differing(found, leaves(pipe))} == {"text_encoder", "text_encoder_2"}
+
+
+def test_a_lora_that_does_not_fit_leaves_the_pipeline_as_it_was(wan, wan_loras, flux_lora):
+    _, _, pipe = wan
+    pipe.set_loras([(wan_loras[0], 0.8)])
+    before, told = leaves(pipe), pipe.loras
+    for loras in ([wan_loras[1], flux_lora], [(wan_loras[1], float("nan"))], [(wan_loras[1], "much")], ["/no/such"]):
+        with pytest.raises(UserError):
+            pipe.set_loras(loras)
+    assert not differing(leaves(pipe), before) and pipe.loras == told
+    pipe.set_loras([])
+
+
+def test_the_command_merges_loras_and_records_them(wan, wan_loras, tmp_path, capsys):
+    out = tmp_path / "x.mp4"
+    arguments = ["--model", str(wan[0]), "--prompt", "a red cat", "--size", "48x32", "--frames", "5", "--steps", "1"]
+    arguments += ["--out", str(out), "--lora", f"{wan_loras[0]}:0.8", "--lora", str(wan_loras[1])]
+    assert generate.main(arguments) == 0
+    told = media.read_metadata(out)["loras"]
+    assert [(lora["name"], lora["strength"]) for lora in told] == [("0.safetensors", 0.8), ("1.safetensors", 1.0)]
+    assert told[0]["hash"] != told[1]["hash"] and len(told[0]["hash"]) == 12
+
+
+def test_latents_that_a_lora_made_are_decoded_under_its_name(wan, wan_loras, tmp_path, monkeypatch, capsys):
+    out, latents = tmp_path / "x.mp4", tmp_path / "x.mp4.latents.safetensors"
+    arguments = ["--model", str(wan[0]), "--out", str(out)]
+    lora = ["--lora", f"{wan_loras[0]}:0.5"]
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            media, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device", "x.mp4"))
+        )
+        size = ["--prompt", "a red cat", "--size", "48x32", "--frames", "5", "--steps", "1"]
+        assert generate.main([*arguments, *lora, *size]) == 2
+    capsys.readouterr()
+    assert generate.main([*arguments, "--from-latents", str(latents)]) == 2
+    assert "pass the --lora that made it" in capsys.readouterr().err
+    assert generate.main([*arguments, *lora, "--from-latents", str(latents)]) == 0
+    assert media.read_metadata(out)["loras"][0]["strength"] == 0.5
+
+
+def test_unmatched_keys_stop_the_command_or_are_a_warning(wan, wan_loras, flux_lora, tmp_path, capsys):
+    odd = {"transformer.blocks.9.attn1.to_k.lora_A.weight": np.ones((1, 32), np.float32)}
+    save_file(load_file(wan_loras[0]) | odd, tmp_path / "odd.safetensors")
+    arguments = ["--model", str(wan[0]), "--prompt", "a red cat", "--size", "48x32", "--frames", "5", "--steps", "1"]
+    arguments += ["--out", str(tmp_path / "x.mp4"), "--lora", str(tmp_path / "odd.safetensors")]
+    assert generate.main(arguments) == 2
+    assert "1 keys match no layer" in capsys.readouterr().err and not (tmp_path / "x.mp4").exists()
+    assert generate.main([*arguments, "--allow-unmatched"]) == 0
+    error = capsys.readouterr().err
+    assert "warning: " in error and "blocks.9.attn1.to_k" in error and (tmp_path / "x.mp4").exists()
+
+
+def test_a_strength_stands_behind_a_colon(tmp_path):
+    (tmp_path / "a:1").write_text("")
+    assert parse_choice("style.safetensors") == "style.safetensors"
+    assert parse_choice("style.safetensors:-0.5") == ("style.safetensors", -0.5)
+    assert parse_choice(f"{tmp_path}/a:1") == f"{tmp_path}/a:1"
+    with pytest.raises(UserError, match="expected a number"):
+        parse_choice("style.safetensors:strong")
+
+
+def test_on_eight_devices_weights_are_the_same_and_programs_stay_valid(wan, wan_loras, tmp_path):
+    flags = "--xla_force_host_platform_device_count=8"
+    script, out = Path(__file__).with_name("loras_on_eight_devices.py"), tmp_path / "found.npz"
+    run = subprocess.run(
+        [sys.executable, str(script), str(wan[0]), str(wan_loras[0]), str(out)],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    pipe = wan[2]
+    pipe.set_loras([(wan_loras[0], 0.8)])
+    expected, found = leaves(pipe), np.load(out)
+    pipe.set_loras([])
+    assert max(np.abs(found[name] - weights).max() for name, weights in expected.items()) <= 1e-6
+    assert differing(expected, leaves(pipe))
