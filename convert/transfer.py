@@ -54,10 +54,10 @@ def convert(
         for place, content in files.items():
             _copy(content, folder / place)
         for name, part in leaves.items():
-            if layout == "native":
-                write_native(folder / name / PARAMS, part)
-                continue
             component = source.component(name)
+            if layout == "native":
+                write_native(folder / name / PARAMS, part, component.axes)
+                continue
             in_place, stem = folder / name, component.stem
             if layout == "original":
                 in_place, stem = folder, original.STEMS[name or original.TRANSFORMER]
@@ -154,7 +154,7 @@ def write_model(
     folder.mkdir(parents=True)
     write_durably(folder / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
     if layout == "native":
-        write_native(folder / PARAMS, leaves)
+        write_native(folder / PARAMS, leaves, component.axes)
     else:
         tensors = tensors_from_leaves(leaves, component.rows_to_write("diffusers"), "diffusers")
         write_tensors(folder, component.stem, tensors, MAX_SHARD_BYTES)
