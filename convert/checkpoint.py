@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from convert import original
 from convert.components import COMPONENTS, Component, Settings, class_in_index, component_of, read_json, with_class
 from convert.leaves import Leaf, check_leaves, leaves_from_tensors
+from convert.locks import FileLock
 from convert.native import PARAMS, is_native, read_native
 from convert.safetensors_files import Tensor, read_tensors, weight_files
 from dit_jax.config import UserError
@@ -40,14 +41,18 @@ _PAGE = 1 << 16
 class Checkpoint:
     """A checkpoint on disk, in whatever layout, seen as a diffusers folder.
 
-    settings  component -> config.json, of the components that have weights; a lone model is the component ""
-    files     place in a diffusers folder -> file or contents, of everything that is not weights
+    settings   component -> config.json, of the components that have weights; a lone model is the component ""
+    files      place in a diffusers folder -> file or contents, of everything that is not weights
+    converted  component -> native weights to read in place of the folder's own (`convert/cache.py`)
+    held       locks on these, for as long as this lives
     """
 
     folder: Path
     layout: CheckpointLayout
     settings: dict[str, Settings]
     files: dict[str, Path | bytes]
+    converted: dict[str, Path] = field(default_factory=dict)
+    held: tuple[FileLock, ...] = ()
     _components: dict[str, Component] = field(default_factory=dict, repr=False)
 
     @property
@@ -85,9 +90,10 @@ class Checkpoint:
         """
         model, source = self.component(name), self.folder / name
         shapes = model.shapes
-        if self.layout == "native":
-            leaves = read_native(source / PARAMS)
-            check_leaves(leaves, shapes, source / PARAMS)
+        if self.layout == "native" or name in self.converted:
+            params = self.converted.get(name, source / PARAMS)
+            leaves = read_native(params)
+            check_leaves(leaves, shapes, params)
             return leaves
         layout: Literal["diffusers", "original"] = "original" if self.layout == "original" else "diffusers"
         return leaves_from_tensors(self.tensors(name), model.rows, shapes, layout, source)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import signal
 import sys
 import time
@@ -14,13 +13,13 @@ from types import FrameType
 from tqdm import tqdm
 
 from convert.checkpoint import CheckpointLayout, open_checkpoint
+from convert.sizes import parse_bytes
 from convert.summary import summarise
 from convert.transfer import MAX_SHARD_BYTES, convert
 from dit_jax.config import UserError
 
 _SOURCE = "folder, hub id org/name[@revision], or demo-wan"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     to_torch.add_argument("--layout", choices=("diffusers", "original"), default="diffusers")
     to_torch.add_argument(
         "--max-shard-size",
-        type=_bytes,
+        type=parse_bytes,
         default=MAX_SHARD_BYTES,
         metavar="SIZE",
         help="split files above it (default 5GB)",
@@ -75,13 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("source", metavar="SRC", help=_SOURCE)
     inspect.add_argument("--json", action="store_true", help="one JSON object")
     return parser
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)?", text.strip().upper())
-    if not match or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected a number with KB, MB or GB, such as 5GB")
-    return int(match[1]) * _UNITS[match[2] or ""]
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -169,7 +169,7 @@ class _Files:
         return tuple(index)
 
     def read(self, block: int | None, index: Index) -> np.ndarray | None:
-        """A rectangle of a block, mapped from its files where it lies in one; None if a file is not what it should be."""
+        """A rectangle of a block, mapped where one file holds it; None if a file is missing or of another size."""
         if not self.own:
             return self._mapped(block, 0)
         start, stop, _ = index[self.axis].indices(self.own[self.axis])
@@ -219,7 +219,7 @@ def _open_leaf(folder: Path, name: str, driver: str) -> Leaf:
         if array is not None:
             return array
         try:
-            return store[index if block is None else (block, *index)].read().result()
+            return (store if block is None else store[block])[index].read().result()
         except ValueError as error:
             raise UserError(
                 f"{place(block)} cannot be read (expected {dtype}, shape {shape}); the checkpoint is damaged, "

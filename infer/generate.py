@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from convert.sizes import parse_bytes
 from dit_jax.config import UserError
 from infer.digit_grammar import GRAMMAR, unknown_words
 
@@ -47,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     add("--solver", metavar="S", help="unipc or euler (default: the model's)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the starting noise; output i has seed N + i")
     add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")
+    add("--cache-dir", metavar="DIR", help="keep converted weights there, so that they are converted once")
+    add("--cache-limit", type=parse_bytes, default="100GB", metavar="SIZE", help="of --cache-dir (default 100GB)")
     add("--sheet", metavar="FILE", help="also write a contact sheet of the frames: .png; numbered as outputs are")
     add("--from-latents", metavar="FILE", help="decode latents that an earlier run left behind; no prompt needed")
     add("--json", action="store_true", help="print one JSON object as the last line")
@@ -153,13 +157,23 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _load(options: argparse.Namespace):
+    from tqdm import tqdm
+
     from dit_jax.sharding import make_mesh, parse_mesh
     from infer.caches import keep_compiled_programs
     from infer.pipeline import load_pipeline
 
     keep_compiled_programs()
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
-    return load_pipeline(options.model, mesh=mesh)
+    with warnings.catch_warnings(), tqdm(unit="B", unit_scale=True, delay=3, leave=False) as bar:
+        warnings.showwarning = _one_line
+        return load_pipeline(
+            options.model, mesh=mesh, cache_dir=options.cache_dir, cache_limit=options.cache_limit, progress=bar
+        )
+
+
+def _one_line(message: Warning | str, *_) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _denoise_and_decode(pipe, job, out: Path, sheet: Path | None) -> list[Path]:

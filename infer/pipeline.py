@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from tqdm import tqdm
 
+from convert.cache import LIMIT, Cache, with_cached_weights
 from convert.checkpoint import Checkpoint, checkpoint_hash, load_model, open_checkpoint
 from dit_jax.config import UserError
 from dit_jax.models.network import grid
@@ -60,11 +62,22 @@ class Result:
         return names
 
 
-def load_pipeline(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None) -> Pipeline:
+def load_pipeline(
+    path: str | Path,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = None,
+    cache_dir: str | Path | None = None,
+    cache_limit: int = LIMIT,
+    progress: tqdm | None = None,
+) -> Pipeline:
     """A pipeline from a diffusers directory, a native checkpoint, the original Wan files, a hub id or a shipped model.
 
-    dtype  of the transformer and the text encoders; by default fp32 on a CPU, bf16 elsewhere. The VAE and the image
-           encoder stay in fp32.
+    dtype        of the transformer and the text encoders; by default fp32 on a CPU, bf16 elsewhere. The VAE and the
+                 image encoder stay in fp32.
+    cache_dir    where converted weights are kept, so that they are converted once (`convert/cache.py`); None keeps none
+    cache_limit  of that folder, in bytes
+    progress     a bar that is told of the bytes hashed and converted for it
     """
     checkpoint = open_checkpoint(path)
     if not checkpoint.is_pipeline:
@@ -74,6 +87,9 @@ def load_pipeline(path: str | Path, *, mesh: jax.sharding.Mesh | None = None, dt
     if dtype is None:
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
+    if cache_dir is not None:
+        cache = Cache(folder=Path(cache_dir).expanduser(), limit=cache_limit, progress=progress)
+        checkpoint = with_cached_weights(checkpoint, cache)
     folder = Path(path).expanduser()
     name = folder.resolve().name if folder.exists() else str(path)
     return _backbone(checkpoint)(checkpoint, name, mesh, dtype)

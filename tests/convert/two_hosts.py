@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 
 from convert import native
 from convert.checkpoint import load_model, open_checkpoint
@@ -54,15 +55,19 @@ def main(folder, mesh, address, number):
     checkpoint = open_checkpoint(folder)
     mesh = make_mesh(parse_mesh(mesh))
     placed = functools.partial(leaf_sharding, table=checkpoint.component("").axes, mesh=mesh)
-    checkpoint.leaves("")
+    load = functools.partial(load_model, checkpoint, mesh=mesh, shardings=placed)
+    load()  # once for the libraries' own pages
+    sync_global_devices("loaded")
     forget(Path(folder))
+    sync_global_devices("forgotten")
     before = read_bytes()
-    leaves = dict(named_leaves(load_model(checkpoint, mesh=mesh, shardings=placed)))
+    leaves = dict(named_leaves(load()))
     found = {
         "read": read_bytes() - before,
         "mine": sum(own_bytes(leaf) for leaf in leaves.values()),
         "all": sum(leaf.nbytes for leaf in leaves.values()),
     }
+    sync_global_devices("measured")
     for name, expected in checkpoint.leaves("").items():
         for shard in leaves[name].addressable_shards:
             assert np.array_equal(np.asarray(shard.data), expected.rectangle(None)[shard.index]), name
