@@ -172,7 +172,7 @@ def _load(options: argparse.Namespace):
         )
 
 
-def _one_line(message: Warning | str, *_) -> None:
+def _one_line(message: Warning | str, category, filename, lineno, file=None, line=None) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 

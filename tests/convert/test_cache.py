@@ -156,7 +156,8 @@ def test_a_damaged_entry_is_made_again_with_a_warning(kind, source, tmp_path):
     DAMAGE[kind](checkpoint.converted["transformer"].parent)
     with pytest.warns(UserWarning, match="cached weights in .* are damaged: they are converted again") as caught:
         again, stages = opened(source, tmp_path / "cache")
-    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    told = [str(each.message) for each in caught if "damaged" in str(each.message)]
+    assert len(told) == 1 and "\n" not in told[0]
     assert stages == ["converting"]
     assert_same(values(again), values(open_checkpoint(source)))
     assert len(entries(tmp_path / "cache")) == 3
@@ -189,9 +190,7 @@ def test_an_entry_in_use_is_not_removed(source, tmp_path):
     folders = [one_of(source, tmp_path / f"model{number}", number) for number in range(2)]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in open_checkpoint(folders[0]).leaves("").values())
     used, _ = opened(folders[0], tmp_path / "cache", limit=2 * size)
-    with pytest.warns(
-        UserWarning, match=r"the model needs .* GB, more than is free or unused .*: it is read from .*model1"
-    ):
+    with pytest.warns(UserWarning, match=r"the model needs .* more than is free or unused .*from .*model1"):
         other, _ = opened(folders[1], tmp_path / "cache", limit=2 * size)
     assert_same(values(other, ""), values(open_checkpoint(folders[1]), ""))
     assert_same(values(used, ""), values(open_checkpoint(folders[0]), ""))
@@ -203,7 +202,7 @@ def test_an_entry_in_use_is_not_removed(source, tmp_path):
 def test_what_exceeds_the_limit_is_read_from_the_source(source, tmp_path):
     with pytest.warns(UserWarning, match="needs .* more than is free or unused") as caught:
         checkpoint, _ = opened(source, tmp_path / "cache", limit=1000)
-    assert len(caught) == 3 and not entries(tmp_path / "cache")
+    assert sum("needs" in str(each.message) for each in caught) == 3 and not entries(tmp_path / "cache")
     assert_same(values(checkpoint), values(open_checkpoint(source)))
 
 
