@@ -70,12 +70,14 @@ class Cache:
                 f"{self.folder} cannot be a cache ({error.strerror}); expected a folder to write in; choose another."
             ) from error
 
-    def tell(self, stage: str, total: int) -> None:
+    def tell(self, stage: str, size: int) -> None:
+        """Shows on the bar that this many more bytes are to be hashed or converted."""
         if self.progress is not None:
-            self.progress.set_description(stage)
-            self.progress.reset(total)
+            self.progress.set_description(stage, refresh=False)
+            self.progress.total = (self.progress.total or 0) + size
 
     def advance(self, count: int) -> None:
+        """Moves the bar."""
         if self.progress is not None:
             self.progress.update(count)
 

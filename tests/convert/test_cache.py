@@ -28,7 +28,7 @@ class Watched(Cache):
 
     stages: list[str] = field(default_factory=list)
 
-    def tell(self, stage, total):
+    def tell(self, stage, size):
         self.stages.append(stage.split()[0])
 
 
@@ -250,7 +250,7 @@ from convert.cache import Cache, with_cached_weights
 from convert.checkpoint import open_checkpoint
 
 class Told(Cache):
-    def tell(self, stage, total):
+    def tell(self, stage, size):
         print(stage.split()[0], flush=True)
         time.sleep(0.5)
 
