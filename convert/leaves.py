@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.safetensors_files import Outgoing, Tensor, has_nan_or_infinity
-from convert.tables import Layout, Row
+from convert.tables import Layout, Row, copy_into
 from dit_jax.config import UserError
 
 Index = tuple[slice, ...]
@@ -52,17 +52,20 @@ class Leaf:
     def rectangle(self, index: Index | None) -> np.ndarray:
         """A copy of any rectangle of the leaf (None for the whole); what lies outside it is not read."""
         index = tuple(slice(None) for _ in self.shape) if index is None else index
-        if not self.stacked:
-            return np.array(self.part(None, index), order="C")
         lengths = [len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True)]
         # Filled in place: stacking a list of blocks would hold everything twice.
         out = np.empty(lengths, self.dtype)
+        if not self.stacked:
+            copy_into(out, self.part(None, index))
+            return out
         for row, block in enumerate(range(*index[0].indices(self.shape[0]))):
-            out[row] = self.part(block, index[1:])
+            copy_into(out[row : row + 1], self.part(block, index[1:])[None])
         return out
 
     def cast(self, dtype: np.dtype) -> Leaf:
         """The same leaf, read in another dtype."""
+        if dtype == self.dtype:
+            return self
         return replace(
             self,
             dtype=dtype,
