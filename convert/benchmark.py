@@ -1,6 +1,7 @@
-"""Memory and time of a conversion with the true shapes of Wan2.1-1.3B: `python -m convert.benchmark [--folder F]`.
+"""Memory and time of conversions with true shapes: `python -m convert.benchmark [--model NAME] [--folder F]`.
 
-Writes 2.8 GB of random bfloat16 weights; then, in several rounds, copies the file and converts it to native and back in
+Writes 2.5 to 2.9 GB of random bfloat16 weights (all of Wan2.1-1.3B; a few of the blocks of Wan 14B and of FLUX, whose
+memory does not grow with their number); then, in several rounds, copies the file and converts it to native and back in
 processes of their own, all flushed to disk. Prints the highest peak of anonymous memory (RssAnon) of each and its
 median time as a multiple of the copy's: a machine that has to find memory for its file cache may take ten times as long
 for one copy as for the next.
@@ -16,19 +17,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import ml_dtypes
 import numpy as np
 
-from convert.components import component_of
+from convert.components import Settings, component_of
+from convert.flux import flux_settings
 from convert.safetensors_files import Outgoing, write_safetensors
 from convert.wan import wan_settings
-from dit_jax.models.wan import PRESETS, WanConfig
+from dit_jax.models.flux import FLUX_DEV
+from dit_jax.models.wan import WAN_1_3B, WAN_14B
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_CYCLE = 1 << 24  # random values that are repeated to fill a tensor
+MODELS = {
+    "wan2.1-t2v-1.3b": wan_settings(WAN_1_3B),
+    "wan2.1-t2v-14b": wan_settings(replace(WAN_14B, blocks=3)),
+    "flux.1-dev": flux_settings(replace(FLUX_DEV, double_blocks=2, single_blocks=4)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +72,9 @@ class Result:
         return rows
 
 
-def measure(folder: Path, config: WanConfig, rounds: int = 3) -> Result:
-    """Converts random weights of a config to native and back inside `folder`, which must be empty."""
-    source, largest = _random_checkpoint(folder / "diffusers", config)
+def measure(folder: Path, settings: Settings, rounds: int = 3) -> Result:
+    """Converts random weights of a model to native and back inside `folder`, which must be empty."""
+    source, largest = _random_checkpoint(folder / "diffusers", settings)
     file, native, again = source / "diffusion_pytorch_model.safetensors", folder / "native", folder / "again"
     copies, there, back = [], [], []
     for _ in range(rounds):
@@ -85,31 +95,22 @@ def measure(folder: Path, config: WanConfig, rounds: int = 3) -> Result:
     )
 
 
-def _random_checkpoint(folder: Path, config: WanConfig) -> tuple[Path, int]:
+def _random_checkpoint(folder: Path, settings: Settings) -> tuple[Path, int]:
     """(folder of a lone transformer, bytes of its largest leaf)."""
-    settings = wan_settings(config)
     component = component_of(settings, folder)
-    generator = np.random.default_rng(0)
-    tensors = []
+    # Without the exponent's top bit every value is finite.
+    values = (np.random.default_rng(0).integers(0, 1 << 16, _CYCLE, np.uint16) & 0xBFFF).view(_BFLOAT16)
+    shapes = {}
     for row in component.rows:
         shape = component.shapes[row.ours]
         for block in range(shape[0]) if row.stacked("diffusers") else [None]:
             outside = row.outside_shape(shape if block is None else shape[1:], "diffusers")
-            read = _random_reader(generator, outside)
-            tensors.append(Outgoing(row.key("diffusers", block), _BFLOAT16, outside, read))
+            shapes[row.key("diffusers", block)] = outside
+    tensors = [Outgoing(key, _BFLOAT16, shape, partial(np.resize, values, shape)) for key, shape in shapes.items()]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(settings))
     write_safetensors(folder / f"{component.stem}.safetensors", tensors)
     return folder, max(int(np.prod(shape)) for shape in component.shapes.values()) * _BFLOAT16.itemsize
-
-
-def _random_reader(generator: np.random.Generator, shape: tuple[int, ...]):
-    def read() -> np.ndarray:
-        bits = np.frombuffer(generator.bytes(2 * int(np.prod(shape))), np.uint16)
-        # Without the exponent's top bit every value is finite.
-        return (bits & 0xBFFF).view(_BFLOAT16).reshape(shape)
-
-    return read
 
 
 def _copied(source: Path, target: Path) -> float:
@@ -150,9 +151,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="where to write about 9 GB; removed again")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", choices=MODELS, default="wan2.1-t2v-1.3b")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        print("\n".join(measure(Path(folder), PRESETS["wan2.1-t2v-1.3b"], arguments.rounds).lines()))
+        print("\n".join(measure(Path(folder), MODELS[arguments.model], arguments.rounds).lines()))
 
 
 if __name__ == "__main__":

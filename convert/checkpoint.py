@@ -28,6 +28,7 @@ from convert.components import (
 )
 from convert.fp8 import widened
 from convert.leaves import Leaf, check_leaves, leaves_from_tensors
+from convert.locks import FileLock
 from convert.native import PARAMS, is_native, read_native
 from convert.original import CONFIG, INDEX, Found
 from convert.safetensors_files import Tensor
@@ -49,10 +50,12 @@ _PAGE = 1 << 16
 class Checkpoint:
     """A checkpoint on disk, in whatever layout, seen as a diffusers folder.
 
-    settings  component -> config.json, of the components that have weights; a lone model is the component ""
-    files     place in a diffusers folder -> file or contents, of everything that is not weights
-    file      the one file that it is, in the folder; None when it is all of the folder
-    weights   component -> what holds its weights, in the original layout
+    settings   component -> config.json, of the components that have weights; a lone model is the component ""
+    files      place in a diffusers folder -> file or contents, of everything that is not weights
+    file       the one file that it is, in the folder; None when it is all of the folder
+    weights    component -> what holds its weights, in the original layout
+    converted  component -> native weights to read in place of the folder's own (`convert/cache.py`)
+    held       locks on these, for as long as this lives
     """
 
     folder: Path
@@ -61,6 +64,8 @@ class Checkpoint:
     files: dict[str, Path | bytes]
     file: Path | None = None
     weights: dict[str, Found] = field(default_factory=dict, repr=False)
+    converted: dict[str, Path] = field(default_factory=dict)
+    held: tuple[FileLock, ...] = ()
     _components: dict[str, Component] = field(default_factory=dict, repr=False)
 
     @property
@@ -102,9 +107,10 @@ class Checkpoint:
         Raises UserError naming file, key, expected and found for whatever is missing, unexpected, misshapen or damaged.
         """
         model, source = self.component(name), self._source(name)
-        if self.layout == "native":
-            leaves = read_native(source / PARAMS)
-            check_leaves(leaves, model.shapes, source / PARAMS)
+        if self.layout == "native" or name in self.converted:
+            params = self.converted.get(name, source / PARAMS)
+            leaves = read_native(params)
+            check_leaves(leaves, model.shapes, params)
             return leaves
         layout: Layout = self.weights[name].kind.layout if self.layout == "original" else "diffusers"
         return leaves_from_tensors(self.tensors(name), model.rows, model.shapes, layout, source)

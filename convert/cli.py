@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import signal
 import sys
 import time
@@ -14,17 +13,17 @@ from types import FrameType
 from tqdm import tqdm
 
 from convert.checkpoint import CheckpointLayout, open_checkpoint
-from convert.lora import unmatched_keys_on_stderr
 from convert.lora_backbones import is_lora
 from convert.lora_export import convert_lora
 from convert.lora_summary import summarise_lora
+from convert.sizes import parse_bytes
 from convert.summary import summarise
 from convert.transfer import MAX_SHARD_BYTES, convert
+from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
 
 _SOURCE = "folder or file, hub id org/name[@revision], demo-wan or demo-flux; or the file of a LoRA"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     to_torch.add_argument("--allow-unmatched", action="store_true", help="leave out a LoRA's keys that match no layer")
     to_torch.add_argument(
         "--max-shard-size",
-        type=_bytes,
+        type=parse_bytes,
         default=MAX_SHARD_BYTES,
         metavar="SIZE",
         help="split files above it (default 5GB)",
@@ -82,13 +81,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)?", text.strip().upper())
-    if not match or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected a number with KB, MB or GB, such as 5GB")
-    return int(match[1]) * _UNITS[match[2] or ""]
-
-
 def _convert(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     if is_lora(arguments.source):
@@ -97,7 +89,7 @@ def _convert(arguments: argparse.Namespace) -> None:
                 f"{arguments.source} is a LoRA: expected `dit-convert to-torch --layout diffusers`, the one form that "
                 "LoRAs are written in; the file itself can be given to --lora."
             )
-        with unmatched_keys_on_stderr():
+        with warnings_in_lines():
             file = convert_lora(arguments.source, arguments.destination, arguments.overwrite, arguments.allow_unmatched)
         print(f"{file}: diffusers style, {time.perf_counter() - start:.1f} s")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from convert.pruned import HEADS, MLP, kept, pruned_settings
 from convert.tables import (
     HEADS_IN,
     HEADS_IN_BIAS,
@@ -33,13 +34,14 @@ def flux_config(settings: dict[str, Any]) -> FluxConfig:
             f"found patch_size {settings.get('patch_size', 1)}, channels {channels} to {settings.get('out_channels')}; "
             "fill, depth and control models are not supported."
         )
+    pruned = kept(settings, _full(heads, head_width))
     return FluxConfig(
         double_blocks=settings["num_layers"],
         single_blocks=settings["num_single_layers"],
         width=heads * head_width,
-        heads=heads,
+        heads=pruned[HEADS],
         head_width=head_width,
-        mlp_width=4 * heads * head_width,
+        mlp_width=pruned[MLP],
         in_channels=channels // PACK**2,
         out_channels=channels // PACK**2,
         text_width=settings["joint_attention_dim"],
@@ -50,7 +52,8 @@ def flux_config(settings: dict[str, Any]) -> FluxConfig:
 
 
 def flux_settings(config: FluxConfig) -> dict[str, Any]:
-    """The diffusers config of a model of ours."""
+    """The diffusers config of a model of ours; for a pruned model a superset of it (`convert/pruned.py`)."""
+    full = _full(config.width // config.head_width, config.head_width)
     return {
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
@@ -59,12 +62,18 @@ def flux_settings(config: FluxConfig) -> dict[str, Any]:
         "num_layers": config.double_blocks,
         "num_single_layers": config.single_blocks,
         "attention_head_dim": config.head_width,
-        "num_attention_heads": config.heads,
+        "num_attention_heads": full[HEADS],
         "joint_attention_dim": config.text_width,
         "pooled_projection_dim": config.pooled_width,
         "guidance_embeds": config.guidance,
         "axes_dims_rope": list(config.rope_widths),
+        **pruned_settings({HEADS: config.heads, MLP: config.mlp_width}, full),
     }
+
+
+def _full(heads: int, head_width: int) -> dict[str, int]:
+    """The sizes that diffusers' model has, whatever its config says."""
+    return {HEADS: heads, MLP: 4 * heads * head_width}
 
 
 def flux_rows(config: FluxConfig) -> list[Row]:
@@ -98,13 +107,14 @@ def flux_rows(config: FluxConfig) -> list[Row]:
 
 def _double_rows(config: FluxConfig) -> list[Row]:
     mine, theirs, authors = "double.", "transformer_blocks.{i}.", "double_blocks.{i}."
+    inner = config.heads * config.head_width
     rows = []
     for ours, suffix, short, joint in (("image", "", "img", ""), ("text", "_context", "txt", "added_")):
         stream, attn = f"{mine}{ours}.", f"{theirs}attn."
         projections = {name: f"{attn}add_{name}_proj" if joint else f"{attn}to_{name}" for name in "qkv"}
         rows += [
             *linear_rows(f"{stream}modulation.linear", f"{theirs}norm1{suffix}.linear", f"{authors}{short}_mod.lin"),
-            *_qkv_rows(f"{stream}attn.", projections, f"{authors}{short}_attn.qkv", config.width, 3 * config.width),
+            *_qkv_rows(f"{stream}attn.", projections, f"{authors}{short}_attn.qkv", inner, 3 * inner),
             *_norm_rows(f"{stream}attn.", f"{attn}norm_{joint}", f"{authors}{short}_attn.norm."),
             *linear_rows(
                 f"{stream}attn.o",
@@ -121,14 +131,14 @@ def _double_rows(config: FluxConfig) -> list[Row]:
 
 def _single_rows(config: FluxConfig) -> list[Row]:
     mine, theirs, authors = "single.", "single_transformer_blocks.{i}.", "single_blocks.{i}."
-    width, hidden = config.width, config.mlp_width
-    fused, joined = 3 * width + hidden, width + hidden
-    up, down = Part(3 * width, fused, fused), Part(width, joined, joined, axis=1)
-    out = Part(0, width, joined, axis=1)
+    inner, hidden = config.heads * config.head_width, config.mlp_width
+    fused, joined = 3 * inner + hidden, inner + hidden
+    up, down = Part(3 * inner, fused, fused), Part(inner, joined, joined, axis=1)
+    out = Part(0, inner, joined, axis=1)
     projections = {name: f"{theirs}attn.to_{name}" for name in "qkv"}
     return [
         *linear_rows(f"{mine}modulation.linear", f"{theirs}norm.linear", f"{authors}modulation.lin"),
-        *_qkv_rows(f"{mine}attn.", projections, f"{authors}linear1", width, fused),
+        *_qkv_rows(f"{mine}attn.", projections, f"{authors}linear1", inner, fused),
         *_norm_rows(f"{mine}attn.", f"{theirs}attn.norm_", f"{authors}norm."),
         *linear_rows(f"{mine}mlp.up", f"{theirs}proj_mlp", f"{authors}linear1", parts={"original": up}),
         Row(
@@ -150,10 +160,10 @@ def _single_rows(config: FluxConfig) -> list[Row]:
     ]
 
 
-def _qkv_rows(ours: str, theirs: dict[str, str], fused: str, width: int, total: int) -> list[Row]:
+def _qkv_rows(ours: str, theirs: dict[str, str], fused: str, inner: int, total: int) -> list[Row]:
     rows = []
     for place, (name, key) in enumerate(theirs.items()):
-        part = {"original": Part(place * width, (place + 1) * width, total)}
+        part = {"original": Part(place * inner, (place + 1) * inner, total)}
         if name == "v":
             rows += linear_rows(f"{ours}v", key, fused, HEADS_IN, HEADS_IN_BIAS, parts=part)
         else:

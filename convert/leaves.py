@@ -9,18 +9,24 @@ from pathlib import Path
 import numpy as np
 
 from convert.safetensors_files import FLOATS, Outgoing, Tensor, has_nan_or_infinity
-from convert.tables import Layout, Row
+from convert.tables import Layout, Row, copy_into
 from dit_jax.config import UserError
+
+Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A parameter of ours on disk: `read(i)` gives block i of a stacked leaf, `read(None)` the whole of another."""
+    """A parameter of ours on disk: `read(i)` gives block i of a stacked leaf, `read(None)` the whole of another.
+
+    read_part  a rectangle of what `read` gives, where that is had without touching the rest
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     stacked: bool
     read: Callable[[int | None], np.ndarray]
+    read_part: Callable[[int | None, Index], np.ndarray] | None = None
 
     @property
     def size(self) -> int:
@@ -36,37 +42,58 @@ class Leaf:
             return self.rectangle(None)
         return self.read(None)[block] if block is not None and not self.stacked else self.read(block)
 
-    def rectangle(self, index: tuple[slice, ...] | None) -> np.ndarray:
-        """A copy of any rectangle of the leaf (None for the whole); blocks outside it are not read."""
+    def part(self, block: int | None, index: Index) -> np.ndarray:
+        """A rectangle of a block, or with None of a leaf that is not stacked."""
+        own = self.shape[1:] if self.stacked else self.shape
+        if all(part.indices(size) == (0, size, 1) for part, size in zip(index, own, strict=True)):
+            return self.read(block)
+        return self.read(block)[index] if self.read_part is None else self.read_part(block, index)
+
+    def rectangle(self, index: Index | None) -> np.ndarray:
+        """A copy of any rectangle of the leaf (None for the whole); what lies outside it is not read."""
         index = tuple(slice(None) for _ in self.shape) if index is None else index
-        if not self.stacked:
-            return np.array(self.read(None)[index], order="C")
         lengths = [len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True)]
         # Filled in place: stacking a list of blocks would hold everything twice.
         out = np.empty(lengths, self.dtype)
+        if not self.stacked:
+            copy_into(out, self.part(None, index))
+            return out
         for row, block in enumerate(range(*index[0].indices(self.shape[0]))):
-            out[row] = self.read(block)[index[1:]]
+            copy_into(out[row : row + 1], self.part(block, index[1:])[None])
         return out
 
     def cast(self, dtype: np.dtype) -> Leaf:
         """The same leaf, read in another dtype."""
-        return replace(self, dtype=dtype, read=lambda block: self.read(block).astype(dtype))
+        if dtype == self.dtype:
+            return self
+        return replace(
+            self,
+            dtype=dtype,
+            read=lambda block: self.read(block).astype(dtype),
+            read_part=lambda block, index: self.part(block, index).astype(dtype),
+        )
 
 
 def finite(leaf: Leaf, place: Callable[[int | None], str]) -> Leaf:
-    """The same leaf, whose blocks are searched for NaN and infinities the first time that they are read."""
+    """The same leaf, which is searched for NaN and infinities where it is read: a block only the first time."""
     searched: set[int | None] = set()
 
-    def read(block: int | None) -> np.ndarray:
-        array = leaf.read(block)
+    def checked(array: np.ndarray, block: int | None) -> np.ndarray:
         if block not in searched and has_nan_or_infinity(array):
             raise UserError(
                 f"{place(block)} holds NaN or infinite values; expected finite weights; use another checkpoint."
             )
+        return array
+
+    def read(block: int | None) -> np.ndarray:
+        array = checked(leaf.read(block), block)
         searched.add(block)
         return array
 
-    return replace(leaf, read=read)
+    def read_part(block: int | None, index: Index) -> np.ndarray:
+        return checked(leaf.part(block, index), block)
+
+    return replace(leaf, read=read, read_part=read_part)
 
 
 def leaves_from_tensors(

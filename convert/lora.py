@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -177,16 +175,6 @@ def check_matched(opened: LoraFile, allow_unmatched: bool) -> None:
         remedy = "pass --allow-unmatched (allow_unmatched=True) to leave them out"
         raise UserError(f"{found}; expected a LoRA of this model; {remedy}.")
     warnings.warn(f"{found}; they are left out.", UnmatchedKeys, stacklevel=3)
-
-
-@contextlib.contextmanager
-def unmatched_keys_on_stderr() -> Iterator[None]:
-    """For commands: the warnings about unmatched keys as lines of their own."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UnmatchedKeys)
-        yield
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
 
 
 def _layer(layers: dict[tuple[str, str], Layer], address: Address, targets: Mapping[str, Target]) -> Layer | None:

@@ -228,17 +228,25 @@ def assign(model, rows: Sequence[Row], tensors, layout: Layout = "diffusers"):
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array in C order; a reordered view is copied by slabs along its widest stride, which stay in the cache."""
+    """The array in C order, itself where it is."""
     if array.flags.c_contiguous:
         return array
+    out = np.empty(array.shape, array.dtype)
+    copy_into(out, array)
+    return out
+
+
+def copy_into(target: np.ndarray, array: np.ndarray) -> None:
+    """Fill `target`, of the same shape and dtype, by slabs along the array's widest stride, which stay in the cache."""
     # As plain integers: numpy copies other people's dtypes (bfloat16) slowly and holds the interpreter's lock.
-    bits = array.view(f"u{array.dtype.itemsize}")
-    out = np.empty(bits.shape, bits.dtype)
+    bits, filled = (each.view(f"u{each.dtype.itemsize}") for each in (array, target))
+    if array.flags.c_contiguous:
+        filled[...] = bits
+        return
     axis = int(np.argmax(np.abs(bits.strides)))
     for start in range(0, bits.shape[axis], SLAB):
         slab = (slice(None),) * axis + (slice(start, start + SLAB),)
-        out[slab] = bits[slab]
-    return out.view(array.dtype)
+        filled[slab] = bits[slab]
 
 
 def _own(shape: Sequence[int], block: int | None) -> tuple[int, ...]:

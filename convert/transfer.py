@@ -57,10 +57,10 @@ def convert(
         for place, content in files.items():
             _copy(content, folder / place)
         for name, part in leaves.items():
-            if layout == "native":
-                write_native(folder / name / PARAMS, part)
-                continue
             component = source.component(name)
+            if layout == "native":
+                write_native(folder / name / PARAMS, part, component.axes)
+                continue
             if layout == "original":
                 kind = kind_to_write(source.settings[name])
                 assert kind and kind.stem, name  # side_files has refused the others
@@ -161,7 +161,7 @@ def write_model(
     folder.mkdir(parents=True)
     write_durably(folder / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
     if layout == "native":
-        write_native(folder / PARAMS, leaves)
+        write_native(folder / PARAMS, leaves, component.axes)
     else:
         tensors = tensors_from_leaves(leaves, component.rows_to_write("diffusers"), "diffusers")
         write_tensors(folder, component.stem, tensors, MAX_SHARD_BYTES)

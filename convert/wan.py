@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from convert.pruned import HEADS, NORM, kept, pruned_settings
 from convert.tables import (
     HEADS_IN,
     HEADS_IN_BIAS,
@@ -15,6 +16,7 @@ from convert.tables import (
     linear_rows,
     norm_rows,
 )
+from dit_jax.config import UserError
 from dit_jax.models.wan import PRESETS, WanConfig
 
 HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"  # components of a model of two experts
@@ -27,11 +29,13 @@ def wan_config(settings: dict[str, Any]) -> WanConfig:
     if "num_attention_heads" not in settings:
         return _original_config(settings)
     heads, head_width = settings["num_attention_heads"], settings["attention_head_dim"]
+    pruned = kept(settings, {HEADS: heads, NORM: False})
     return WanConfig(
         blocks=settings["num_layers"],
         width=heads * head_width,
-        heads=heads,
+        heads=pruned[HEADS],
         head_width=head_width,
+        norm_counts_pruned=pruned[NORM],
         mlp_width=settings["ffn_dim"],
         in_channels=settings["in_channels"],
         out_channels=settings.get("out_channels") or settings["in_channels"],
@@ -45,11 +49,13 @@ def wan_config(settings: dict[str, Any]) -> WanConfig:
 
 
 def wan_settings(config: WanConfig) -> dict[str, Any]:
-    """The diffusers config of a model of ours."""
+    """The diffusers config of a model of ours; with pruned heads a superset of it (`convert/pruned.py`)."""
+    full_heads = config.width // config.head_width
+    pruned = {HEADS: config.heads, NORM: config.norm_counts_pruned}
     return {
         "_class_name": "WanTransformer3DModel",
         "patch_size": list(config.patch),
-        "num_attention_heads": config.heads,
+        "num_attention_heads": full_heads,
         "attention_head_dim": config.head_width,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
@@ -64,11 +70,17 @@ def wan_settings(config: WanConfig) -> dict[str, Any]:
         "added_kv_proj_dim": config.width if config.image_width else None,
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": config.image_positions,
+        **pruned_settings(pruned, {HEADS: full_heads, NORM: False}),
     }
 
 
 def wan_original_settings(config: WanConfig) -> dict[str, Any]:
-    """The authors' `config.json` of a model of ours."""
+    """The authors' `config.json` of a model of ours. Raises UserError for pruned heads, which it cannot express."""
+    if config.heads * config.head_width != config.width:
+        raise UserError(
+            f"the original layout has no place for {config.heads} heads of {config.head_width} in a model of width "
+            f"{config.width}, expected {config.width // config.head_width}; use --layout diffusers."
+        )
     return {
         "_class_name": "WanModel",
         "model_type": _model_type(config),

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from convert.sizes import parse_bytes
+from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
 from infer.digit_grammar import GRAMMARS, MOVING, PICTURES, Grammar, unknown_words
 
@@ -63,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="seed of the starting noise; output i has seed N + i")
     add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")
     add("--offload-expert", action="store_true", help="Wan 2.2: keep one of the two experts on the devices at a time")
+    add("--cache-dir", metavar="DIR", help="keep converted weights there, so that they are converted once")
+    add("--cache-limit", type=parse_bytes, default="100GB", metavar="SIZE", help="of --cache-dir (default 100GB)")
     add("--sheet", metavar="FILE", help="also write a contact sheet of the frames: .png; numbered as outputs are")
     add("--from-latents", metavar="FILE", help="decode latents that an earlier run left behind; no prompt needed")
     add("--json", action="store_true", help="print one JSON object as the last line")
@@ -178,7 +182,8 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _load(options: argparse.Namespace):
-    from convert.lora import unmatched_keys_on_stderr
+    from tqdm import tqdm
+
     from dit_jax.sharding import make_mesh, parse_mesh
     from infer.caches import keep_compiled_programs
     from infer.loras import parse_choice
@@ -186,14 +191,16 @@ def _load(options: argparse.Namespace):
 
     keep_compiled_programs()
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
-    loras = [parse_choice(text) for text in options.lora]
-    with unmatched_keys_on_stderr():
+    with warnings_in_lines(), tqdm(unit="B", unit_scale=True, delay=3, leave=False) as bar:
         return load_pipeline(
             options.model,
             mesh=mesh,
-            lora=loras,
+            lora=[parse_choice(text) for text in options.lora],
             allow_unmatched=options.allow_unmatched,
             offload_expert=options.offload_expert,
+            cache_dir=options.cache_dir,
+            cache_limit=options.cache_limit,
+            progress=bar,
         )
 
 

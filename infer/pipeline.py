@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from tqdm import tqdm
 
+from convert.cache import LIMIT, Cache, with_cached_weights
 from convert.checkpoint import Checkpoint, checkpoint_hash, leaf_reader, open_checkpoint
 from convert.lora_keys import Target
 from convert.wan import LOW_NOISE
@@ -73,6 +75,9 @@ def load_pipeline(
     lora: Sequence[LoraChoice] = (),
     allow_unmatched: bool = False,
     offload_expert: bool = False,
+    cache_dir: str | Path | None = None,
+    cache_limit: int = LIMIT,
+    progress: tqdm | None = None,
 ) -> Pipeline:
     """A pipeline from a diffusers directory, a native checkpoint, the original files, a hub id or a shipped model.
 
@@ -82,6 +87,10 @@ def load_pipeline(
                     `Pipeline.set_loras`
     offload_expert  of a model with two experts, keep one at a time on the devices and read the other from the
                     checkpoint when its turn comes
+    cache_dir       where converted weights are kept, so that they are converted once (`convert/cache.py`); None keeps
+                    none
+    cache_limit     of that folder, in bytes
+    progress        a bar that is told of the bytes hashed and converted for it
     """
     checkpoint = open_checkpoint(path)
     if not checkpoint.is_pipeline:
@@ -95,6 +104,9 @@ def load_pipeline(
     if dtype is None:
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
         dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
+    if cache_dir is not None:
+        cache = Cache(folder=Path(cache_dir).expanduser(), limit=cache_limit, progress=progress)
+        checkpoint = with_cached_weights(checkpoint, cache)
     folder = Path(path).expanduser()
     name = folder.resolve().name if folder.exists() else str(path)
     pipe = _backbone(checkpoint)(checkpoint, name, mesh, dtype, offload_expert)

@@ -28,7 +28,11 @@ TEXT_TOKENS_WITH_IMAGE = 512  # image-to-video was trained on text padded to thi
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
-    """Sizes of a Wan transformer; `image_width` is set for image-to-video with an image branch, None otherwise."""
+    """Sizes of a Wan transformer; `image_width` is set for image-to-video with an image branch, None otherwise.
+
+    A pruned model has fewer `heads` than fill its width, in both attentions of every block. Its queries and keys are
+    normalised over the kept heads alone, or, with `norm_counts_pruned`, as if the others were there with zeros.
+    """
 
     blocks: int = 40
     width: int = 5120
@@ -43,6 +47,7 @@ class WanConfig:
     epsilon: float = 1e-6
     image_width: int | None = None
     image_positions: int | None = None
+    norm_counts_pruned: bool = False
 
     @property
     def rope_widths(self) -> tuple[int, int, int]:
@@ -130,16 +135,18 @@ def _modulated(normed_BND: jax.Array, table_BQSD: jax.Array, shift: int, scale: 
 
 
 class HeadProjection(nnx.Module):
-    """Projection to heads, RMS-normalised over the full inner width (queries and keys)."""
+    """Projection to heads, RMS-normalised over all of them together (queries and keys)."""
 
     def __init__(self, inputs: int, config: WanConfig, rngs: nnx.Rngs):
         self.linear = LinearGeneral(inputs, (config.heads, config.head_width), rngs=rngs)
         self.norm = nnx.Param(jnp.ones((config.heads, config.head_width)))
         self.epsilon = config.epsilon
+        self.present = config.heads * config.head_width / config.width if config.norm_counts_pruned else 1.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
         projected = self.linear(x)
-        return rms_norm(projected, self.norm[...], self.epsilon, axes=(-2, -1)).astype(projected.dtype)
+        normed = rms_norm(projected, self.norm[...], self.epsilon, axes=(-2, -1), present=self.present)
+        return normed.astype(projected.dtype)
 
 
 class Attention(nnx.Module):

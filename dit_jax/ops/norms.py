@@ -19,10 +19,16 @@ def layer_norm(
     return normed if bias is None else normed + bias.astype(jnp.float32)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float = 1e-6, axes: tuple[int, ...] = (-1,)) -> jax.Array:
-    """Root-mean-square norm over `axes` (trailing; `scale` has their shape); returns fp32."""
+def rms_norm(
+    x: jax.Array, scale: jax.Array, epsilon: float = 1e-6, axes: tuple[int, ...] = (-1,), present: float = 1.0
+) -> jax.Array:
+    """Root-mean-square norm over `axes` (trailing; `scale` has their shape); returns fp32.
+
+    present  fraction of the normalised channels that x has; the mean counts the others as zeros
+    """
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + epsilon) * scale.astype(jnp.float32)
+    mean = jnp.mean(jnp.square(x), axis=axes, keepdims=True) * present
+    return x * jax.lax.rsqrt(mean + epsilon) * scale.astype(jnp.float32)
 
 
 class LayerNorm(nnx.Module):

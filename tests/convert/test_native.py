@@ -16,7 +16,7 @@ BIAS = RNG.standard_normal(7).astype(np.float16)
 
 def written(folder):
     kernel = Leaf(KERNEL.shape, KERNEL.dtype, True, lambda block: KERNEL[block])
-    write_native(folder, {"blocks.kernel": kernel, "bias": Leaf(BIAS.shape, BIAS.dtype, False, lambda block: BIAS)})
+    write_native(folder, {"blocks.kernel": kernel, "bias": Leaf(BIAS.shape, BIAS.dtype, False, lambda block: BIAS)}, {})
     return folder
 
 
@@ -68,7 +68,7 @@ def test_damage_is_named(kind, tmp_path):
 def test_nan_is_named(tmp_path):
     bad = KERNEL.copy()
     bad[2, 0, 0] = np.nan
-    write_native(tmp_path / "params", {"blocks.kernel": Leaf(bad.shape, bad.dtype, True, lambda block: bad[block])})
+    write_native(tmp_path / "params", {"blocks.kernel": Leaf(bad.shape, bad.dtype, True, lambda block: bad[block])}, {})
     leaf = read_native(tmp_path / "params")["blocks.kernel"]
     leaf.block(1)
     with pytest.raises(UserError, match=r"block 2 of blocks\.kernel holds NaN or infinite values"):
@@ -79,7 +79,7 @@ def test_a_failing_disk_is_an_oserror_that_names_the_leaf(largest_file, tmp_path
     kernel = np.ones((2, 1 << 16), np.float32)
     leaf = Leaf(kernel.shape, kernel.dtype, True, lambda block: kernel[block])
     with largest_file(1 << 17), pytest.raises(OSError, match=r"cannot be written \(.*blocks\.kernel") as caught:
-        write_native(tmp_path / "params", {"blocks.kernel": leaf})
+        write_native(tmp_path / "params", {"blocks.kernel": leaf}, {})
     assert str(tmp_path) in str(caught.value.filename) and "\n" not in str(caught.value)
 
 
@@ -88,7 +88,7 @@ def test_an_error_while_writing_comes_through(tmp_path):
         raise UserError("the source is damaged")
 
     with pytest.raises(UserError, match="the source is damaged"):
-        write_native(tmp_path / "params", {"blocks.kernel": Leaf(KERNEL.shape, KERNEL.dtype, True, read)})
+        write_native(tmp_path / "params", {"blocks.kernel": Leaf(KERNEL.shape, KERNEL.dtype, True, read)}, {})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float8_e4m3fn", "int64"])
