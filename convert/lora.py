@@ -15,8 +15,9 @@ import numpy as np
 from convert.checkpoint import resolve
 from convert.lora_alphas import Alphas, alphas_in
 from convert.lora_keys import Address, Module, Role, Target, address_of
-from convert.safetensors_files import Tensor, has_nan_or_infinity, read_safetensors, read_torch
+from convert.safetensors_files import Tensor, has_nan_or_infinity, read_safetensors
 from convert.tables import Row
+from convert.torch_files import read_torch
 from convert.transfer import LORA_WEIGHTS
 from dit_jax.config import UserError
 from dit_jax.lora import Adapter, Lora
