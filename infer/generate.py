@@ -48,7 +48,13 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="FILE", help="a file with one prompt a line, in place of --prompt; outputs are numbered")
     add("--negative-prompt", metavar="T", default="", help="what it should not show")
     add("--out", required=True, metavar="FILE", help="output: .mp4 .mov .webm .gif .webp, or .png for one frame")
-    add("--lora", action="append", default=[], metavar="PATH[:STRENGTH]", help="merge a LoRA (strength 1); repeatable")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:STRENGTH]",
+        help="merge a LoRA (strength 1); repeatable; transformer_2=PATH is for the low-noise expert",
+    )
     add("--allow-unmatched", action="store_true", help="leave out a LoRA's keys that match no layer, with a warning")
     add("--image", metavar="FILE", help="the first frame, for an image-to-video model")
     add("--last-image", metavar="FILE", help="the last frame, for a model that draws between two")

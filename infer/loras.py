@@ -17,14 +17,16 @@ import jax
 
 from convert.lora import read_lora
 from convert.lora_keys import Target
+from convert.wan import LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.lora import Lora
 from dit_jax.parameters import leaf_name
 
+TRANSFORMER = "transformer"
 Held = tuple[MutableMapping[str, Any], str]
 """Where a model is: a mapping, an object's attributes say, and its name there; not in it while it is not loaded."""
-LoraChoice = str | Path | tuple[str | Path, float]
-"""A LoRA's file, folder or hub id, with its strength or at strength 1."""
+LoraChoice = str | Path | tuple[str | Path, float] | tuple[str | Path, float, str]
+"""A LoRA's file, folder or hub id, perhaps its strength (1), perhaps the transformer that it is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +44,33 @@ class ChosenLora:
 
 
 def read_choice(choice: LoraChoice, targets: Mapping[str, Target], allow_unmatched: bool) -> ChosenLora:
-    """The LoRA that was asked for. Raises UserError as `read_lora` does, and for a strength that is no number."""
-    path, strength = choice if isinstance(choice, tuple) else (choice, 1.0)
+    """The LoRA that was asked for.
+
+    Raises UserError as `read_lora` does, for a strength that is no number and for a transformer that is not there.
+    """
+    given = choice if isinstance(choice, tuple) else (choice,)
+    path, strength, into = (*given, *(1.0, TRANSFORMER)[len(given) - 1 :])
     if not isinstance(strength, int | float) or not math.isfinite(strength):
         raise UserError(f"the strength of LoRA {path} is {strength!r}: expected a finite number; write 0.8, say")
-    opened, parts = read_lora(path, targets, allow_unmatched)
+    if into not in targets:
+        raise UserError(f"LoRA {path} is for {into!r}, which the model lacks: expected one of {', '.join(targets)}")
+    # Files name one transformer, whichever expert they were trained for.
+    opened, parts = read_lora(path, {**targets, TRANSFORMER: targets[into]}, allow_unmatched)
+    if into != TRANSFORMER and TRANSFORMER in parts:
+        parts[into] = parts.pop(TRANSFORMER)
     return ChosenLora(name=opened.file.name, hash=opened.hash, strength=float(strength), parts=parts)
 
 
 def parse_choice(text: str) -> LoraChoice:
-    """`PATH` or `PATH:STRENGTH`; UserError for a strength that is no number."""
-    path, colon, strength = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return text
+    """`[transformer_2=]PATH[:STRENGTH]`; UserError for a strength that is no number."""
+    into, equals, rest = text.partition("=")
+    if not equals or into not in (TRANSFORMER, LOW_NOISE):
+        into, rest = TRANSFORMER, text
+    path, colon, strength = rest.rpartition(":")
+    if not colon or Path(rest).exists():
+        return rest, 1.0, into
     try:
-        return path, float(strength)
+        return path, float(strength), into
     except ValueError as error:
         raise UserError(f"--lora {text!r} ends in {strength!r}: expected a number; write PATH:0.8") from error
 

@@ -83,8 +83,7 @@ def load_pipeline(
 
     dtype           of the transformer and the text encoders; by default fp32 on a CPU, bf16 elsewhere. The VAE and the
                     image encoder stay in fp32.
-    lora            LoRAs to merge: (file, strength) or a file at strength 1; `allow_unmatched` as for
-                    `Pipeline.set_loras`
+    lora            LoRAs to merge, and `allow_unmatched`: see `Pipeline.set_loras`
     offload_expert  of a model with two experts, keep one at a time on the devices and read the other from the
                     checkpoint when its turn comes
     cache_dir       where converted weights are kept, so that they are converted once (`convert/cache.py`); None keeps
@@ -179,8 +178,9 @@ class Pipeline(ABC):
         return {"transformer": (held, "transformer"), "text_encoder": (held, "text_encoder")}
 
     def set_loras(self, loras: Sequence[LoraChoice], *, allow_unmatched: bool = False) -> None:
-        """Merges these LoRAs, (file, strength) or a file at strength 1, in place of those merged before; none unmerges.
+        """Merges these LoRAs, in place of those merged before; none unmerges.
 
+        loras  files at strength 1, (file, strength) or, for the low-noise expert, (file, strength, "transformer_2")
         Merging starts from the checkpoint's own weights, which are read again where a LoRA had been added: nothing
         drifts, no second copy is kept, and nothing compiles again. An expert that is not on the devices gets them when
         it is read. Raises UserError, with the models as they were, for a LoRA that cannot be read or does not fit;

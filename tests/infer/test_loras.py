@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_flux
 import torch
+from beside_diffusers import by_diffusers, by_ours, starting_noise
 from safetensors.numpy import load_file, save_file
 
 from dit_jax.config import UserError
@@ -31,6 +32,7 @@ FLUX_LAYERS += [
 CLIP_LAYERS = [f"text_model.encoder.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.fc1")]
 T5_LAYERS = ["encoder.block.0.layer.0.SelfAttention.q", "encoder.block.1.layer.1.DenseReluDense.wo"]
 WAN_LAYERS = [f"blocks.{i}.{name}" for i in (0, 2) for name in ("attn1.to_k", "attn2.to_out.0", "ffn.net.0.proj")]
+EXPERT_LAYERS = [name.replace("blocks.2", "blocks.1") for name in WAN_LAYERS]
 
 
 def weights_of(model):
@@ -264,11 +266,48 @@ def test_unmatched_keys_stop_the_command_or_are_a_warning(wan, wan_loras, flux_l
 
 def test_a_strength_stands_behind_a_colon(tmp_path):
     (tmp_path / "a:1").write_text("")
-    assert parse_choice("style.safetensors") == "style.safetensors"
-    assert parse_choice("style.safetensors:-0.5") == ("style.safetensors", -0.5)
-    assert parse_choice(f"{tmp_path}/a:1") == f"{tmp_path}/a:1"
+    assert parse_choice("style.safetensors") == ("style.safetensors", 1.0, "transformer")
+    assert parse_choice("style.safetensors:-0.5") == ("style.safetensors", -0.5, "transformer")
+    assert parse_choice("transformer_2=style.safetensors:0.5") == ("style.safetensors", 0.5, "transformer_2")
+    assert parse_choice(f"{tmp_path}/a:1") == (f"{tmp_path}/a:1", 1.0, "transformer")
+    assert parse_choice("a=b.safetensors")[0] == "a=b.safetensors"
     with pytest.raises(UserError, match="expected a number"):
         parse_choice("style.safetensors:strong")
+
+
+def test_each_expert_has_its_loras_also_when_it_is_read_again(text_experts, tmp_path):
+    folder, theirs = text_experts
+    files = [
+        write_lora(tmp_path / f"{seed}.safetensors", {"transformer": (theirs.transformer, EXPERT_LAYERS)}, seed)
+        for seed in (0, 1)
+    ]
+    theirs.load_lora_weights(files[0], adapter_name="high")
+    theirs.load_lora_weights(files[1], adapter_name="low", load_into_transformer_2=True)
+    theirs.transformer.set_adapters("high", 0.8)
+    theirs.transformer_2.set_adapters("low", -0.5)
+    try:
+        expected, _ = by_diffusers(theirs, "unipc", starting_noise(), (3.5, 2.0))
+    finally:
+        theirs.transformer.unload_lora()
+        theirs.transformer_2.unload_lora()
+    loras = [(files[0], 0.8), (files[1], -0.5, "transformer_2")]
+    resident = load_pipeline(folder)
+    plain = by_ours(resident, "unipc", starting_noise(), (3.5, 2.0)).latents
+    resident.set_loras(loras)
+    found = by_ours(resident, "unipc", starting_noise(), (3.5, 2.0)).latents
+    assert relative(found, expected) <= 1e-4 and relative(plain, expected) > 1e-2
+    offloading = load_pipeline(folder, lora=loras, offload_expert=True)
+    for _ in range(2):
+        again = by_ours(offloading, "unipc", starting_noise(), (3.5, 2.0)).latents
+        np.testing.assert_array_equal(again, found)
+    for pipe in (resident, offloading):
+        pipe.set_loras([])
+        np.testing.assert_array_equal(by_ours(pipe, "unipc", starting_noise(), (3.5, 2.0)).latents, plain)
+
+
+def test_a_lora_for_an_expert_that_is_not_there_is_refused(wan, wan_loras):
+    with pytest.raises(UserError, match="'transformer_2', which the model lacks"):
+        wan[2].set_loras([(wan_loras[0], 1.0, "transformer_2")])
 
 
 def test_on_eight_devices_weights_are_the_same_and_programs_stay_valid(wan, wan_loras, tmp_path):
