@@ -1,4 +1,4 @@
-"""dit-convert: checkpoints between the layouts of diffusers, of Wan's authors and of this project."""
+"""dit-convert: checkpoints between the layouts of diffusers, of the models' authors and of this project."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from convert.summary import summarise
 from convert.transfer import MAX_SHARD_BYTES, convert
 from dit_jax.config import UserError
 
-_SOURCE = "folder, hub id org/name[@revision], or demo-wan"
+_SOURCE = "folder, file of weights, hub id org/name[@revision], or demo-wan"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
