@@ -1,4 +1,4 @@
-"""dit-convert: checkpoints between the layouts of diffusers, of Wan's authors and of this project."""
+"""dit-convert: checkpoints between the layouts of diffusers, of the models' authors and of this project."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from convert.transfer import MAX_SHARD_BYTES, convert
 from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
 
-_SOURCE = "folder or file, hub id org/name[@revision], demo-wan or demo-flux; or the file of a LoRA"
+_SOURCE = "folder, file of weights or of a LoRA, hub id org/name[@revision], demo-wan or demo-flux"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
