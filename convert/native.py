@@ -180,7 +180,11 @@ class _Files:
                 return None
             local = slice(max(start - number * size, 0), min(stop - number * size, size))
             pieces.append(mapped[(*index[: self.axis], local, *index[self.axis + 1 :])])
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, self.axis)
+        if len(pieces) == 1:
+            return pieces[0]
+        # As plain integers, for the reasons of `tables.copy_into`.
+        bits = np.concatenate([piece.view(f"u{self.dtype.itemsize}") for piece in pieces], self.axis)
+        return bits.view(self.dtype)
 
     def _mapped(self, block: int | None, number: int) -> np.ndarray | None:
         file, size = self.path(block, number), self.dtype.itemsize * int(np.prod(self.own_chunk, dtype=np.int64))
