@@ -25,7 +25,7 @@ from dit_jax.models.wan import WanConfig
 
 START, END = "<!-- compatibility: made by `python -m convert.compatibility` -->", "<!-- /compatibility -->"
 _FLOATS = ("fp32", "bf16", "fp16")
-_HEADER = ("class", "published", "folder", "authors' file", "written as", "prefix", "dtypes in", "dtypes out")
+_HEADER = ("class", "published", "folder", "single file", "written as")
 _SETTINGS: dict[type, Callable[[Any], Settings]] = {
     WanConfig: wan_settings,
     FluxConfig: flux_settings,
@@ -43,8 +43,9 @@ def table() -> str:
     suffixes = " or ".join(f"`{suffix}`" for suffix in TORCH_SUFFIXES)
     notes = (
         "⇄ is read and written, → only read; every row also goes to and from native. A folder is one of diffusers or "
-        f"transformers; files may also be {suffixes} (with the `torch` extra, to read), and carry ComfyUI's prefix. "
-        f"fp8 ({_formats()}, with or without scales) becomes {WIDER.name}, every other dtype passes as it is."
+        f"transformers; a single file may also be {suffixes} (with the `torch` extra, to read), and have its keys under "
+        f"{', '.join(f'`{prefix}`' for prefix in PREFIXES)}. {', '.join(_FLOATS)} pass as they are; fp8 ({_formats()}, "
+        f"with or without scales) becomes {WIDER.name}."
     )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{notes}"
 
@@ -59,14 +60,11 @@ def _row(name: str) -> tuple[str, ...]:
         "⇄",
         ", ".join(f"{'⇄' if kind.stem else '→'} {_keys(kind)}" for kind in kinds) or "–",
         ", ".join(written) or "–",
-        ", ".join(f"`{prefix}`" for prefix, classes in PREFIXES.items() if name in classes) or "–",
-        ", ".join((*_FLOATS, "fp8")),
-        ", ".join(_FLOATS),
     )
 
 
 def _keys(kind: Kind) -> str:
-    return "(transformers' keys)" if kind.layout == "diffusers" else "(own keys)"
+    return "transformers' keys" if kind.layout == "diffusers" else "the authors' keys"
 
 
 def _stems(kind: Kind) -> list[str]:
