@@ -43,7 +43,7 @@ def table() -> str:
     suffixes = " or ".join(f"`{suffix}`" for suffix in TORCH_SUFFIXES)
     notes = (
         "⇄ is read and written, → only read; every row also goes to and from native. A folder is one of diffusers or "
-        f"transformers; a single file may also be {suffixes} (with the `torch` extra, to read), and have its keys under "
+        f"transformers; a file may also be {suffixes} (with the `torch` extra, to read), and have its keys under "
         f"{', '.join(f'`{prefix}`' for prefix in PREFIXES)}. {', '.join(_FLOATS)} pass as they are; fp8 ({_formats()}, "
         f"with or without scales) becomes {WIDER.name}."
     )

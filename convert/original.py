@@ -17,6 +17,7 @@ from convert.components import Settings, class_in_index, class_name, read_json, 
 from convert.fp8 import MARKER
 from convert.implied import pipeline_configs
 from convert.kinds import KINDS, PREFIXES, Kind, holds_lora, kind_of, kind_to_write
+from convert.pruned import PRUNED
 from convert.safetensors_files import Tensor
 from convert.shapes import SIDECAR
 from convert.wan import EXPERTS, LOW_NOISE, wan_config, wan_original_settings
@@ -204,6 +205,11 @@ def side_files(settings: Mapping[str, Settings], files: Mapping[str, Path | byte
         if kind is None or name not in ("", kind.place, *(EXPERTS if kind.place == TRANSFORMER else ())):
             raise UserError(
                 f"the original layout has no place for {name or class_name(config)}; use --layout diffusers."
+            )
+        if PRUNED in config:
+            raise UserError(
+                f"the original layout has no place for what {name or class_name(config)} keeps of a full model "
+                f"({config[PRUNED]}); use --layout diffusers."
             )
     out: dict[str, Path | bytes] = {}
     transformer = settings.get(TRANSFORMER, settings.get("", {}))

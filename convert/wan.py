@@ -16,7 +16,6 @@ from convert.tables import (
     linear_rows,
     norm_rows,
 )
-from dit_jax.config import UserError
 from dit_jax.models.wan import PRESETS, WanConfig
 
 HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"  # components of a model of two experts
@@ -75,12 +74,7 @@ def wan_settings(config: WanConfig) -> dict[str, Any]:
 
 
 def wan_original_settings(config: WanConfig) -> dict[str, Any]:
-    """The authors' `config.json` of a model of ours. Raises UserError for pruned heads, which it cannot express."""
-    if config.heads * config.head_width != config.width:
-        raise UserError(
-            f"the original layout has no place for {config.heads} heads of {config.head_width} in a model of width "
-            f"{config.width}, expected {config.width // config.head_width}; use --layout diffusers."
-        )
+    """The authors' `config.json` of a model of ours."""
     return {
         "_class_name": "WanModel",
         "model_type": _model_type(config),

@@ -271,8 +271,9 @@ def test_a_wrong_entry_is_refused_in_one_sentence(pruned, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_the_original_layout_refuses_pruned_heads(tmp_path):
-    folder, _ = pruned_wan(tmp_path / "pruned")
-    with pytest.raises(UserError, match="no place for 3 heads of 8 in a model of width 40, expected 5"):
+@pytest.mark.parametrize("make", [pruned_wan, pruned_flux])
+def test_the_original_layout_refuses_what_is_pruned(tmp_path, make):
+    folder, _ = make(tmp_path / "pruned")
+    with pytest.raises(UserError, match=r"no place for what .* keeps of a full model"):
         convert(open_checkpoint(folder), tmp_path / "original", "original")
     assert not (tmp_path / "original").exists()
