@@ -48,8 +48,7 @@ def read_choice(choice: LoraChoice, targets: Mapping[str, Target], allow_unmatch
 
     Raises UserError as `read_lora` does, for a strength that is no number and for a transformer that is not there.
     """
-    given = choice if isinstance(choice, tuple) else (choice,)
-    path, strength, into = (*given, *(1.0, TRANSFORMER)[len(given) - 1 :])
+    path, strength, into = _complete(choice)
     if not isinstance(strength, int | float) or not math.isfinite(strength):
         raise UserError(f"the strength of LoRA {path} is {strength!r}: expected a finite number; write 0.8, say")
     if into not in targets:
@@ -59,6 +58,12 @@ def read_choice(choice: LoraChoice, targets: Mapping[str, Target], allow_unmatch
     if into != TRANSFORMER and TRANSFORMER in parts:
         parts[into] = parts.pop(TRANSFORMER)
     return ChosenLora(name=opened.file.name, hash=opened.hash, strength=float(strength), parts=parts)
+
+
+def _complete(choice: LoraChoice) -> tuple[str | Path, float, str]:
+    if not isinstance(choice, tuple):
+        return choice, 1.0, TRANSFORMER
+    return choice if len(choice) == 3 else (*choice, TRANSFORMER)
 
 
 def parse_choice(text: str) -> LoraChoice:

@@ -1,9 +1,11 @@
-"""Batches of two kinds: small, cheap examples first, then large ones with a small batch every now and then."""
+"""Batches of several kinds of examples, from small and cheap to large: which kind comes at which step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -20,47 +22,71 @@ class Kind:
     load: Callable[[], LatentSet]
     batch: int
 
+    @cached_property
+    def latents(self) -> LatentSet:
+        """All of them."""
+        return self.load()
+
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
-    """Which kind comes when: `small_steps` small batches, then large ones and, each `small_every`-th, a small one."""
+class Stage:
+    """`steps` batches of one kind (None: all that follow); each `every`-th is of an earlier kind, not to forget it."""
 
-    small_steps: int
-    small_every: int
+    kind: str
+    steps: int | None = None
+    earlier: str | None = None
+    every: int = 4
+
+    def counts(self, steps: int) -> Counter[str]:
+        """How many of the first `steps` batches are of which kind."""
+        if self.earlier is None:
+            return Counter({self.kind: steps})
+        return Counter({self.earlier: steps // self.every, self.kind: steps - steps // self.every})
+
+    def at(self, step: int) -> str:
+        """The kind of this batch of the stage."""
+        return self.earlier if self.earlier and step % self.every == self.every - 1 else self.kind
+
+
+@dataclass(kw_only=True)
+class Batches:
+    """`batches(i)` is the host batch of step i: `latents` and what `embed` tells of their captions, some of them blank.
+
+    Every kind goes through all its examples, pass after pass, whatever comes in between.
+    """
+
+    kinds: Mapping[str, Kind]
+    stages: Sequence[Stage]
+    embed: Callable[[list[str]], Told]
     caption_dropout: float
     seed: int
 
-
-class Batches:
-    """The host batch of any step: `latents` and what `embed` tells of the captions, blank for some of them."""
-
-    def __init__(self, small: Kind, large: Kind, course: Course, embed: Callable[[list[str]], Told]):
-        self.small, self.large, self.course, self.embed = small, large, course, embed
-        self.blank = embed([""])
-        self.loaded: dict[str, tuple[LatentSet, Told]] = {}
+    def __post_init__(self) -> None:
+        self._blank = self.embed([""])
+        self._told: dict[str, Told] = {}
 
     def __call__(self, position: int) -> dict[str, np.ndarray]:
-        course = self.course
-        into_large = position - course.small_steps
-        between = max(0, into_large + 1) // course.small_every  # small batches among the large ones so far
-        if into_large < 0:
-            return self._batch("small", position, position)
-        if into_large % course.small_every == course.small_every - 1:
-            return self._batch("small", position, course.small_steps + between - 1)
-        return self._batch("large", position, into_large - between)
-
-    def _batch(self, name: str, position: int, turn: int) -> dict[str, np.ndarray]:
-        kind: Kind = getattr(self, name)
-        if name not in self.loaded:
-            latents = kind.load()
-            self.loaded[name] = latents, self.embed(latents.captions)
-        latents, told = self.loaded[name]
-        picked = latents.indices(kind.batch, self.course.seed, turn)
-        dropped = np.random.default_rng([self.course.seed, position]).random(kind.batch) < self.course.caption_dropout
-        return {"latents": latents.latents[picked]} | {
-            key: np.where(dropped.reshape(-1, *[1] * (values.ndim - 1)), self.blank[key], values[picked])
-            for key, values in told.items()
+        name, turn = self._due(position)
+        kind = self.kinds[name]
+        if name not in self._told:
+            self._told[name] = self.embed(kind.latents.captions)
+        picked = kind.latents.indices(kind.batch, self.seed, turn)
+        dropped = np.random.default_rng([self.seed, position]).random(kind.batch) < self.caption_dropout
+        return {"latents": kind.latents.latents[picked]} | {
+            key: np.where(dropped.reshape(-1, *[1] * (values.ndim - 1)), self._blank[key], values[picked])
+            for key, values in self._told[name].items()
         }
+
+    def _due(self, position: int) -> tuple[str, int]:
+        """The kind of this step's batch, and how many batches of that kind came before."""
+        before: Counter[str] = Counter()
+        for stage in self.stages:
+            if stage.steps is None or position < stage.steps:
+                name = stage.at(position)
+                return name, (before + stage.counts(position))[name]
+            before += stage.counts(stage.steps)
+            position -= stage.steps
+        raise IndexError("the stages end before this step; give the last one no number of steps")
 
 
 def in_groups(embed: Callable[[list[str]], Mapping[str, jax.Array]]) -> Callable[[list[str]], Told]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.batches import Batches, Course, Kind, in_groups
+from train.batches import Batches, Kind, Stage, in_groups
 from train.data import LatentSet
 
 
@@ -17,27 +17,46 @@ def embed(captions):
     return {"text": np.repeat(numbers[:, None], 2, axis=1), "pooled": numbers}
 
 
-def batches(small_every=3, dropout=0.0):
-    course = Course(small_steps=4, small_every=small_every, caption_dropout=dropout, seed=1)
-    small, large = Kind(load=lambda: latents(8, 2), batch=4), Kind(load=lambda: latents(6, 5), batch=3)
-    return Batches(small, large, course, embed)
+def batches(dropout=0.0):
+    kinds = {
+        "small": Kind(load=lambda: latents(8, 2), batch=4),
+        "middle": Kind(load=lambda: latents(10, 3), batch=2),
+        "large": Kind(load=lambda: latents(6, 5), batch=3),
+    }
+    stages = (
+        Stage(kind="small", steps=4),
+        Stage(kind="middle", steps=5, earlier="small", every=2),
+        Stage(kind="large", earlier="middle", every=3),
+    )
+    return Batches(kinds=kinds, stages=stages, embed=embed, caption_dropout=dropout, seed=1)
 
 
-def test_small_batches_come_first_and_every_so_often():
-    sides = [batches()(position)["latents"].shape for position in range(12)]
-    small, large = (4, 1, 2, 2, 1), (3, 1, 5, 5, 1)
-    assert sides == [small] * 4 + [large, large, small] * 2 + [large, large]
+def sides(made):
+    return [batch["latents"].shape[2] for batch in made]
 
 
-def test_every_example_comes_once_a_pass_with_its_caption():
-    made = [batches()(position) for position in range(4, 22)]
-    large = [batch for batch in made if batch["latents"].shape[2] == 5]
-    for first in range(0, len(large), 2):
-        seen = np.concatenate([batch["latents"][:, 0, 0, 0, 0] for batch in large[first : first + 2]])
-        assert sorted(seen) == [0, 1, 2, 3, 4, 5]
+def test_stages_follow_each_other_with_a_batch_of_an_earlier_kind_every_so_often():
+    made = [batches()(position) for position in range(15)]
+    assert sides(made) == [2] * 4 + [3, 2, 3, 2, 3] + [5, 5, 3, 5, 5, 3]
+    assert [len(batch["latents"]) for batch in made[3:10]] == [4, 2, 4, 2, 4, 2, 3]
+
+
+@pytest.mark.parametrize(("side", "a_pass"), [(2, 2), (3, 5), (5, 2)])
+def test_every_example_of_a_kind_comes_once_a_pass_whatever_comes_between(side, a_pass):
+    made = [batch for batch in map(batches(), range(24)) if batch["latents"].shape[2] == side]
+    for first in range(0, len(made) // a_pass * a_pass, a_pass):
+        seen = np.concatenate([batch["latents"][:, 0, 0, 0, 0] for batch in made[first : first + a_pass]])
+        assert sorted(seen) == list(range(len(seen)))
     for batch in made:
         np.testing.assert_array_equal(batch["pooled"][:, 0], batch["latents"][:, 0, 0, 0, 0])
         np.testing.assert_array_equal(batch["text"][:, 1], batch["pooled"])
+
+
+def test_after_the_last_stage_there_is_nothing():
+    ending = batches()
+    ending.stages = ending.stages[:2]
+    with pytest.raises(IndexError):
+        ending(9)
 
 
 def test_some_captions_are_blank_in_all_that_is_told():

@@ -32,7 +32,7 @@ from infer.digit_grammar import Scene, caption, random_picture
 from infer.digit_pictures import CLOSE_UP, SIZE, close_up
 from infer.digit_reader import cache_path, load_reader
 from infer.picture_scores import read_picture
-from train.batches import Batches, Course, Kind, in_groups
+from train.batches import Batches, Kind, Stage, in_groups
 from train.data import LatentSet, LatentSource, cached_latents, picture_maker, weights_hash
 from train.export_demo_flux import export_pipeline
 from train.loop import Hook, RunConfig, load_ema, newest_step, train
@@ -96,7 +96,7 @@ def run(config: Config) -> None:
     close_ups = Kind(load=partial(_latents, config, vae, CLOSE_UP, config.close_ups), batch=config.close_up_batch)
     pictures = Kind(load=partial(_latents, config, vae, SIZE, config.pictures), batch=config.picture_batch)
     if config.encode_only:
-        close_ups.load(), pictures.load()
+        _ = close_ups.latents, pictures.latents
         return
     mesh = training_mesh(config.data, config.fsdp)
     model = fresh_flux(config.seed) if not config.init else load_flux(config.init)
@@ -106,9 +106,13 @@ def run(config: Config) -> None:
     settings = FlowSettings(shift=config.shift, call=NetworkCall(remat=True))
     step = build_step(model, partial(flow_matching, settings=settings), optimizer, mesh, ema_decay=0.998)
     embed = in_groups(partial(_embed, text))
-    course = Course(
-        small_steps=config.close_up_steps,
-        small_every=config.close_up_every,
+    batches = Batches(
+        kinds={"close-ups": close_ups, "pictures": pictures},
+        stages=(
+            Stage(kind="close-ups", steps=config.close_up_steps),
+            Stage(kind="pictures", earlier="close-ups", every=config.close_up_every),
+        ),
+        embed=embed,
         caption_dropout=config.caption_dropout,
         seed=config.seed,
     )
@@ -124,7 +128,7 @@ def run(config: Config) -> None:
             export_pipeline(config.export, with_leaves(model, state.ema), vae, text, _tokenizer_folders(config.text))
 
     hooks = (Hook(config.export_every, export), Hook(config.preview_every, show))
-    train(config, init_state(model, optimizer, mesh), step, Batches(close_ups, pictures, course, embed), hooks)
+    train(config, init_state(model, optimizer, mesh), step, batches, hooks)
 
 
 def fresh_flux(seed: int) -> Flux:

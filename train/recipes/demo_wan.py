@@ -3,13 +3,13 @@
     dit-train demo_wan --set vae=runs/demo-vae --set text=runs/demo-text --set out=runs/demo-wan
     dit-train demo_wan --set init=demo-wan --set vae=demo-wan --set text=demo-wan     (goes on from the shipped weights)
 
-The first latent frame of a clip is an image's latent (the autoencoder is causal), so the run starts on first frames
-alone, which cost a sixth of a clip and teach digits, colours and layout; then come clips, with a batch of first frames
-every few steps. Latents are made once and kept under runs/cache, text embeddings in memory. The weights shipped
-are the running mean.
+The first latent frame of a clip is an image's latent (the autoencoder is causal), so the run starts on single pictures:
+close-ups of 64 pixels that one digit fills, a quarter of the tokens of a frame and four times the share of them on
+digits; then whole first frames, which teach layout; then clips. A batch of the kind before comes every few steps.
+Latents are made once and kept under runs/cache, text embeddings in memory. The weights shipped are the running mean.
 On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set data=2)
 keep both busy.
-About 1.5 hours on 2 CPU cores, minutes on a GPU; more steps still help.
+Some five hours on 2 idle CPU cores, minutes on a GPU.
 Score: `dit-eval --model FOLDER --suite moving-digits` after `python -m train.export_demo`.
 """
 
@@ -31,10 +31,11 @@ from dit_jax.models.network import NetworkCall
 from dit_jax.models.wan import Wan, WanConfig
 from dit_jax.parameters import with_leaves
 from infer.digit_grammar import caption, random_scene
+from infer.digit_pictures import CLOSE_UP, close_up
 from infer.digit_reader import cache_path, load_reader
 from infer.digit_scores import read_clip
-from train.batches import Batches, Course, Kind, in_groups
-from train.data import LatentSet, LatentSource, cached_latents, clip_maker, weights_hash
+from train.batches import Batches, Kind, Stage, in_groups
+from train.data import LatentSet, LatentSource, cached_latents, clip_maker, picture_maker, weights_hash
 from train.export_demo import export_pipeline
 from train.loop import Hook, RunConfig, load_ema, newest_step, train
 from train.losses import FlowSettings, flow_matching, pixels
@@ -45,7 +46,7 @@ from train.step import build_step, init_state, muon, params_of, schedule, traini
 
 SHIPPED = WanConfig(blocks=10, width=192, heads=8, head_width=24, mlp_width=512, text_width=128)
 STILL, CLIP = 1, 17  # frames
-LATENT_FRAMES, LATENT_GRID = 5, (16, 16, 16)
+CLOSE_UP_SHAPE, STILL_SHAPE, CLIP_SHAPE = (1, 8, 8, 16), (1, 16, 16, 16), (5, 16, 16, 16)  # of latents
 PREVIEW_SEED = 5
 
 
@@ -54,12 +55,15 @@ class Config(RunConfig):
     """Options of the recipe; `init`, `vae` and `text` are runs, or a pipeline's folder, or demo-wan."""
 
     out: str = "runs/demo-wan"
-    steps: int = 3000
-    image_steps: int = 1400
-    decay_steps: int = 400
-    image_every: int = 4
+    steps: int = 9000
+    close_up_steps: int = 3000
+    image_steps: int = 2000
+    decay_steps: int = 1200
+    earlier_every: int = 4
+    close_up_batch: int = 64
     image_batch: int = 32
-    clip_batch: int = 12
+    clip_batch: int = 8
+    close_ups: int = 16_384
     stills: int = 16_384
     clips: int = 3072
     learning_rate: float = 2e-3
@@ -77,11 +81,14 @@ class Config(RunConfig):
 
 def run(config: Config) -> None:
     """Encodes what is missing from the cache, then trains."""
-    if config.image_every < 2:
-        raise UserError(f"image_every is {config.image_every}, expected 2 or more: one batch in so many is of stills")
+    if config.earlier_every < 2:
+        raise UserError(
+            f"earlier_every is {config.earlier_every}, expected 2 or more: one batch in so many is of an earlier kind"
+        )
     vae = _vae(config.vae)
     text, tokenizer = _text(config.text)
     if config.encode_only:
+        _close_ups(config, vae)
         _latents(config, vae, STILL, config.stills)
         _latents(config, vae, CLIP, config.clips)
         return
@@ -94,20 +101,30 @@ def run(config: Config) -> None:
     loss = partial(flow_matching, settings=settings)
     step = build_step(model, loss, optimizer, mesh, ema_decay=0.998)
     embed = _embedder(text, tokenizer)
-    stills = Kind(load=partial(_latents, config, vae, STILL, config.stills), batch=config.image_batch)
-    clips = Kind(load=partial(_latents, config, vae, CLIP, config.clips), batch=config.clip_batch)
-    course = Course(
-        small_steps=config.image_steps,
-        small_every=config.image_every,
+    batches = Batches(
+        kinds={
+            "close-ups": Kind(load=partial(_close_ups, config, vae), batch=config.close_up_batch),
+            "stills": Kind(load=partial(_latents, config, vae, STILL, config.stills), batch=config.image_batch),
+            "clips": Kind(load=partial(_latents, config, vae, CLIP, config.clips), batch=config.clip_batch),
+        },
+        stages=(
+            Stage(kind="close-ups", steps=config.close_up_steps),
+            Stage(kind="stills", steps=config.image_steps, earlier="close-ups", every=config.earlier_every),
+            Stage(kind="clips", earlier="stills", every=config.earlier_every),
+        ),
+        embed=embed,
         caption_dropout=config.caption_dropout,
         seed=config.seed,
     )
-    batches = Batches(stills, clips, course, embed)
     preview = Preview(vae=vae, embed=embed, shift=config.shift, folder=Path(config.out) / "previews", mesh=mesh)
 
+    stills_end = config.close_up_steps + config.image_steps
+
     def show(state, taken: int) -> dict[str, float] | None:
-        frames = 1 if taken <= config.image_steps else LATENT_FRAMES
-        return _preview(preview, with_leaves(model, state.ema), frames, taken)
+        trained = with_leaves(model, state.ema)
+        if taken <= config.close_up_steps:
+            return _preview(preview, trained, CLOSE_UP_SHAPE, taken)
+        return _preview(preview, trained, STILL_SHAPE if taken <= stills_end else CLIP_SHAPE, taken)
 
     def export(state, taken: int) -> None:
         if config.export:
@@ -139,6 +156,14 @@ def load_wan(source: str) -> Wan:
         return load_model(open_checkpoint(source), "transformer", dtype=jnp.float32)  # type: ignore[return-value]
     abstract = nnx.eval_shape(lambda: Wan(SHIPPED, nnx.Rngs(0)))
     return with_leaves(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(source).items()})
+
+
+def _close_ups(config: Config, vae) -> LatentSet:
+    seed = config.seed + CLOSE_UP
+    source = LatentSource(
+        folder=Path(config.cache) / f"{weights_hash(vae)}-train-{CLOSE_UP}px-{seed}", make=picture_maker(seed, CLOSE_UP)
+    )
+    return cached_latents(source, config.close_ups, partial(_encode, vae))
 
 
 def _latents(config: Config, vae, frames: int, count: int) -> LatentSet:
@@ -180,17 +205,20 @@ def _embedder(text, tokenizer):
     return in_groups(lambda captions: {"text": _states(text, *tokenized(tokenizer, captions))})
 
 
-def _preview(preview: Preview, model, latent_frames: int, taken: int) -> dict[str, float]:
+def _preview(preview: Preview, model, shape: tuple[int, int, int, int], taken: int) -> dict[str, float]:
     """Draws a fixed set of prompts; the shares of right digits if the reader of `dit-eval` is at hand.
 
     It is not trained for a look. A still has no direction.
     """
     rng = random.Random(PREVIEW_SEED)
     scenes = [random_scene(rng) for _ in range(12)]
-    video = preview(model, [caption(scene, rng) for scene in scenes], (latent_frames, *LATENT_GRID), taken)
+    if shape == CLOSE_UP_SHAPE:
+        scenes = [close_up(scene) for scene in scenes]
+    prompts = [caption(scene, rng, of_picture=shape == CLOSE_UP_SHAPE) for scene in scenes]
+    video = preview(model, prompts, shape, taken)
     if not cache_path().exists():
         return {}
-    still = latent_frames == 1
+    still = shape[0] == 1
     clips = np.repeat(video, 5, axis=1) if still else video
     reader = load_reader()
     right = np.concatenate([read_clip(clip, scene, reader).right for clip, scene in zip(clips, scenes, strict=True)])
