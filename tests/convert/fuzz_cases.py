@@ -77,6 +77,18 @@ def _prefixed_file(folder: Path) -> None:
     single_file(folder / "model.safetensors", "flux-schnell", BFLOAT16, prefix="model.diffusion_model.")
 
 
+def _lora_file(folder: Path) -> None:
+    """A LoRA of FLUX in ComfyUI's style, ranks 2 and 3."""
+    rng, arrays = np.random.default_rng(0), {}
+    for block in range(3):
+        for module, outputs in (("img_attn.qkv", 24), ("txt_mlp.0", 16)):
+            rank, name = 2 + block % 2, f"diffusion_model.double_blocks.{block}.{module}"
+            arrays[f"{name}.lora_A.weight"] = rng.standard_normal((rank, 8)).astype(BFLOAT16)
+            arrays[f"{name}.lora_B.weight"] = rng.standard_normal((outputs, rank)).astype(BFLOAT16)
+    folder.mkdir()
+    save(folder / "model.safetensors", arrays)
+
+
 # Name -> (how to make it, what the command is given below its folder, command).
 BASES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "diffusers": (lambda f: pipeline_folder(f / "model", WAN_PIPELINE, BFLOAT16), "model", "to-jax"),
@@ -89,6 +101,7 @@ BASES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "fp8 file": (_scaled_file, "model.safetensors", "to-jax"),
     "torch file": (_torch_file, "model.pth", "to-jax"),
     "native": (lambda f: _converted(f, WAN_PIPELINE, "native"), "model", "to-torch"),
+    "LoRA file": (_lora_file, "model.safetensors", "to-torch"),
 }
 
 
@@ -239,6 +252,47 @@ def metadata_of_a_tree(folder: Path, rng: random.Random) -> Sequence[str]:
     return [str(folder)]
 
 
+def _of_lora(change: Callable[[dict[str, np.ndarray], str, random.Random], Any]) -> Damage:
+    """Saves again a LoRA file that `change` has harmed in a module's pair of factors."""
+
+    def damage(folder: Path, rng: random.Random) -> Sequence[str]:
+        file = folder / "model.safetensors"
+        arrays = fuzz.load(file)
+        module = rng.choice(sorted(arrays)).rpartition(".lora_")[0]
+        change(arrays, module, rng)
+        save(file, arrays)
+        return [str(file), module.removeprefix("diffusion_model.")]
+
+    return damage
+
+
+def _half_a_pair(arrays: dict[str, np.ndarray], module: str, rng: random.Random) -> None:
+    del arrays[f"{module}.lora_{rng.choice('AB')}.weight"]
+
+
+def _ranks_that_differ(arrays: dict[str, np.ndarray], module: str, rng: random.Random) -> None:
+    key = f"{module}.lora_B.weight"
+    arrays[key] = rng.choice([arrays[key][:, :1], np.repeat(arrays[key], 2, axis=1), arrays[key].T.copy()])
+
+
+def _another_number_of_axes(arrays: dict[str, np.ndarray], module: str, rng: random.Random) -> None:
+    key = f"{module}.lora_{rng.choice('AB')}.weight"
+    arrays[key] = rng.choice([arrays[key].reshape(-1), arrays[key][None], arrays[key][:0]])
+
+
+def _a_strange_key(arrays: dict[str, np.ndarray], module: str, rng: random.Random) -> None:
+    key = rng.choice(
+        [f"{module}.hada_w1_a", f"{module}.dora_scale", f"{module}.lora_C.weight", f"{module}.lora_A.bias"]
+    )
+    arrays[key] = np.ones((2, 8), BFLOAT16)
+
+
+def _an_alpha_of_nothing(arrays: dict[str, np.ndarray], module: str, rng: random.Random) -> None:
+    arrays[f"{module}.alpha"] = rng.choice(
+        [np.array(np.nan, np.float32), np.ones(2, np.float32), np.array(np.inf, np.float32)]
+    )
+
+
 TORCH: dict[str, Damage] = {
     "code": code_in_a_torch_file,
     "broken bytes": bytes_of_a_torch_file,
@@ -259,6 +313,23 @@ NATIVE: dict[str, Damage] = {
     "metadata of an array": metadata_of_an_array,
     "metadata of a tree": metadata_of_a_tree,
 }
+_READING = (
+    *("truncated", "bytes to spare", "a false header length", "a header of no entries", "a key twice", "another dtype"),
+    *(
+        "another shape in the header",
+        "other offsets",
+        "a value that is no number",
+        "a folder for a file",
+        "a file less",
+    ),
+)
+LORA: dict[str, Damage] = {name: fuzz.SAFETENSORS[name] for name in _READING} | {
+    "half a pair": _of_lora(_half_a_pair),
+    "ranks that differ": _of_lora(_ranks_that_differ),
+    "another number of axes": _of_lora(_another_number_of_axes),
+    "a strange key": _of_lora(_a_strange_key),
+    "an alpha of nothing": _of_lora(_an_alpha_of_nothing),
+}
 _SCALES: dict[str, Damage] = {"a wrong scale": a_wrong_scale, "a scale of nothing": a_scale_of_nothing}
 _PIPELINE: dict[str, Damage] = {"a damaged pipeline index": fuzz.a_damaged_pipeline_index}
 DAMAGES: dict[str, dict[str, Damage]] = {
@@ -273,6 +344,7 @@ DAMAGES: dict[str, dict[str, Damage]] = {
     "fp8 file": fuzz.SAFETENSORS | _SCALES,
     "torch file": TORCH,
     "native": NATIVE | fuzz.CONFIGS | _PIPELINE,
+    "LoRA file": LORA,
 }
 
 
