@@ -121,7 +121,7 @@ def test_background_stands_still_and_is_dark():
 @pytest.mark.parametrize("kind", ["plain", "striped", "checkered", "dotted"])
 def test_backgrounds_have_their_pattern(kind):
     for seed in range(6):
-        picture = moving_digits._background(kind, np.random.default_rng(seed), 128)
+        picture = moving_digits.background(kind, np.random.default_rng(seed), 128)
         contrast = np.ptp(picture[..., 0])
         assert picture.min() >= 15 and picture.max() <= 80
         assert (contrast == 0) if kind == "plain" else (19 <= contrast <= 29)
