@@ -17,12 +17,12 @@ import jax
 
 from convert.lora import read_lora
 from convert.lora_keys import Target
+from convert.original import TRANSFORMER
 from convert.wan import LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.lora import Lora
 from dit_jax.parameters import leaf_name
 
-TRANSFORMER = "transformer"
 Held = tuple[MutableMapping[str, Any], str]
 """Where a model is: a mapping, an object's attributes say, and its name there; not in it while it is not loaded."""
 LoraChoice = str | Path | tuple[str | Path, float] | tuple[str | Path, float, str]

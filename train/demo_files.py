@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,3 +53,22 @@ class DemoPipeline:
             if size > most_bytes:
                 raise UserError(f"The pipeline takes {size:,} bytes, expected at most {most_bytes:,}; shrink a model.")
         return size
+
+
+def export_command(prog: str, runs: Mapping[str, str], out: Path, arguments: list[str] | None, export: Callable) -> int:
+    """Runs `export(options)`, which writes `options.out` and returns its bytes; 2 for bad input.
+
+    runs  option -> the run that it names unless another is given
+    """
+    parser = argparse.ArgumentParser(f"python -m {prog}", description=sys.modules[export.__module__].__doc__)
+    for name, default in runs.items():
+        parser.add_argument(f"--{name}", default=default)
+    parser.add_argument("--out", default=str(out))
+    options = parser.parse_args(arguments)
+    try:
+        size = export(options)
+    except UserError as error:
+        print(f"{prog.rpartition('.')[2]}: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {size / 1e6:.1f} MB")
+    return 0

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from dit_jax.config import UserError
@@ -72,6 +73,12 @@ def train_clip_tokenizer(captions: Iterable[str], vocab_size: int, folder: str |
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def token_ids(tokenizer, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 [B, L] up to the tokenizer's limit, and validity bool [B, L]."""
+    out = tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+    return np.asarray(out.input_ids, np.int32), np.asarray(out.attention_mask, bool)
 
 
 def _merges(words: Counter[str]) -> list[tuple[str, str]]:

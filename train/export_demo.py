@@ -15,9 +15,8 @@ from convert.checkpoint import SHIPPED
 from convert.encoders import t5_settings
 from convert.vae_wan import config_to_diffusers
 from convert.wan import wan_settings
-from dit_jax.config import UserError
 from dit_jax.models.wan import FP32_LEAVES
-from train.demo_files import DemoPipeline, Part
+from train.demo_files import DemoPipeline, Part, export_command
 
 MOST_BYTES = 16 * 10**6
 SHIFT = 3.0
@@ -88,25 +87,18 @@ def export_pipeline(folder: str | Path, wan, vae, text, tokenizer: str | Path) -
 
 def main(arguments: list[str] | None = None) -> int:
     """Exports the newest checkpoints of three runs; 2 for bad input."""
+    runs = {"wan": "runs/demo-wan", "vae": "runs/demo-vae", "text": "runs/demo-text"}
+    return export_command("train.export_demo", runs, SHIPPED["demo-wan"], arguments, _export_runs)
+
+
+def _export_runs(options: argparse.Namespace) -> int:
     from train.recipes.demo_text import TOKENIZER, load_text_encoder
     from train.recipes.demo_vae import load_vae
     from train.recipes.demo_wan import load_wan
 
-    parser = argparse.ArgumentParser("python -m train.export_demo", description=__doc__)
-    parser.add_argument("--wan", default="runs/demo-wan")
-    parser.add_argument("--vae", default="runs/demo-vae")
-    parser.add_argument("--text", default="runs/demo-text")
-    parser.add_argument("--out", default=str(SHIPPED["demo-wan"]))
-    options = parser.parse_args(arguments)
-    try:
-        text, _ = load_text_encoder(options.text)
-        models = load_wan(options.wan), load_vae(options.vae), text
-        size = export_pipeline(options.out, *models, Path(options.text) / TOKENIZER)
-    except UserError as error:
-        print(f"export_demo: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.out}: {size / 1e6:.1f} MB")
-    return 0
+    text, _ = load_text_encoder(options.text)
+    models = load_wan(options.wan), load_vae(options.vae), text
+    return export_pipeline(options.out, *models, Path(options.text) / TOKENIZER)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from convert.checkpoint import SHIPPED
 from convert.encoders import clip_text_settings, t5_settings
 from convert.flux import flux_settings
 from convert.vae_kl import config_to_diffusers
-from dit_jax.config import UserError
-from train.demo_files import DemoPipeline, Part
+from train.demo_files import DemoPipeline, Part, export_command
 
 MOST_BYTES = 12 * 10**6
 SHIFT = 2.0
@@ -67,24 +66,17 @@ def export_pipeline(folder: str | Path, flux, vae, text, tokenizers: Path) -> in
 
 def main(arguments: list[str] | None = None) -> int:
     """Exports the newest checkpoints of three runs; 2 for bad input."""
+    runs = {"flux": "runs/demo-flux", "vae": "runs/demo-flux-vae", "text": "runs/demo-flux-text"}
+    return export_command("train.export_demo_flux", runs, SHIPPED["demo-flux"], arguments, _export_runs)
+
+
+def _export_runs(options: argparse.Namespace) -> int:
     from train.recipes.demo_flux import load_flux
     from train.recipes.demo_flux_text import load_text_encoders
     from train.recipes.demo_flux_vae import load_vae
 
-    parser = argparse.ArgumentParser("python -m train.export_demo_flux", description=__doc__)
-    parser.add_argument("--flux", default="runs/demo-flux")
-    parser.add_argument("--vae", default="runs/demo-flux-vae")
-    parser.add_argument("--text", default="runs/demo-flux-text")
-    parser.add_argument("--out", default=str(SHIPPED["demo-flux"]))
-    options = parser.parse_args(arguments)
-    try:
-        models = load_flux(options.flux), load_vae(options.vae), load_text_encoders(options.text)
-        size = export_pipeline(options.out, *models, Path(options.text))
-    except UserError as error:
-        print(f"export_demo_flux: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.out}: {size / 1e6:.1f} MB")
-    return 0
+    models = load_flux(options.flux), load_vae(options.vae), load_text_encoders(options.text)
+    return export_pipeline(options.out, *models, Path(options.text))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,16 @@ A probe's scores [..., sum(sizes)] answer several questions at once, one of `siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from infer.digit_grammar import BACKGROUNDS, COLOURS, RELATIONS, Digit, Scene
+
+PLACES = ("alone", *RELATIONS)
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 
 
@@ -20,6 +23,23 @@ def digit_places(text: str) -> list[int]:
     """Where the first and the last digit of a caption stand, in tokens of a tokenizer of whole words."""
     found = [place for place, word in enumerate(text.split()) if word[0].isdigit()]
     return [found[0], found[-1]]
+
+
+def digit_classes(scene: Scene, third: Callable[[Digit], int]) -> list[list[int]]:
+    """Value, colour, what `third` says and place of both digits of a scene; -1 four times for one that is not there."""
+    seats = ["alone"] if scene.relation is None else [scene.relation, OPPOSITE[scene.relation]]
+    rows = [
+        [digit.value, COLOURS.index(digit.colour), third(digit), PLACES.index(seat)]
+        for digit, seat in zip(scene.digits, seats, strict=True)
+    ]
+    return rows + [[-1] * 4] * (2 - len(rows))
+
+
+def scene_classes(scene: Scene, third: Callable[[Digit], int], sizes: Sequence[int]) -> list[int]:
+    """The first three of both digits, the last of the `sizes` for one that is not there; relation and background."""
+    rows = digit_classes(scene, third)
+    values = [index % size for classes in rows for index, size in zip(classes[:3], sizes[:3], strict=True)]
+    return [*values, PLACES.index(scene.relation or "alone"), BACKGROUNDS.index(scene.background)]
 
 
 def cross_entropy(scores: jax.Array, classes: jax.Array, sizes: Sequence[int]) -> jax.Array:

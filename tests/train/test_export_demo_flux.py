@@ -15,10 +15,10 @@ from dit_jax.parameters import named_leaves
 from infer.digit_grammar import PICTURES, all_picture_captions_sample
 from infer.pipeline import load_pipeline
 from train import export_demo_flux
-from train.demo_tokenizer import train_clip_tokenizer, train_tokenizer
+from train.demo_tokenizer import token_ids, train_clip_tokenizer, train_tokenizer
 from train.export_demo_flux import export_pipeline
 from train.recipes import demo_flux, demo_flux_text, demo_flux_vae
-from train.recipes.demo_flux_text import CLIP_TOKENS, T5_TOKENS, TextEncoders, token_ids
+from train.recipes.demo_flux_text import CLIP_TOKENS, T5_TOKENS, TextEncoders
 
 
 @pytest.fixture(scope="module")

@@ -33,14 +33,16 @@ from infer.digit_pictures import CLOSE_UP, SIZE, close_up
 from infer.digit_reader import cache_path, load_reader
 from infer.picture_scores import read_picture
 from train.batches import Batches, Kind, Stage, in_groups
-from train.data import LatentSet, LatentSource, cached_latents, picture_maker, weights_hash
+from train.data import LatentSet
+from train.demo_models import folder_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
+from train.demo_tokenizer import token_ids
 from train.export_demo_flux import export_pipeline
-from train.loop import Hook, RunConfig, load_ema, newest_step, train
-from train.losses import FlowSettings, flow_matching, pixels
+from train.loop import Hook, RunConfig, newest_step, train
+from train.losses import FlowSettings, flow_matching
 from train.preview import Preview
-from train.recipes.demo_flux_text import CLIP_TOKENIZER, T5_TOKENIZER, TextEncoders, load_text_encoders, token_ids
+from train.recipes.demo_flux_text import CLIP_TOKENIZER, T5_TOKENIZER, TextEncoders, load_text_encoders
 from train.recipes.demo_flux_vae import load_vae
-from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
+from train.step import build_step, init_state, muon, schedule, training_mesh
 
 # Heads rotate by y and x alone: t is 0 in every picture, and four frequencies an axis tell 16 places apart.
 SHIPPED = FluxConfig(
@@ -92,14 +94,14 @@ def run(config: Config) -> None:
         raise UserError(
             f"close_up_every is {config.close_up_every}, expected 2 or more: one batch in so many is of close-ups"
         )
-    vae, text = _vae(config.vae), _text(config.text)
+    vae, text = of_run_or_checkpoint(config.vae, "vae", load_vae), _text(config.text)
     close_ups = Kind(load=partial(_latents, config, vae, CLOSE_UP, config.close_ups), batch=config.close_up_batch)
     pictures = Kind(load=partial(_latents, config, vae, SIZE, config.pictures), batch=config.picture_batch)
     if config.encode_only:
         _ = close_ups.latents, pictures.latents
         return
     mesh = training_mesh(config.data, config.fsdp)
-    model = fresh_flux(config.seed) if not config.init else load_flux(config.init)
+    model = load_flux(config.init) if config.init else smooth_start(lambda: Flux(SHIPPED, rngs=nnx.Rngs(config.seed)))
     rate = schedule(config.learning_rate, config.steps, warmup=50, decay=config.decay_steps)
     optimizer = muon(rate, rate)
     # On a CPU recomputing the blocks is quicker than writing down what their gradients need.
@@ -125,53 +127,19 @@ def run(config: Config) -> None:
 
     def export(state, taken: int) -> None:
         if config.export:
-            export_pipeline(config.export, with_leaves(model, state.ema), vae, text, _tokenizer_folders(config.text))
+            export_pipeline(config.export, with_leaves(model, state.ema), vae, text, folder_of(config.text))
 
     hooks = (Hook(config.export_every, export), Hook(config.preview_every, show))
     train(config, init_state(model, optimizer, mesh), step, batches, hooks)
 
 
-def fresh_flux(seed: int) -> Flux:
-    """Random weights; what feeds the residual stream and the output starts small, so that training starts smoothly."""
-
-    def start() -> Flux:
-        model = Flux(SHIPPED, rngs=nnx.Rngs(seed))
-        return with_leaves(model, {name: leaf * _start_scale(name) for name, leaf in params_of(model).items()})
-
-    return jax.jit(start)()
-
-
-def _start_scale(name: str) -> float:
-    if name == "out.kernel":
-        return 0.05
-    return 0.3 if name.endswith(("o.kernel", "mlp.down.kernel")) else 1.0
-
-
 def load_flux(source: str) -> Flux:
     """The transformer of a run (its running mean), or of a pipeline's folder or demo-flux, in fp32."""
-    if newest_step(source) is None:
-        return load_model(open_checkpoint(source), "transformer", dtype=jnp.float32)  # type: ignore[return-value]
-    abstract = nnx.eval_shape(lambda: Flux(SHIPPED, rngs=nnx.Rngs(0)))
-    return with_leaves(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(source).items()})
+    return of_run_or_checkpoint(source, "transformer", partial(trained, make=lambda: Flux(SHIPPED, rngs=nnx.Rngs(0))))
 
 
 def _latents(config: Config, vae, size: int, count: int) -> LatentSet:
-    seed = config.seed + size
-    source = LatentSource(
-        folder=Path(config.cache) / f"{weights_hash(vae)}-train-{size}px-{seed}", make=picture_maker(seed, size)
-    )
-    return cached_latents(source, count, partial(_encode, vae))
-
-
-@jax.jit
-def _encode(vae, video) -> jax.Array:
-    return vae.normalise(vae.encode(pixels(video))[0])
-
-
-def _vae(source: str):
-    if newest_step(source) is not None:
-        return load_vae(source)
-    return load_model(open_checkpoint(source), "vae", dtype=jnp.float32)
+    return picture_latents(vae, config.cache, size, config.seed, count)
 
 
 def _text(source: str) -> TextEncoders:
@@ -186,10 +154,6 @@ def _text(source: str) -> TextEncoders:
         t5_tokenizer=AutoTokenizer.from_pretrained(checkpoint.folder / T5_TOKENIZER),
         clip_tokenizer=AutoTokenizer.from_pretrained(checkpoint.folder / CLIP_TOKENIZER),
     )
-
-
-def _tokenizer_folders(source: str) -> Path:
-    return Path(source) if newest_step(source) is not None else open_checkpoint(source).folder
 
 
 def _embed(text: TextEncoders, captions: list[str]) -> dict[str, jax.Array]:

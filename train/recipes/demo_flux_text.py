@@ -28,16 +28,16 @@ from dit_jax.parameters import with_leaves
 from infer.digit_grammar import (
     BACKGROUNDS,
     COLOURS,
-    RELATIONS,
-    Scene,
+    Digit,
     all_picture_captions_sample,
     caption,
     random_picture,
 )
-from train.demo_tokenizer import train_clip_tokenizer, train_tokenizer
-from train.loop import Hook, RunConfig, load_ema, train
-from train.probes import OPPOSITE, cross_entropy, digit_places, none_wrong
-from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
+from train.demo_models import trained
+from train.demo_tokenizer import token_ids, train_clip_tokenizer, train_tokenizer
+from train.loop import Hook, RunConfig, train
+from train.probes import PLACES, cross_entropy, digit_classes, digit_places, none_wrong, scene_classes
+from train.step import build_step, init_state, muon, schedule, training_mesh
 
 T5_TOKENS, CLIP_TOKENS = 16, 20
 T5 = T5Config(vocab_size=112, width=96, heads=4, head_width=24, mlp_width=192, blocks=2, per_block_bias=False)
@@ -51,7 +51,6 @@ CLIP = CLIPTextConfig(
     activation="quick_gelu",
     end_token=199,
 )
-PLACES = ("alone", *RELATIONS)
 DIGIT_CLASSES = (10, len(COLOURS), 2, len(PLACES))
 SCENE_CLASSES = (11, 7, 3, 11, 7, 3, len(PLACES), len(BACKGROUNDS))
 T5_TOKENIZER, CLIP_TOKENIZER = "tokenizer_2", "tokenizer"
@@ -125,24 +124,12 @@ def run(config: Config) -> None:
 
 def load_text_encoders(out: str) -> TextEncoders:
     """The trained encoders of a run and their tokenizers."""
-    weights = load_ema(out)
-
-    def encoder(prefix: str, make):
-        abstract = nnx.eval_shape(make)
-        return with_leaves(abstract, {name: jnp.asarray(weights[f"{prefix}.{name}"]) for name in params_of(abstract)})
-
     return TextEncoders(
-        t5=encoder("t5", lambda: T5Encoder(T5, rngs=nnx.Rngs(0))),
-        clip=encoder("clip", lambda: CLIPText(CLIP, rngs=nnx.Rngs(0))),
+        t5=trained(out, lambda: T5Encoder(T5, rngs=nnx.Rngs(0)), "t5"),
+        clip=trained(out, lambda: CLIPText(CLIP, rngs=nnx.Rngs(0)), "clip"),
         t5_tokenizer=AutoTokenizer.from_pretrained(Path(out) / T5_TOKENIZER),
         clip_tokenizer=AutoTokenizer.from_pretrained(Path(out) / CLIP_TOKENIZER),
     )
-
-
-def token_ids(tokenizer, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int32 [B, L] up to the tokenizer's limit, and validity bool [B, L]."""
-    out = tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
-    return np.asarray(out.input_ids, np.int32), np.asarray(out.attention_mask, bool)
 
 
 def _examples(folder: Path, count: int, seed: int) -> dict[str, np.ndarray]:
@@ -156,25 +143,13 @@ def _examples(folder: Path, count: int, seed: int) -> dict[str, np.ndarray]:
         "last": valid.sum(1).astype(np.int32) - 1,
         "clip_ids": token_ids(AutoTokenizer.from_pretrained(folder / CLIP_TOKENIZER), texts)[0],
         "places": np.array([digit_places(text) for text in texts], np.int32),
-        "digit": np.array([_digit_classes(scene) for scene in scenes], np.int32),
-        "scene": np.array([_scene_classes(scene) for scene in scenes], np.int32),
+        "digit": np.array([digit_classes(scene, _number) for scene in scenes], np.int32),
+        "scene": np.array([scene_classes(scene, _number, SCENE_CLASSES) for scene in scenes], np.int32),
     }
 
 
-def _digit_classes(scene: Scene) -> list[list[int]]:
-    seats = ["alone"] if scene.relation is None else [scene.relation, OPPOSITE[scene.relation]]
-    rows = [
-        [digit.value, COLOURS.index(digit.colour), digit.count - 1, PLACES.index(seat)]
-        for digit, seat in zip(scene.digits, seats, strict=True)
-    ]
-    return rows + [[-1] * len(DIGIT_CLASSES)] * (2 - len(rows))
-
-
-def _scene_classes(scene: Scene) -> list[int]:
-    values = []
-    for classes in _digit_classes(scene):
-        values += [index % size for index, size in zip(classes[:3], SCENE_CLASSES[:3], strict=True)]
-    return [*values, PLACES.index(scene.relation or "alone"), BACKGROUNDS.index(scene.background)]
+def _number(digit: Digit) -> int:
+    return digit.count - 1
 
 
 def _loss(model: Probes, batch, key):

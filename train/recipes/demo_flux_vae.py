@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -24,7 +23,8 @@ from dit_jax.models.vae_kl import AutoencoderKL, AutoencoderKLConfig
 from dit_jax.parameters import with_leaves
 from infer.digit_pictures import make_pictures
 from train.data import CropSettings, random_crops
-from train.loop import Hook, RunConfig, load_ema, train
+from train.demo_models import trained
+from train.loop import Hook, RunConfig, train
 from train.losses import AutoencoderWeights, autoencoding, held_out_psnr, pixels
 from train.step import build_step, init_state, muon, schedule, training_mesh
 
@@ -79,8 +79,7 @@ def load_vae(out: str) -> AutoencoderKL:
     file = Path(out, STATISTICS)
     measured = json.loads(file.read_text()) if file.exists() else {}
     config = dataclasses.replace(SHIPPED, **measured)
-    abstract = nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
-    return with_leaves(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(out).items()})
+    return trained(out, lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
 
 
 def _write_statistics(out: str, vae: AutoencoderKL, pool: np.ndarray, pictures: int = 256) -> None:

@@ -27,19 +27,18 @@ from infer.digit_grammar import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
-    RELATIONS,
-    Scene,
+    Digit,
     all_captions_sample,
     caption,
     random_scene,
 )
-from train.demo_tokenizer import TOKENS, train_tokenizer
-from train.loop import Hook, RunConfig, load_ema, train
-from train.probes import OPPOSITE, cross_entropy, digit_places, none_wrong
-from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
+from train.demo_models import trained
+from train.demo_tokenizer import token_ids, train_tokenizer
+from train.loop import Hook, RunConfig, train
+from train.probes import PLACES, cross_entropy, digit_classes, digit_places, none_wrong, scene_classes
+from train.step import build_step, init_state, muon, schedule, training_mesh
 
 SHIPPED = T5Config(vocab_size=128, width=128, heads=4, head_width=32, mlp_width=256, blocks=2)
-PLACES = ("alone", *RELATIONS)
 DIGIT_CLASSES = (10, len(COLOURS), len(MOTIONS), len(PLACES))
 SCENE_CLASSES = (11, 7, 10, 11, 7, 10, len(PLACES), len(BACKGROUNDS))
 TOKENIZER = "tokenizer"
@@ -100,16 +99,8 @@ def run(config: Config) -> None:
 
 def load_text_encoder(out: str):
     """The trained encoder of a run, and its tokenizer."""
-    weights = load_ema(out)
-    abstract = nnx.eval_shape(lambda: T5Encoder(SHIPPED, rngs=nnx.Rngs(0)))
-    encoder = with_leaves(abstract, {name: jnp.asarray(weights[f"encoder.{name}"]) for name in params_of(abstract)})
+    encoder = trained(out, lambda: T5Encoder(SHIPPED, rngs=nnx.Rngs(0)), "encoder")
     return encoder, AutoTokenizer.from_pretrained(Path(out) / TOKENIZER)
-
-
-def tokenized(tokenizer, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int32 [B, 32] and validity bool [B, 32]."""
-    out = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True)
-    return np.asarray(out.input_ids, np.int32), np.asarray(out.attention_mask, bool)
 
 
 def _examples(folder: Path, count: int, seed: int) -> dict[str, np.ndarray]:
@@ -117,27 +108,15 @@ def _examples(folder: Path, count: int, seed: int) -> dict[str, np.ndarray]:
     rng = random.Random(seed)
     scenes = [random_scene(rng) for _ in range(count)]
     texts = [caption(scene, rng) for scene in scenes]
-    ids, valid = tokenized(AutoTokenizer.from_pretrained(folder), texts)
+    ids, valid = token_ids(AutoTokenizer.from_pretrained(folder), texts)
     places = np.array([digit_places(text) for text in texts], np.int32)
-    digits = np.array([_digit_classes(scene) for scene in scenes], np.int32)
-    wholes = np.array([_scene_classes(scene) for scene in scenes], np.int32)
+    digits = np.array([digit_classes(scene, _motion) for scene in scenes], np.int32)
+    wholes = np.array([scene_classes(scene, _motion, SCENE_CLASSES) for scene in scenes], np.int32)
     return {"ids": ids, "valid": valid, "places": places, "digit": digits, "scene": wholes}
 
 
-def _digit_classes(scene: Scene) -> list[list[int]]:
-    seats = ["alone"] if scene.relation is None else [scene.relation, OPPOSITE[scene.relation]]
-    rows = [
-        [digit.value, COLOURS.index(digit.colour), MOTIONS.index(digit.motion), PLACES.index(seat)]
-        for digit, seat in zip(scene.digits, seats, strict=True)
-    ]
-    return rows + [[-1] * len(DIGIT_CLASSES)] * (2 - len(rows))
-
-
-def _scene_classes(scene: Scene) -> list[int]:
-    values = []
-    for classes in _digit_classes(scene):
-        values += [index % size for index, size in zip(classes[:3], SCENE_CLASSES[:3], strict=True)]
-    return [*values, PLACES.index(scene.relation or "alone"), BACKGROUNDS.index(scene.background)]
+def _motion(digit: Digit) -> int:
+    return MOTIONS.index(digit.motion)
 
 
 def _loss(model: Probes, batch, key):

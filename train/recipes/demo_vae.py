@@ -24,7 +24,8 @@ from flax import nnx
 from dit_jax.models.vae_wan import WanVAE, WanVAEConfig
 from dit_jax.parameters import with_leaves
 from train.data import CropSettings, clip_pool, random_crops
-from train.loop import Hook, RunConfig, load_ema, train
+from train.demo_models import trained
+from train.loop import Hook, RunConfig, train
 from train.losses import AutoencoderWeights, autoencoding, held_out_psnr, pixels
 from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
 
@@ -112,8 +113,7 @@ def load_vae(out: str) -> WanVAE:
     measured = json.loads(file.read_text()) if file.exists() else {}
     statistics: dict[str, Any] = {name: tuple(values) for name, values in measured.items()}
     config = dataclasses.replace(SHIPPED, **statistics)
-    abstract = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
-    return with_leaves(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(folder).items()})
+    return trained(out, lambda: WanVAE(config, rngs=nnx.Rngs(0)))
 
 
 def write_statistics(out: str, vae: WanVAE, pool: np.ndarray, clips: int = 96) -> None:

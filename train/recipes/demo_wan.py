@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -35,14 +34,16 @@ from infer.digit_pictures import CLOSE_UP, close_up
 from infer.digit_reader import cache_path, load_reader
 from infer.digit_scores import read_clip
 from train.batches import Batches, Kind, Stage, in_groups
-from train.data import LatentSet, LatentSource, cached_latents, clip_maker, picture_maker, weights_hash
+from train.data import LatentSet, clip_maker
+from train.demo_models import folder_of, latents_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
+from train.demo_tokenizer import token_ids
 from train.export_demo import export_pipeline
-from train.loop import Hook, RunConfig, load_ema, newest_step, train
-from train.losses import FlowSettings, flow_matching, pixels
+from train.loop import Hook, RunConfig, newest_step, train
+from train.losses import FlowSettings, flow_matching
 from train.preview import Preview
-from train.recipes.demo_text import TOKENIZER, load_text_encoder, tokenized
+from train.recipes.demo_text import TOKENIZER, load_text_encoder
 from train.recipes.demo_vae import load_vae
-from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
+from train.step import build_step, init_state, muon, schedule, training_mesh
 
 SHIPPED = WanConfig(blocks=10, width=192, heads=8, head_width=24, mlp_width=512, text_width=128)
 STILL, CLIP = 1, 17  # frames
@@ -85,7 +86,7 @@ def run(config: Config) -> None:
         raise UserError(
             f"earlier_every is {config.earlier_every}, expected 2 or more: one batch in so many is of an earlier kind"
         )
-    vae = _vae(config.vae)
+    vae = of_run_or_checkpoint(config.vae, "vae", load_vae)
     text, tokenizer = _text(config.text)
     if config.encode_only:
         _close_ups(config, vae)
@@ -93,7 +94,7 @@ def run(config: Config) -> None:
         _latents(config, vae, CLIP, config.clips)
         return
     mesh = training_mesh(config.data, config.fsdp)
-    model = fresh_wan(config.seed) if not config.init else load_wan(config.init)
+    model = load_wan(config.init) if config.init else smooth_start(lambda: Wan(SHIPPED, nnx.Rngs(config.seed)))
     rate = schedule(config.learning_rate, config.steps, warmup=50, decay=config.decay_steps)
     optimizer = muon(rate, rate)
     # On a CPU recomputing the blocks is quicker than writing down what their gradients need.
@@ -128,63 +129,24 @@ def run(config: Config) -> None:
 
     def export(state, taken: int) -> None:
         if config.export:
-            export_pipeline(config.export, with_leaves(model, state.ema), vae, text, _tokenizer_folder(config.text))
+            export_pipeline(config.export, with_leaves(model, state.ema), vae, text, folder_of(config.text) / TOKENIZER)
 
     hooks = (Hook(config.export_every, export), Hook(config.preview_every, show))
     train(config, init_state(model, optimizer, mesh), step, batches, hooks)
 
 
-def fresh_wan(seed: int) -> Wan:
-    """Random weights; what feeds the residual stream and the output starts small, so that training starts smoothly."""
-
-    def start() -> Wan:
-        model = Wan(SHIPPED, nnx.Rngs(seed))
-        return with_leaves(model, {name: leaf * _start_scale(name) for name, leaf in params_of(model).items()})
-
-    return jax.jit(start)()
-
-
-def _start_scale(name: str) -> float:
-    if name == "out.kernel":
-        return 0.05
-    return 0.3 if name.endswith(("o.kernel", "mlp.down.kernel")) else 1.0
-
-
 def load_wan(source: str) -> Wan:
     """The transformer of a run (its running mean), or of a pipeline's folder or demo-wan, in fp32."""
-    if newest_step(source) is None:
-        return load_model(open_checkpoint(source), "transformer", dtype=jnp.float32)  # type: ignore[return-value]
-    abstract = nnx.eval_shape(lambda: Wan(SHIPPED, nnx.Rngs(0)))
-    return with_leaves(abstract, {name: jnp.asarray(leaf) for name, leaf in load_ema(source).items()})
+    return of_run_or_checkpoint(source, "transformer", partial(trained, make=lambda: Wan(SHIPPED, nnx.Rngs(0))))
 
 
 def _close_ups(config: Config, vae) -> LatentSet:
-    seed = config.seed + CLOSE_UP
-    source = LatentSource(
-        folder=Path(config.cache) / f"{weights_hash(vae)}-train-{CLOSE_UP}px-{seed}", make=picture_maker(seed, CLOSE_UP)
-    )
-    return cached_latents(source, config.close_ups, partial(_encode, vae))
+    return picture_latents(vae, config.cache, CLOSE_UP, config.seed, config.close_ups)
 
 
 def _latents(config: Config, vae, frames: int, count: int) -> LatentSet:
-    seed = config.seed + frames
-    source = LatentSource(
-        folder=Path(config.cache) / f"{weights_hash(vae)}-train-{frames}f-{seed}",
-        make=clip_maker(seed, frames),
-        group=32 if frames == STILL else 4,
-    )
-    return cached_latents(source, count, partial(_encode, vae))
-
-
-@jax.jit
-def _encode(vae, video) -> jax.Array:
-    return vae.normalise(vae.encode(pixels(video))[0])
-
-
-def _vae(source: str):
-    if newest_step(source) is not None:
-        return load_vae(source)
-    return load_model(open_checkpoint(source), "vae", dtype=jnp.float32)
+    seed, group = config.seed + frames, 32 if frames == STILL else 4
+    return latents_of(vae, config.cache, f"{frames}f-{seed}", clip_maker(seed, frames), count, group)
 
 
 def _text(source: str):
@@ -196,13 +158,9 @@ def _text(source: str):
     return load_model(checkpoint, "text_encoder"), AutoTokenizer.from_pretrained(checkpoint.folder / TOKENIZER)
 
 
-def _tokenizer_folder(source: str) -> Path:
-    return (Path(source) if newest_step(source) is not None else open_checkpoint(source).folder) / TOKENIZER
-
-
 def _embedder(text, tokenizer):
     """Captions to embeddings fp16 [N, 32, 128], zero behind each caption's end, as Wan's pipelines have them."""
-    return in_groups(lambda captions: {"text": _states(text, *tokenized(tokenizer, captions))})
+    return in_groups(lambda captions: {"text": _states(text, *token_ids(tokenizer, captions))})
 
 
 def _preview(preview: Preview, model, shape: tuple[int, int, int, int], taken: int) -> dict[str, float]:
