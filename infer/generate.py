@@ -13,6 +13,7 @@ from typing import Any
 from convert.sizes import parse_bytes
 from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
+from dit_jax.methods.plan import DENSE, JOINT
 from infer.digit_grammar import GRAMMARS, MOVING, PICTURES, Grammar, unknown_words
 
 EPILOG = f"""\
@@ -68,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
     add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance against --negative-prompt; 1 is off")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="samples of each prompt; outputs are numbered")
     add("--solver", metavar="S", help="unipc or euler (default: the model's)")
+    add(
+        "--plan", "--method", action="append", default=[], metavar="PLAN",
+        help="methods that make it cheaper, joined by +, such as hsa:50; repeated plans are joined (docs/methods.md)",
+    )  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="seed of the starting noise; output i has seed N + i")
     add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")
     add("--offload-expert", action="store_true", help="Wan 2.2: keep one of the two experts on the devices at a time")
@@ -121,6 +126,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         images_per_prompt=options.images_per_prompt,
         solver=options.solver,
         seed=options.seed,
+        plan=JOINT.join(options.plan) if options.plan else DENSE,
     )
     for path in filter(None, (options.out, options.sheet)):
         media.make_room(path)
@@ -129,7 +135,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         return _from_latents(pipe, options)
     if pipe.defaults.grammar:
         _warn_of_unknown_words(options.model, prompts, GRAMMARS[pipe.defaults.grammar])
-    job = pipe.prepare(request)
+    with warnings_in_lines():
+        job = pipe.prepare(request)
     media.check_output(options.out, job.frames)
     began, outputs = time.perf_counter(), []
     count = len(job.prompts)
@@ -165,7 +172,7 @@ def _report(pipe, job, began: float, outputs: list[Path]) -> dict[str, Any]:
         "run_seconds": round(time.perf_counter() - began - pipe.programs.seconds, 3),
         "tokens": pipe.tokens(job.size, job.frames),
         "steps": job.steps,
-        "plan": "dense",
+        "plan": job.plan,
         "out": [str(path) for path in outputs],
     }
 

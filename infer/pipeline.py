@@ -26,6 +26,8 @@ from convert.lora_keys import Target
 from convert.wan import LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.lora import Lora, merged_leaf, of_leaf
+from dit_jax.methods.method import Run
+from dit_jax.methods.plan import parse_plan
 from dit_jax.models.network import grid
 from dit_jax.parameters import with_leaves
 from dit_jax.sampling.sampler import Carry, Guided, noise, sample
@@ -252,7 +254,7 @@ class Pipeline(ABC):
 
     def denoise(self, job: Job, progress: Progress | None = None) -> np.ndarray:
         """Final latents [B, T, Y, X, C] of a job, fp32 in the sampler's normalised units."""
-        solver, schedule = SOLVERS[job.solver], self.schedule(job)
+        solver, schedule, plan = SOLVERS[job.solver], self.schedule(job), parse_plan(job.plan)
         with self._on_mesh():
             stages = self._stages(job, schedule)
             run = _segment(solver, count := segment_length(stages))
@@ -262,8 +264,8 @@ class Pipeline(ABC):
             for stage in stages:
                 if stage.first:
                     jax.block_until_ready(carry)  # or the weights that it needs cannot leave the devices
-                denoiser = stage.denoiser()
-                carry, pinned = self._pinned(carry._replace(denoiser=denoiser.init(carry.latents)))
+                denoiser = plan.applied(stage.denoiser(), self._run_of(job, stage, schedule))
+                carry, pinned = self._started(denoiser, carry)
                 for first in range(stage.first, stage.stop, count):
                     if progress:
                         progress("denoise", first, job.steps)
@@ -284,12 +286,26 @@ class Pipeline(ABC):
             )
         return final
 
-    def _pinned(self, carry: Carry) -> tuple[Carry, Any]:
-        """The carry as the mesh splits it, and how: outputs are pinned to that, or the next segment compiles again."""
-        if self.mesh is None:
-            return carry, None
-        pinned = batch_shardings(carry, self.mesh)
-        return jax.device_put(carry, pinned), pinned
+    def _run_of(self, job: Job, stage: Stage, schedule: Schedule) -> Run:
+        """What a method is told of a stage."""
+        return Run(
+            latents_shape=(len(job.prompts), *self.latents_shape(job.size, job.frames)),
+            first=stage.first,
+            stop=stage.stop,
+            steps=job.steps,
+            sigmas=schedule.sigmas,
+        )
+
+    def _started(self, denoiser, carry: Carry) -> tuple[Carry, Any]:
+        """The carry of a stage's first step, and how its arrays are split over the mesh: outputs are pinned to that,
+        or the next segment compiles again."""
+        before = carry.denoiser
+        if self.mesh is not None:
+            latents, solver = (jax.device_put(part, batch_shardings(part, self.mesh)) for part in carry[:2])
+            carry = Carry(latents, solver, None)
+        state = self.programs.run(("init", type(denoiser)), type(denoiser).init, denoiser, carry.latents, before)
+        carry = carry._replace(denoiser=state)
+        return carry, None if self.mesh is None else jax.tree.map(lambda leaf: leaf.sharding, carry)
 
     def decode(self, job: Job, latents: np.ndarray, progress: Progress | None = None) -> Result:
         """Videos or images of final latents."""
@@ -313,7 +329,7 @@ class Pipeline(ABC):
         return jnp.array(job.latents, jnp.float32)  # a copy: the sampler donates it
 
     def _metadata(self, job: Job) -> list[dict[str, Any]]:
-        shared: dict[str, Any] = {"model": self.name, "checkpoint": self.hash, "plan": "dense"}
+        shared: dict[str, Any] = {"model": self.name, "checkpoint": self.hash}
         if self.loras:
             shared |= {"loras": self.loras}
         told = {name: value for name, value in job.describe().items() if name != "prompts"} | shared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dit_jax.config import UserError
+from dit_jax.methods.plan import DENSE, Plan, parse_plan
 from dit_jax.sampling.solvers import SOLVERS
 
 SEEDS = 2**32  # a threefry key keeps no more of a seed
@@ -53,6 +55,7 @@ class Request:
     images_per_prompt  how many samples of each prompt, next to each other
     seed               of the first sample's noise; sample i has seed + i
     latents            starting noise in its place: fp32 [B, T, Y, X, C], in the sampler's normalised units
+    plan               methods joined by +, such as hsa:50 (`dit_jax/methods/plan.py`)
     """
 
     prompt: str | list[str]
@@ -68,6 +71,7 @@ class Request:
     solver: str | None = None
     seed: int = 0
     latents: np.ndarray | None = None
+    plan: str | Plan = DENSE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +90,22 @@ class Job:
     images: list[Image.Image] | None = None
     last_images: list[Image.Image] | None = None
     latents: np.ndarray | None = None
+    plan: str = DENSE
 
     def describe(self) -> dict[str, Any]:
         """The job without images and latents, as JSON can hold it."""
-        told = ("prompts", "negative_prompt", "size", "frames", "steps", "guidance", "true_cfg", "solver", "seed")
+        told = (
+            "prompts",
+            "negative_prompt",
+            "size",
+            "frames",
+            "steps",
+            "guidance",
+            "true_cfg",
+            "solver",
+            "seed",
+            "plan",
+        )
         return {name: getattr(self, name) for name in told}
 
     @property
@@ -106,6 +122,7 @@ def fill(request: Request, defaults: Defaults) -> Job:
         raise UserError(f"images_per_prompt is {copies}: expected a whole number of at least 1")
     images, last_images = (_images(given, len(prompts), copies) for given in (request.image, request.last_image))
     prompts = [prompt for prompt in prompts for _ in range(copies)]
+    plan = parse_plan(str(request.plan))
 
     def choice(name: str) -> Any:
         asked = getattr(request, name)
@@ -116,15 +133,25 @@ def fill(request: Request, defaults: Defaults) -> Job:
         negative_prompt=request.negative_prompt,
         size=choice("size"),
         frames=choice("frames"),
-        steps=choice("steps"),
+        steps=plan.steps if plan.steps and request.steps is None else choice("steps"),
         guidance=_guidance(choice("guidance")),
         true_cfg=choice("true_cfg"),
-        solver=choice("solver"),
+        solver=_solver(plan, request.solver, defaults.solver),
         seed=request.seed,
         images=images,
         last_images=last_images,
         latents=request.latents,
+        plan=str(plan),
     )
+
+
+def _solver(plan: Plan, asked: str | None, usual: str) -> str:
+    if plan.solver is None or plan.solver in (asked, usual):
+        return usual if asked is None else asked
+    if asked is not None:
+        raise UserError(f"plan {plan} works with the {plan.solver} solver alone, found {asked}: leave out --solver")
+    warnings.warn(f"plan {plan} works with the {plan.solver} solver: it takes the place of {usual}", stacklevel=2)
+    return plan.solver
 
 
 def _images(given: Image.Image | list[Image.Image] | None, prompts: int, copies: int) -> list[Image.Image] | None:
@@ -174,6 +201,11 @@ def check(job: Job, limits: Limits) -> None:
         raise UserError(f"unknown solver {job.solver!r}: expected one of {', '.join(SOLVERS)}")
     if not isinstance(job.steps, int) or job.steps < 1:
         raise UserError(f"steps is {job.steps}: expected a whole number of at least 1")
+    needed = parse_plan(job.plan).steps
+    if needed and job.steps != needed:
+        raise UserError(
+            f"plan {job.plan} is for {needed} steps, found {job.steps}: leave out --steps or change the plan"
+        )
     _check_scales(job, limits.experts)
     if not isinstance(job.seed, int) or not 0 <= job.seed <= SEEDS - len(job.prompts):
         raise UserError(

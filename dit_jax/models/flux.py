@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.models.network import Conditioning, Context, NetworkCall, Patch, Place, run_blocks
+from dit_jax.models.network import Aux, Conditioning, Context, NetworkCall, Patch, Place, run_blocks
 from dit_jax.ops.linear import Linear, LinearGeneral, Mlp
 from dit_jax.ops.norms import layer_norm, rms_norm
 from dit_jax.ops.rope import Rope, rope_table, rotate
@@ -223,6 +223,11 @@ class Flux(nnx.Module):
         vector = vector + self.pooled(conditioning.pooled)
         return Signal(jax.nn.silu(vector), self.text(conditioning.text))
 
+    @property
+    def stacks(self) -> tuple[int, ...]:
+        """Blocks of each stack: double, single."""
+        return self.config.double_blocks, self.config.single_blocks
+
     def rope(self, positions_BN3: jax.Array) -> Rope:
         """Rotation table of image tokens at (t, y, x); text stands at the origin and is not rotated."""
         return rope_table(positions_BN3, self.config.rope_widths)
@@ -231,12 +236,12 @@ class Flux(nnx.Module):
         """Patch rows to tokens."""
         return self.patch(rows_BNP)
 
-    def trunk(self, x_BND: jax.Array, signal: Signal, place: Place, call: NetworkCall, state=None, aux=None):
+    def trunk(self, x_BND: jax.Array, signal: Signal, place: Place, call: NetworkCall, state=None, aux: Aux = Aux()):
         """Tokens through all blocks, double then single: (x [B, N, D], the attention strategy's state)."""
         tokens = (x_BND, signal.text)
         tokens, state = run_blocks(self.double, tokens, signal, place, call, state, aux)
         tokens, state = run_blocks(
-            self.single, tokens, signal, place, call, state, aux, first=self.config.double_blocks
+            self.single, tokens, signal, place, call, state, aux, stack=1, first=self.config.double_blocks
         )
         return tokens[0], state
 

@@ -7,6 +7,7 @@ blocks, T Y X latent grid, C latent channels. Latents are channels last and in r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -117,12 +118,49 @@ def with_context(context: Context, k_BMHK: jax.Array, v_BMHK: jax.Array, valid_B
     return k, v, None if valid_BM is None else jnp.concatenate([real, valid_BM], axis=1)
 
 
+class TrunkCache(Protocol):
+    """Whether a step runs the whole trunk or adds what it added before: run(x, state) -> (x, state) is the trunk, the
+    cache returns (x, the attention strategy's state, its own)."""
+
+    def __call__(self, run: Callable, model, x_BMD: jax.Array, signal, block_state: Any, state: Any, aux: Any): ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkCall:
     """The static part of what a step may vary; part of a program's key."""
 
     attention: Strategy = Dense()
+    cache: TrunkCache | None = None
     remat: bool = False
+
+
+class Route(NamedTuple):
+    """Blocks of one stack that run: their indexes, in order and in front [G], and how many they are []."""
+
+    blocks: jax.Array
+    active: jax.Array
+
+
+class Aux(NamedTuple):
+    """Arrays that a step is steered by. What is None is not in the program at all.
+
+    attention  what the attention strategy is told
+    cache      what the trunk's cache is told
+    gates      each row's gate of every block [B, G], fp32: x <- m·block(x) + (1 - m)·x
+    routes     a Route for each of the model's stacks; the other blocks are not executed
+    """
+
+    attention: Any = None
+    cache: Any = None
+    gates: jax.Array | None = None
+    routes: tuple[Route, ...] | None = None
+
+
+class State(NamedTuple):
+    """What the attention strategy and the trunk's cache keep from step to step."""
+
+    attention: Any = None
+    cache: Any = None
 
 
 def grid(latents_shape, patch: Patch) -> tuple[int, int, int]:
@@ -136,18 +174,24 @@ def padded_length(tokens: int) -> int:
     return math.ceil(tokens / multiple) * multiple
 
 
+def lattice(latents_shape, patch: Patch) -> tuple[np.ndarray, int]:
+    """(t, y, x) of the tokens of such latents in token units, padding included (at the origin) [M, 3] in fp32, and how
+    many tokens there are without it."""
+    t, y, x = grid(latents_shape, patch)
+    positions = np.stack(np.meshgrid(np.arange(t), np.arange(y), np.arange(x), indexing="ij"), -1).reshape(-1, 3)
+    pad = padded_length(len(positions)) - len(positions)
+    return np.pad(positions, ((0, pad), (0, 0))).astype(np.float32), len(positions)
+
+
 def layout(latents_BTYXC: jax.Array, patch: Patch) -> Tokens:
     """Latents in rows of `patch` (t, y, x) cells, channels ordered (t y x c), padded for the mesh in force."""
-    batch, (t, y, x) = latents_BTYXC.shape[0], grid(latents_BTYXC.shape, patch)
     rows = einops.rearrange(
         latents_BTYXC, "b (t pt) (y py) (x px) c -> b (t y x) (pt py px c)", pt=patch[0], py=patch[1], px=patch[2]
     )
-    positions = np.stack(np.meshgrid(np.arange(t), np.arange(y), np.arange(x), indexing="ij"), -1).reshape(-1, 3)
-    count = t * y * x
-    pad = padded_length(count) - count
-    rows = meshes.constrain_tokens(jnp.pad(rows, ((0, 0), (0, pad), (0, 0))))
-    positions = np.pad(positions, ((0, pad), (0, 0))).astype(np.float32)
-    valid = jnp.broadcast_to(np.arange(count + pad) < count, (batch, count + pad)) if pad else None
+    positions, count = lattice(latents_BTYXC.shape, patch)
+    padded, batch = len(positions), len(rows)
+    rows = meshes.constrain_tokens(jnp.pad(rows, ((0, 0), (0, padded - count), (0, 0))))
+    valid = jnp.broadcast_to(np.arange(padded) < count, (batch, padded)) if padded > count else None
     return Tokens(rows, jnp.broadcast_to(positions, (batch, *positions.shape)), valid)
 
 
@@ -161,35 +205,71 @@ def unlayout(rows_BMP: jax.Array, latents_shape, patch: Patch) -> jax.Array:
     )  # fmt: skip
 
 
-def network(model, call: NetworkCall, tokens: Tokens, t: Timesteps, conditioning: Conditioning, state=None, aux=None):
+def network(
+    model,
+    call: NetworkCall,
+    tokens: Tokens,
+    t: Timesteps,
+    conditioning: Conditioning,
+    state: State = State(),
+    aux: Aux = Aux(),
+):
     """One evaluation of a backbone: (velocity rows [B, M, P] in fp32, state).
 
-    `t` is the model's timestep in [0, 1000], of a row or (Wan) of each token; `state` is what the attention strategy
-    keeps between steps, `aux` its arrays.
+    `t` is the model's timestep in [0, 1000], of a row or (Wan) of each token.
     """
     signal = model.signal(t, conditioning)
     x_BMD = meshes.constrain_tokens(model.embed(tokens.rows))
     place = Place(tokens.positions, model.rope(tokens.positions), tokens.valid)
-    x_BMD, state = model.trunk(x_BMD, signal, place, call, state, aux)
+
+    def run(x, block_state):
+        return model.trunk(x, signal, place, call, block_state, aux)
+
+    if call.cache is None:
+        x_BMD, block_state = run(x_BMD, state.attention)
+        state = state._replace(attention=block_state)
+    else:
+        x_BMD, *states = call.cache(run, model, x_BMD, signal, state.attention, state.cache, aux.cache)
+        state = State(*states)
     return model.head(x_BMD, signal).astype(jnp.float32), state
 
 
-def run_blocks(blocks, x, signal, place: Place, call: NetworkCall, state=None, aux=None, first: int = 0):
-    """Tokens through a stack of blocks, one after the other: (x, state).
+def run_blocks(blocks, x, signal, place: Place, call: NetworkCall, state=None, aux: Aux = Aux(), stack=0, first=0):
+    """Tokens through a stack of blocks, one after the other: (x, the attention strategy's state).
 
     x      [B, M, D], or a tuple of that and of text tokens [B, L, D] that the blocks also change
-    first  index of the stack's first block in the model
+    stack  which of the model's stacks it is
+    first  index of its first block in the model
     """
 
-    def step(carry, block_and_index):
+    def step(carry, block, index):
         x, cache = carry
-        block, index = block_and_index
-        x, cache = block(x, signal, place, call.attention, index, cache, aux)
-        return (_pinned(x), cache), None
+        after, cache = block(x, signal, place, call.attention, first + index, cache, aux.attention)
+        if aux.gates is not None:
+            after = _gated(x, after, jax.lax.dynamic_index_in_dim(aux.gates, first + index, axis=1))
+        return _pinned(after), cache
 
+    carry = (_pinned(x), state)
+    if aux.routes is not None:
+        route = aux.routes[stack]
+
+        def routed(turn, carry):
+            index = route.blocks[turn]
+            block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), blocks)
+            return step(carry, block, index)
+
+        return jax.lax.fori_loop(0, route.active, routed, carry)
     step = jax.checkpoint(step) if call.remat else step
     count = jax.tree.leaves(blocks)[0].shape[0]
-    return jax.lax.scan(step, (_pinned(x), state), (blocks, first + jnp.arange(count)))[0]
+    return jax.lax.scan(lambda carry, each: (step(carry, *each), None), carry, (blocks, jnp.arange(count)))[0]
+
+
+def _gated(x, after, gate_B1: jax.Array):
+    def mixed(before, after):
+        gate = gate_B1[..., None]
+        return (gate * after + (1 - gate) * before).astype(after.dtype)
+
+    return jax.tree.map(mixed, x, after)
 
 
 def _pinned(x):

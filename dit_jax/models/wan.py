@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.models.network import Conditioning, NetworkCall, Patch, Place, Timesteps, TokenTimesteps, run_blocks
+from dit_jax.models.network import Aux, Conditioning, NetworkCall, Patch, Place, Timesteps, TokenTimesteps, run_blocks
 from dit_jax.ops.attention import attend
 from dit_jax.ops.linear import Linear, LinearGeneral, Mlp
 from dit_jax.ops.norms import LayerNorm, layer_norm, rms_norm
@@ -256,6 +256,11 @@ class Wan(nnx.Module):
         modulation = modulation.astype(jnp.float32).reshape(*values.shape, 6, self.config.width)
         return Signal(time.astype(jnp.float32), modulation, which, text, image)
 
+    @property
+    def stacks(self) -> tuple[int, ...]:
+        """Blocks of each stack."""
+        return (self.config.blocks,)
+
     def rope(self, positions_BN3: jax.Array) -> Rope:
         """Rotation table of tokens at (t, y, x)."""
         return rope_table(positions_BN3, self.config.rope_widths)
@@ -264,7 +269,7 @@ class Wan(nnx.Module):
         """Patch rows to tokens."""
         return self.patch(rows_BNP)
 
-    def trunk(self, x_BND: jax.Array, signal: Signal, place: Place, call: NetworkCall, state=None, aux=None):
+    def trunk(self, x_BND: jax.Array, signal: Signal, place: Place, call: NetworkCall, state=None, aux: Aux = Aux()):
         """Tokens through all blocks: (x [B, N, D], the attention strategy's state)."""
         return run_blocks(self.blocks, x_BND, signal, place, call, state, aux)
 

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.models.network import (
+    Aux,
     Conditioning,
     NetworkCall,
+    State,
     Timesteps,
     Tokens,
     TokenTimesteps,
@@ -29,10 +31,13 @@ from dit_jax.sampling.solvers import Solver, Step
 
 
 class Denoiser(Protocol):
-    """What the sampler integrates: velocity of latents at a step, with a state of its own; `finish` is run on the last
-    latents."""
+    """What the sampler integrates: velocity of latents at a step, with a state of its own.
 
-    def init(self, latents: jax.Array) -> Any: ...
+    `init` makes the state; `before` is that of the stage before, where there was one. `finish` is run on the last
+    latents.
+    """
+
+    def init(self, latents: jax.Array, before: Any = None) -> Any: ...
     def __call__(self, latents: jax.Array, state: Any, step: Step) -> tuple[jax.Array, Any]: ...
     def finish(self, latents: jax.Array) -> jax.Array: ...
 
@@ -65,7 +70,7 @@ def sample(denoiser: Denoiser, solver: Solver, carry: Carry, schedule: Schedule,
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("model", "conditioning", "guidance_scale", "extra", "held"),
+    data_fields=("model", "conditioning", "guidance_scale", "extra", "held", "steering"),
     meta_fields=("call", "branches"),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,8 @@ class Guided:
     extra          [B, T, Y, X, C'] channels that the backbone sees behind the latents (image-to-video), or None
     held           [B, T', Y, X, C] first frames that are known, or None: they take the latents' place at every step and
                    at the end, and their tokens have timestep 0
+    steering       pytrees that say, one after the other, what a step is steered by: steer(aux, seen [B, T, Y, X, C],
+                   step, conditioning) -> aux
     """
 
     model: Any
@@ -86,36 +93,54 @@ class Guided:
     guidance_scale: jax.Array
     extra: jax.Array | None = None
     held: jax.Array | None = None
+    steering: tuple[Any, ...] = ()
     call: NetworkCall = NetworkCall()
     branches: int = 1
 
-    def init(self, latents):
-        return None
+    def init(self, latents, before=None):
+        return State()
 
     def __call__(self, latents, state, step):
-        patch = self.model.config.patch
+        patch, aux = self.model.config.patch, Aux()
         seen = self.finish(latents)
+        for steer in self.steering:
+            aux = steer(aux, seen, step, self.conditioning)
+        rows, state = self.velocity_rows(self.tokens(seen), step, state, aux)
+        return unlayout(rows, latents.shape, patch), state
+
+    def tokens(self, seen: jax.Array) -> Tokens:
+        """Tokens of a sample, of all that the backbone sees."""
         if self.extra is not None:
             seen = jnp.concatenate([seen, self.extra], axis=-1)
-        tokens = layout(jnp.repeat(seen, self.branches, axis=0), patch)
-        rows, state = network(self.model, self.call, tokens, self._timesteps(step, tokens), self.conditioning, state)
-        velocity = unlayout(rows, latents.shape, patch)
+        return layout(seen, self.model.config.patch)
+
+    def velocity_rows(self, tokens: Tokens, step: Step, state: State = State(), aux: Aux = Aux()):
+        """Guided velocity [B, M, P'] of these tokens, and the network's state; the arrays of `aux` have rows of all
+        branches."""
+        tokens = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.branches, axis=0), tokens)
+        rows, state = network(
+            self.model, self.call, tokens, self._timesteps(step, tokens), self.conditioning, state, aux
+        )
         if self.branches == 1:
-            return velocity, state
-        conditional, unconditional = velocity[0::2], velocity[1::2]
-        scale = jnp.reshape(self.guidance_scale, (-1, 1, 1, 1, 1))
+            return rows, state
+        conditional, unconditional = rows[0::2], rows[1::2]
+        scale = jnp.reshape(self.guidance_scale, (-1, 1, 1))
         return unconditional + scale * (conditional - unconditional), state
 
     def finish(self, latents):
         """The latents with the held frames in their place."""
         return latents if self.held is None else latents.at[:, : self.held.shape[1]].set(self.held)
 
+    def is_held(self, positions_BM3: jax.Array) -> jax.Array:
+        """Which tokens are of held frames [B, M]."""
+        held = 0 if self.held is None else self.held.shape[1]
+        return positions_BM3[..., 0] * self.model.config.patch[0] < held
+
     def _timesteps(self, step: Step, tokens: Tokens) -> Timesteps:
         t_R = jnp.broadcast_to(step.t, tokens.rows.shape[:1])
         if self.held is None:
             return t_R
-        is_held = tokens.positions[..., 0] * self.model.config.patch[0] < self.held.shape[1]
-        which = meshes.constrain_tokens(is_held.astype(jnp.int32))
+        which = meshes.constrain_tokens(self.is_held(tokens.positions).astype(jnp.int32))
         return TokenTimesteps(jnp.stack([t_R, jnp.zeros_like(t_R)], axis=1), which)
 
 

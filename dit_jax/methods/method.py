@@ -1,0 +1,92 @@
+"""What a method is to a plan, and how its settings are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from dit_jax.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a method may know of the run that it is applied to.
+
+    latents_shape  [B, T, Y, X, C]
+    first, stop    steps that the denoiser at hand serves, of `steps` in all
+    sigmas         noise levels of the whole run [S + 1]
+    parts          what the checkpoint's `methods` folder holds for this transformer: name -> pytree
+    """
+
+    latents_shape: tuple[int, ...]
+    first: int
+    stop: int
+    steps: int
+    sigmas: Any
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """One method of a plan with its settings: a frozen, hashable dataclass.
+
+    name     in plans, and in what is refused
+    solver   the only one that it works with, or None
+    steps    the only number of steps that it is for, or None
+    applied  a denoiser that uses it, from one that does not
+    """
+
+    name: ClassVar[str]
+    solver: ClassVar[str | None]
+
+    @property
+    def steps(self) -> int | None: ...
+    def applied(self, denoiser: Any, run: Run) -> Any: ...
+
+
+class Words:
+    """The words of one method in a plan, `name:first:option=value:…`, taken one by one; UserError for one that is not
+    expected."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.name, *rest = text.split(":")
+        self.options = dict(word.split("=", 1) for word in rest if "=" in word)
+        plain = [word for word in rest if "=" not in word]
+        self.first = plain[0] if plain else None
+        self._unknown = plain[1:]
+
+    def option(self, name: str) -> str | None:
+        """The value of `name=value`, None if it is not there."""
+        return self.options.pop(name, None)
+
+    def choice(self, name: str, usual: str, known: Sequence[str]) -> Any:
+        """An option that is one of `known`."""
+        value = self.options.pop(name, usual)
+        if value not in known:
+            raise self.error(f"expected {name} to be one of {', '.join(known)}, found {value!r}", "choose one")
+        return value
+
+    def number(self, name: str, usual: float, *, low: float, high: float) -> float:
+        """An option that is a number in [low, high]; `first` names the word without a name."""
+        text = self.options.pop(name, None)
+        return usual if text is None else self.as_number(name, text, low=low, high=high)
+
+    def as_number(self, name: str, text: str, *, low: float, high: float) -> float:
+        """`text` as a number in [low, high]."""
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise self.error(f"expected {name} from {low:g} to {high:g}, found {text!r}", "change it")
+        return value
+
+    def finish(self) -> None:
+        """UserError if a word has not been taken."""
+        for word in [*self._unknown, *self.options]:
+            raise self.error(f"found {word!r}, which {self.name} does not know", "remove it")
+
+    def error(self, found: str, remedy: str) -> UserError:
+        """One sentence about this method's words."""
+        return UserError(f"plan {self.text!r}: {found}; {remedy}")
