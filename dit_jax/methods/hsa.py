@@ -130,9 +130,9 @@ class HsaDenoiser:
     """
 
     guided: Guided
-    active: jax.Array
-    entry: jax.Array
-    order: jax.Array
+    active: np.ndarray | jax.Array
+    entry: np.int32 | jax.Array
+    order: np.ndarray | jax.Array
     ends: tuple[int, ...]
     multiple: int
     shards: int
@@ -163,7 +163,7 @@ class HsaDenoiser:
         if tokens.valid is not None:
             valid = jnp.take_along_axis(jnp.repeat(tokens.valid, self.guided.branches, axis=0), places, axis=1)
         # A stage begins with a full step: its cache is empty.
-        level = jnp.where(state.begun, jnp.sum(self.active[step.index]), len(self.ends)) - 1
+        level = jnp.where(state.begun, jnp.sum(jnp.asarray(self.active)[step.index]), len(self.ends)) - 1
         velocity = state.velocity
         for index, end in enumerate(self.ends):
             rows_BM = self._first(order, end)
@@ -284,7 +284,7 @@ class Hsa:
     def applied(self, denoiser: Guided, run: Run) -> HsaDenoiser:
         patch = denoiser.model.config.patch
         positions, count = lattice(run.latents_shape, patch)
-        held = np.asarray(denoiser.is_held(jnp.asarray(positions))) & (np.arange(len(positions)) < count)
+        held = np.asarray(denoiser.is_held(positions)) & (np.arange(len(positions)) < count)
         shards = _shards(run.latents_shape[0] * denoiser.branches)
         # Whole lanes a shard on TPU, where there are many tokens.
         lanes = TPU_GROUP if meshes.platform() == "tpu" and len(positions) >= 64 * TPU_GROUP * shards else 1
@@ -295,9 +295,9 @@ class Hsa:
             order = order[ranks_of_places(len(order), shards)]
         return HsaDenoiser(
             guided=denoiser,
-            active=jnp.asarray(self.active),
-            entry=jnp.asarray(self.margin if dynamic else 0, jnp.int32),
-            order=jnp.asarray(order, jnp.int32),
+            active=self.active,
+            entry=np.int32(self.margin if dynamic else 0),
+            order=order.astype(np.int32),
             ends=group_ends(self.shares, count, len(positions), int(held.sum())),
             multiple=shards * lanes,
             shards=shards,
