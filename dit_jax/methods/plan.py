@@ -12,17 +12,21 @@ from typing import Any
 from dit_jax.config import UserError
 from dit_jax.methods.hsa import parse_hsa
 from dit_jax.methods.method import Method, Run, Words
+from dit_jax.methods.teacache import parse_teacache
 
 DENSE = "dense"
 JOINT = "+"
 
 # Name -> how its words are read. The order is the one in which methods are applied to a denoiser.
 METHODS: dict[str, Callable[[Words], Method]] = {
+    "teacache": parse_teacache,
     "hsa": parse_hsa,
 }
 
 # Pairs that refuse each other, and what to do instead.
-REFUSED: dict[frozenset[str], str] = {}
+REFUSED: dict[frozenset[str], str] = {
+    frozenset({"teacache", "hsa"}): "both leave out work of a step, by step and by token; use one of them",
+}
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,12 @@ class Flux(nnx.Module):
         )
         return tokens[0], state
 
+    def cache_signal(self, x_BND: jax.Array, signal: Signal, projected: bool = False) -> jax.Array:
+        """What TeaCache compares from step to step: the modulated image tokens that block 0 attends [B, N, D]."""
+        modulation = jax.tree.map(lambda leaf: leaf[0], self.double.image.modulation)
+        shift, scale, *_ = modulation(signal.vector)
+        return _modulated(x_BND, shift, scale, self.config.epsilon)
+
     def head(self, x_BND: jax.Array, signal: Signal) -> jax.Array:
         """Tokens to velocity rows."""
         scale, shift = (of(signal.vector).astype(jnp.float32)[:, None] for of in (self.out_scale, self.out_shift))

@@ -273,6 +273,11 @@ class Wan(nnx.Module):
         """Tokens through all blocks: (x [B, N, D], the attention strategy's state)."""
         return run_blocks(self.blocks, x_BND, signal, place, call, state, aux)
 
+    def cache_signal(self, x_BND: jax.Array, signal: Signal, projected: bool = False) -> jax.Array:
+        """What TeaCache compares from step to step: the embedding of the timestep [B, D], or, `projected`, the six
+        vectors that all blocks are modulated by [B, 6·D]; of held tokens' timestep nothing."""
+        return signal.modulation[:, 0].reshape(len(x_BND), -1) if projected else signal.time[:, 0]
+
     def head(self, x_BND: jax.Array, signal: Signal) -> jax.Array:
         """Tokens to velocity rows."""
         table = self.modulation[...].astype(jnp.float32) + signal.time[:, :, None]
