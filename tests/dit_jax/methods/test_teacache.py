@@ -3,16 +3,15 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from row_by_row import row_by_row
 from small_models import CONFIGS, guided, noise, one_sample, relative_error, sampled, segment_programs
 
 from dit_jax.config import UserError
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
 from dit_jax.methods.teacache import POLYNOMIALS, RET_POLYNOMIALS, TeaCache, relative_change
-from dit_jax.models.network import Place, layout, unlayout
 from dit_jax.sampling.sampler import sample, start
 from dit_jax.sampling.schedules import Shift
 from dit_jax.sampling.solvers import Euler
@@ -34,46 +33,23 @@ def steps_run(denoiser, latents, first, count: int):
     return carry.denoiser.cache.residual.runs
 
 
-@partial(jax.jit, static_argnames="projected")
-def _ends(denoiser, latents, t, projected: bool):
-    """Tokens before and after the whole trunk, and what it and TeaCache are told."""
-    model, branches = denoiser.model, denoiser.branches
-    tokens = jax.tree.map(lambda leaf: jnp.repeat(leaf, branches, 0), layout(latents, model.config.patch))
-    signal = model.signal(jnp.full(len(latents) * branches, t), denoiser.conditioning)
-    x, place = model.embed(tokens.rows), Place(tokens.positions, model.rope(tokens.positions), tokens.valid)
-    out, _ = model.trunk(x, signal, place, denoiser.call)
-    return x, out, signal, model.cache_signal(x, signal, projected=projected)
-
-
-_head = jax.jit(lambda model, x, signal: model.head(x, signal))
-
-
 def oracle(denoiser, latents, teacache: TeaCache):
-    """The run row by row and step by step, the sums in fp64: (final latents, which rows ran at each step [S, R])."""
-    schedule = Euler().schedule(STEPS, Shift(constant=3.0), 40)
-    model, branches = denoiser.model, denoiser.branches
-    rows = len(latents) * branches
-    last, residual, distance = [None] * rows, [None] * rows, np.zeros(rows)
-    ran = np.zeros((STEPS, rows), bool)
+    """The run row by row, the sums in fp64: (final latents, which rows ran the trunk at each step [S, R])."""
+    last: dict[int, np.ndarray] = {}
+    distance: dict[int, float] = {}
 
-    for index in range(STEPS):
-        x, out, signal, seen = _ends(denoiser, latents, schedule.timesteps[index], teacache.ret)
-        seen, after = np.asarray(seen, np.float64), [None] * rows
-        for row in range(rows):
-            run = index < 5 if teacache.ret else index in (0, STEPS - 1)
-            if not run:
-                change = abs(seen[row] - last[row]).mean() / abs(last[row]).mean()
-                distance[row] += np.polyval(teacache.polynomial, change)
-                run = not distance[row] < teacache.threshold
-            if run:
-                distance[row], residual[row], ran[index, row] = 0, out[row] - x[row], True
-            after[row], last[row] = out[row] if run else x[row] + residual[row], seen[row]
-        velocity = _head(model, jnp.stack(after), signal)
-        if branches == 2:
-            velocity = velocity[1::2] + denoiser.guidance_scale * (velocity[0::2] - velocity[1::2])
-        sigmas = schedule.sigmas
-        latents = latents + unlayout(velocity, latents.shape, model.config.patch) * (sigmas[index + 1] - sigmas[index])
-    return latents, ran
+    def runs(index, row, seen):
+        run = index < 5 if teacache.ret else index in (0, STEPS - 1)
+        if not run:
+            change = abs(seen - last[row]).mean() / abs(last[row]).mean()
+            distance[row] += np.polyval(teacache.polynomial, change)
+            run = not distance[row] < teacache.threshold
+        if run:
+            distance[row] = 0
+        last[row] = seen
+        return run
+
+    return row_by_row(denoiser, latents, STEPS, runs, projected=teacache.ret)[:2]
 
 
 @pytest.mark.parametrize("backbone", CONFIGS)
