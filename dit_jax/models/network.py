@@ -7,8 +7,9 @@ blocks, T Y X latent grid, C latent channels. Latents are channels last and in r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import einops
 import jax
@@ -97,6 +98,25 @@ class Strategy(Protocol):
     ) -> tuple[Attended, Any]: ...
 
 
+@runtime_checkable
+class BranchStrategy(Strategy, Protocol):
+    """A strategy that also says how a block's other branches run: `compute` gives the output of the one of this name.
+
+    Names: `mlp`, `cross` (Wan), `text_mlp` (FLUX).
+    """
+
+    def branch(
+        self, name: str, compute: Callable[[], jax.Array], block: jax.Array, cache: Any, aux: Any
+    ) -> tuple[jax.Array, Any]: ...
+
+
+def branch(strategy: Strategy, name: str, compute: Callable[[], jax.Array], block: jax.Array, cache: Any, aux: Any):
+    """Output of a block's branch besides self-attention, and the strategy's state."""
+    if isinstance(strategy, BranchStrategy):
+        return strategy.branch(name, compute, block, cache, aux)
+    return compute(), cache
+
+
 @dataclass(frozen=True)
 class Dense:
     """Every token is projected and attends every valid token (and the context, which attends them too)."""
@@ -177,6 +197,14 @@ class Trunk(NamedTuple):
     def run(self, x_BMD: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """Tokens through the blocks: (x, the attention strategy's state)."""
         return self.model.trunk(x_BMD, self.signal, self.place, self.call, state, self.aux)
+
+    def run_if(self, runs: jax.Array, attention: Strategy, told: Any, x_BMD: jax.Array, state: Any):
+        """The same with another strategy, which is told this, if `runs` []; else as they came. No conditional carries
+        the state: XLA would copy it."""
+        stacks = self.model.stacks
+        routes = tuple(Route(jnp.arange(blocks), jnp.where(runs, blocks, 0)) for blocks in stacks)
+        call, aux = replace(self.call, attention=attention), self.aux._replace(attention=told, routes=routes)
+        return self._replace(call=call, aux=aux).run(x_BMD, state)
 
 
 def grid(latents_shape, patch: Patch) -> tuple[int, int, int]:

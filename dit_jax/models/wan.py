@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.models.network import Aux, Conditioning, NetworkCall, Patch, Place, Timesteps, TokenTimesteps, run_blocks
+from dit_jax.models.network import (
+    Aux,
+    Conditioning,
+    NetworkCall,
+    Patch,
+    Place,
+    Timesteps,
+    TokenTimesteps,
+    branch,
+    run_blocks,
+)
 from dit_jax.ops.attention import attend
 from dit_jax.ops.linear import Linear, LinearGeneral, Mlp
 from dit_jax.ops.norms import LayerNorm, layer_norm, rms_norm
@@ -207,8 +217,14 @@ class WanBlock(nnx.Module):
 
         attended, cache = strategy(self.attn1, modulated(x_BND, 0, 1), place, index, cache, aux)
         x = added(x_BND, attended.tokens, 2)
-        x = x + self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image).astype(dtype)
-        return added(x, self.mlp(modulated(x, 3, 4)), 5), cache
+
+        def crossed():
+            return self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image).astype(dtype)
+
+        update, cache = branch(strategy, "cross", crossed, index, cache, aux)
+        x = x + update
+        update, cache = branch(strategy, "mlp", lambda: self.mlp(modulated(x, 3, 4)), index, cache, aux)
+        return added(x, update, 5), cache
 
 
 class ImageProjection(nnx.Module):
@@ -255,6 +271,10 @@ class Wan(nnx.Module):
         image = None if conditioning.image is None else self.image(conditioning.image).astype(text.dtype)
         modulation = modulation.astype(jnp.float32).reshape(*values.shape, 6, self.config.width)
         return Signal(time.astype(jnp.float32), modulation, which, text, image)
+
+    def branch_shapes(self, x_BND: jax.ShapeDtypeStruct, signal: Signal) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a block's outputs: of its attention, and of its branches by name."""
+        return dict.fromkeys(("attention", "cross", "mlp"), x_BND)
 
     @property
     def stacks(self) -> tuple[int, ...]:
