@@ -60,6 +60,12 @@ class Words:
         """The value of `name=value`, None if it is not there."""
         return self.options.pop(name, None)
 
+    def flag(self, name: str) -> bool:
+        """Whether the word stands behind the first."""
+        found = name in self._unknown
+        self._unknown = [word for word in self._unknown if word != name]
+        return found
+
     def choice(self, name: str, usual: str, known: Sequence[str]) -> Any:
         """An option that is one of `known`."""
         value = self.options.pop(name, usual)

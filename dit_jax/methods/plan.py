@@ -11,18 +11,32 @@ from typing import Any
 
 from dit_jax.config import UserError
 from dit_jax.methods.hsa import parse_hsa
+from dit_jax.methods.magcache import parse_magcache
 from dit_jax.methods.method import Method, Run, Words
+from dit_jax.methods.taylorseer import parse_taylorseer
+from dit_jax.methods.teacache import parse_teacache
 
 DENSE = "dense"
 JOINT = "+"
 
 # Name -> how its words are read. The order is the one in which methods are applied to a denoiser.
 METHODS: dict[str, Callable[[Words], Method]] = {
+    "teacache": parse_teacache,
+    "magcache": parse_magcache,
+    "taylorseer": parse_taylorseer,
     "hsa": parse_hsa,
 }
 
 # Pairs that refuse each other, and what to do instead.
-REFUSED: dict[frozenset[str], str] = {}
+REFUSED: dict[frozenset[str], str] = {
+    frozenset({"teacache", "hsa"}): "tokens that HSA does not refresh have no residual of this step; use one of them",
+    frozenset({"magcache", "hsa"}): "tokens that HSA does not refresh have no residual of this step; use one of them",
+    frozenset({"magcache", "teacache"}): "both decide which steps reuse the trunk's residual; use one of them",
+    **{
+        frozenset({"taylorseer", other}): "TaylorSeer predicts the outputs that the other would change; use one of them"
+        for other in ("routing", "coredit", "hsa", "ddit", "teacache", "magcache")
+    },
+}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.models.network import Aux, Conditioning, Context, NetworkCall, Patch, Place, run_blocks
+from dit_jax.models.network import Aux, Conditioning, Context, NetworkCall, Patch, Place, branch, run_blocks
 from dit_jax.ops.linear import Linear, LinearGeneral, Mlp
 from dit_jax.ops.norms import layer_norm, rms_norm
 from dit_jax.ops.rope import Rope, rope_table, rotate
@@ -148,11 +149,13 @@ class Stream(nnx.Module):
         self.mlp = Mlp(config.width, config.mlp_width, config.width, rngs)
         self.epsilon = config.epsilon
 
-    def add(self, x: jax.Array, attended: jax.Array, table: list[jax.Array]) -> jax.Array:
-        """The residual stream after attention's output and the MLP."""
+    def add(self, x: jax.Array, attended: jax.Array, table: list[jax.Array], run: Callable):
+        """The residual stream after attention's output and the MLP, and the strategy's state; `run` is `branch` of the
+        MLP, told what computes it."""
         gate1, shift2, scale2, gate2 = table
         x = _gated(x, gate1, attended)
-        return _gated(x, gate2, self.mlp(_modulated(x, shift2, scale2, self.epsilon)))
+        update, cache = run(lambda: self.mlp(_modulated(x, shift2, scale2, self.epsilon)))
+        return _gated(x, gate2, update), cache
 
 
 class DoubleBlock(nnx.Module):
@@ -170,8 +173,14 @@ class DoubleBlock(nnx.Module):
         context = Context(*self.text.attn.qkv(_modulated(text, text_shift, text_scale, self.epsilon), None))
         normed = _modulated(x, shift, scale, self.epsilon)
         attended, cache = strategy(self.image.attn, normed, place._replace(context=context), index, cache, aux)
-        x = self.image.add(x, attended.tokens, image_table)
-        return (x, self.text.add(text, self.text.attn.out(attended.context), text_table)), cache
+
+        def run(name, cache):
+            return lambda compute: branch(strategy, name, compute, index, cache, aux)
+
+        x, cache = self.image.add(x, attended.tokens, image_table, run("mlp", cache))
+        projected = self.text.attn.out(attended.context)
+        text, cache = self.text.add(text, projected, text_table, run("text_mlp", cache))
+        return (x, text), cache
 
 
 class SingleBlock(nnx.Module):
@@ -190,8 +199,10 @@ class SingleBlock(nnx.Module):
         normed, normed_text = (_modulated(stream, shift, scale, self.epsilon) for stream in tokens)
         context = Context(*self.attn.qkv(normed_text, None))
         attended, cache = strategy(self.attn, normed, place._replace(context=context), index, cache, aux)
-        x = _gated(x, gate, attended.tokens + self.mlp(normed))
-        return (x, _gated(text, gate, self.attn.out(attended.context) + self.mlp(normed_text))), cache
+        update, cache = branch(strategy, "mlp", lambda: self.mlp(normed), index, cache, aux)
+        x = _gated(x, gate, attended.tokens + update)
+        update, cache = branch(strategy, "text_mlp", lambda: self.mlp(normed_text), index, cache, aux)
+        return (x, _gated(text, gate, self.attn.out(attended.context) + update)), cache
 
 
 class Flux(nnx.Module):
@@ -223,6 +234,13 @@ class Flux(nnx.Module):
         vector = vector + self.pooled(conditioning.pooled)
         return Signal(jax.nn.silu(vector), self.text(conditioning.text))
 
+    def branch_shapes(self, x_BND: jax.ShapeDtypeStruct, signal: Signal) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a block's outputs: of its attention (`context`: the text's heads), and of its branches by name."""
+        text = jax.ShapeDtypeStruct(signal.text.shape, x_BND.dtype)
+        heads = (*text.shape[:2], self.config.heads, self.config.head_width)
+        context = jax.ShapeDtypeStruct(heads, x_BND.dtype)
+        return {"attention": x_BND, "context": context, "mlp": x_BND, "text_mlp": text}
+
     @property
     def stacks(self) -> tuple[int, ...]:
         """Blocks of each stack: double, single."""
@@ -244,6 +262,12 @@ class Flux(nnx.Module):
             self.single, tokens, signal, place, call, state, aux, stack=1, first=self.config.double_blocks
         )
         return tokens[0], state
+
+    def cache_signal(self, x_BND: jax.Array, signal: Signal, projected: bool = False) -> jax.Array:
+        """What TeaCache compares from step to step: the modulated image tokens that block 0 attends [B, N, D]."""
+        modulation = jax.tree.map(lambda leaf: leaf[0], self.double.image.modulation)
+        shift, scale, *_ = modulation(signal.vector)
+        return _modulated(x_BND, shift, scale, self.config.epsilon)
 
     def head(self, x_BND: jax.Array, signal: Signal) -> jax.Array:
         """Tokens to velocity rows."""

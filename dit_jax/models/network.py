@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import einops
 import jax
@@ -98,6 +98,25 @@ class Strategy(Protocol):
     ) -> tuple[Attended, Any]: ...
 
 
+@runtime_checkable
+class BranchStrategy(Strategy, Protocol):
+    """A strategy that also says how a block's other branches run: `compute` gives the output of the one of this name.
+
+    Names: `mlp`, `cross` (Wan), `text_mlp` (FLUX).
+    """
+
+    def branch(
+        self, name: str, compute: Callable[[], jax.Array], block: jax.Array, cache: Any, aux: Any
+    ) -> tuple[jax.Array, Any]: ...
+
+
+def branch(strategy: Strategy, name: str, compute: Callable[[], jax.Array], block: jax.Array, cache: Any, aux: Any):
+    """Output of a block's branch besides self-attention, and the strategy's state."""
+    if isinstance(strategy, BranchStrategy):
+        return strategy.branch(name, compute, block, cache, aux)
+    return compute(), cache
+
+
 @dataclass(frozen=True)
 class Dense:
     """Every token is projected and attends every valid token (and the context, which attends them too)."""
@@ -119,10 +138,13 @@ def with_context(context: Context, k_BMHK: jax.Array, v_BMHK: jax.Array, valid_B
 
 
 class TrunkCache(Protocol):
-    """Whether a step runs the whole trunk or adds what it added before: run(x, state) -> (x, state) is the trunk, the
-    cache returns (x, the attention strategy's state, its own)."""
+    """Whether a step runs the whole trunk or adds what it added before.
 
-    def __call__(self, run: Callable, model, x_BMD: jax.Array, signal, block_state: Any, state: Any, aux: Any): ...
+    `init` makes the state from the shapes of tokens [B, M, D] and signal; a call returns (x [B, M, D], state).
+    """
+
+    def init(self, model: Any, x_BMD: jax.ShapeDtypeStruct, signal: Any) -> State: ...
+    def __call__(self, trunk: Trunk, x_BMD: jax.Array, state: State) -> tuple[jax.Array, State]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +183,28 @@ class State(NamedTuple):
 
     attention: Any = None
     cache: Any = None
+
+
+class Trunk(NamedTuple):
+    """All blocks of a model in one call, as a trunk cache sees them."""
+
+    model: Any
+    signal: Any
+    place: Place
+    call: NetworkCall
+    aux: Aux
+
+    def run(self, x_BMD: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """Tokens through the blocks: (x, the attention strategy's state)."""
+        return self.model.trunk(x_BMD, self.signal, self.place, self.call, state, self.aux)
+
+    def run_if(self, runs: jax.Array, attention: Strategy, told: Any, x_BMD: jax.Array, state: Any):
+        """The same with another strategy, which is told this, if `runs` []; else as they came. No conditional carries
+        the state: XLA would copy it."""
+        stacks = self.model.stacks
+        routes = tuple(Route(jnp.arange(blocks), jnp.where(runs, blocks, 0)) for blocks in stacks)
+        call, aux = replace(self.call, attention=attention), self.aux._replace(attention=told, routes=routes)
+        return self._replace(call=call, aux=aux).run(x_BMD, state)
 
 
 def grid(latents_shape, patch: Patch) -> tuple[int, int, int]:
@@ -220,17 +264,12 @@ def network(
     """
     signal = model.signal(t, conditioning)
     x_BMD = meshes.constrain_tokens(model.embed(tokens.rows))
-    place = Place(tokens.positions, model.rope(tokens.positions), tokens.valid)
-
-    def run(x, block_state):
-        return model.trunk(x, signal, place, call, block_state, aux)
-
+    trunk = Trunk(model, signal, Place(tokens.positions, model.rope(tokens.positions), tokens.valid), call, aux)
     if call.cache is None:
-        x_BMD, block_state = run(x_BMD, state.attention)
+        x_BMD, block_state = trunk.run(x_BMD, state.attention)
         state = state._replace(attention=block_state)
     else:
-        x_BMD, *states = call.cache(run, model, x_BMD, signal, state.attention, state.cache, aux.cache)
-        state = State(*states)
+        x_BMD, state = call.cache(trunk, x_BMD, state)
     return model.head(x_BMD, signal).astype(jnp.float32), state
 
 

@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.models.network import Aux, Conditioning, NetworkCall, Patch, Place, Timesteps, TokenTimesteps, run_blocks
+from dit_jax.models.network import (
+    Aux,
+    Conditioning,
+    NetworkCall,
+    Patch,
+    Place,
+    Timesteps,
+    TokenTimesteps,
+    branch,
+    run_blocks,
+)
 from dit_jax.ops.attention import attend
 from dit_jax.ops.linear import Linear, LinearGeneral, Mlp
 from dit_jax.ops.norms import LayerNorm, layer_norm, rms_norm
@@ -207,8 +217,14 @@ class WanBlock(nnx.Module):
 
         attended, cache = strategy(self.attn1, modulated(x_BND, 0, 1), place, index, cache, aux)
         x = added(x_BND, attended.tokens, 2)
-        x = x + self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image).astype(dtype)
-        return added(x, self.mlp(modulated(x, 3, 4)), 5), cache
+
+        def crossed():
+            return self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image).astype(dtype)
+
+        update, cache = branch(strategy, "cross", crossed, index, cache, aux)
+        x = x + update
+        update, cache = branch(strategy, "mlp", lambda: self.mlp(modulated(x, 3, 4)), index, cache, aux)
+        return added(x, update, 5), cache
 
 
 class ImageProjection(nnx.Module):
@@ -256,6 +272,10 @@ class Wan(nnx.Module):
         modulation = modulation.astype(jnp.float32).reshape(*values.shape, 6, self.config.width)
         return Signal(time.astype(jnp.float32), modulation, which, text, image)
 
+    def branch_shapes(self, x_BND: jax.ShapeDtypeStruct, signal: Signal) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a block's outputs: of its attention, and of its branches by name."""
+        return dict.fromkeys(("attention", "cross", "mlp"), x_BND)
+
     @property
     def stacks(self) -> tuple[int, ...]:
         """Blocks of each stack."""
@@ -272,6 +292,11 @@ class Wan(nnx.Module):
     def trunk(self, x_BND: jax.Array, signal: Signal, place: Place, call: NetworkCall, state=None, aux: Aux = Aux()):
         """Tokens through all blocks: (x [B, N, D], the attention strategy's state)."""
         return run_blocks(self.blocks, x_BND, signal, place, call, state, aux)
+
+    def cache_signal(self, x_BND: jax.Array, signal: Signal, projected: bool = False) -> jax.Array:
+        """What TeaCache compares from step to step: the embedding of the timestep [B, D], or, `projected`, the six
+        vectors that all blocks are modulated by [B, 6·D]; of held tokens' timestep nothing."""
+        return signal.modulation[:, 0].reshape(len(x_BND), -1) if projected else signal.time[:, 0]
 
     def head(self, x_BND: jax.Array, signal: Signal) -> jax.Array:
         """Tokens to velocity rows."""

@@ -98,7 +98,15 @@ class Guided:
     branches: int = 1
 
     def init(self, latents, before=None):
-        return State()
+        if self.call.cache is None:
+            return State()
+
+        def seen(latents):
+            tokens = self._in_branches(self.tokens(latents))
+            t = self._timesteps(jnp.zeros(()), tokens)
+            return self.model.embed(tokens.rows), self.model.signal(t, self.conditioning)
+
+        return self.call.cache.init(self.model, *jax.eval_shape(seen, latents))
 
     def __call__(self, latents, state, step):
         patch, aux = self.model.config.patch, Aux()
@@ -117,10 +125,9 @@ class Guided:
     def velocity_rows(self, tokens: Tokens, step: Step, state: State = State(), aux: Aux = Aux()):
         """Guided velocity [B, M, P'] of these tokens, and the network's state; the arrays of `aux` have rows of all
         branches."""
-        tokens = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.branches, axis=0), tokens)
-        rows, state = network(
-            self.model, self.call, tokens, self._timesteps(step, tokens), self.conditioning, state, aux
-        )
+        tokens = self._in_branches(tokens)
+        t = self._timesteps(step.t, tokens)
+        rows, state = network(self.model, self.call, tokens, t, self.conditioning, state, aux)
         if self.branches == 1:
             return rows, state
         conditional, unconditional = rows[0::2], rows[1::2]
@@ -136,8 +143,11 @@ class Guided:
         held = 0 if self.held is None else self.held.shape[1]
         return positions_BM3[..., 0] * self.model.config.patch[0] < held
 
-    def _timesteps(self, step: Step, tokens: Tokens) -> Timesteps:
-        t_R = jnp.broadcast_to(step.t, tokens.rows.shape[:1])
+    def _in_branches(self, tokens: Tokens) -> Tokens:
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, self.branches, axis=0), tokens)
+
+    def _timesteps(self, t: jax.Array, tokens: Tokens) -> Timesteps:
+        t_R = jnp.broadcast_to(t, tokens.rows.shape[:1])
         if self.held is None:
             return t_R
         which = meshes.constrain_tokens(self.is_held(tokens.positions).astype(jnp.int32))
