@@ -23,10 +23,11 @@ from tqdm import tqdm
 from convert.cache import LIMIT, Cache, with_cached_weights
 from convert.checkpoint import Checkpoint, checkpoint_hash, leaf_reader, open_checkpoint
 from convert.lora_keys import Target
+from convert.method_parts import read_parts, transformers
 from convert.wan import LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.lora import Lora, merged_leaf, of_leaf
-from dit_jax.methods.method import Run
+from dit_jax.methods.method import Part, Run
 from dit_jax.methods.plan import parse_plan
 from dit_jax.models.network import grid
 from dit_jax.parameters import with_leaves
@@ -145,6 +146,7 @@ class Pipeline(ABC):
         self.checkpoint, self.name, self.mesh, self.programs = checkpoint, name, mesh, Programs()
         self.hash = checkpoint_hash(checkpoint)
         self.defaults = read_defaults(checkpoint, self._usual())
+        self.parts = {name: self._read_parts(name) for name in transformers(checkpoint)}
         self.loras: list[dict[str, Any]] = []  # name, hash and strength of each that is merged
         self._chosen: dict[str, list[tuple[Lora, float]]] = {}  # component -> what is merged into it
         self._read_leaf: dict[str, Callable[[str], jax.Array]] = {}
@@ -173,6 +175,10 @@ class Pipeline(ABC):
         with self._on_mesh():
             leaves = {leaf: merged_leaf(read(leaf), of_leaf(leaf, loras)) for leaf in model.shapes}
         return with_leaves(model.abstract, leaves)
+
+    def _read_parts(self, component: str) -> dict[str, Part]:
+        parts = read_parts(self.checkpoint, component)
+        return {name: part._replace(leaves=jax.tree.map(self._replicated, part.leaves)) for name, part in parts.items()}
 
     def lora_models(self) -> dict[str, Held]:
         """Component that a LoRA may add to -> where its model is held."""
@@ -246,6 +252,10 @@ class Pipeline(ABC):
         """The request with the model's defaults in it; UserError if the model cannot serve it."""
         job = fill(request, self.defaults)
         check(job, self.limits)
+        plan = parse_plan(job.plan)
+        for name, parts in self.parts.items():
+            model: Any = self.checkpoint.component(name).abstract
+            plan.check(model.stacks, parts)
         return job
 
     def schedule(self, job: Job) -> Schedule:
@@ -294,6 +304,7 @@ class Pipeline(ABC):
             stop=stage.stop,
             steps=job.steps,
             sigmas=schedule.sigmas,
+            parts=self.parts[stage.component],
         )
 
     def _started(self, denoiser, carry: Carry) -> tuple[Carry, Any]:

@@ -5,24 +5,28 @@ A plan is frozen and hashable. What cannot work together is refused when it is b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dit_jax.config import UserError
 from dit_jax.methods.hsa import parse_hsa
-from dit_jax.methods.method import Method, Run, Words
+from dit_jax.methods.method import Choosy, Method, Part, Run, Words
+from dit_jax.methods.routing import parse_routing
 
 DENSE = "dense"
 JOINT = "+"
 
 # Name -> how its words are read. The order is the one in which methods are applied to a denoiser.
 METHODS: dict[str, Callable[[Words], Method]] = {
+    "routing": parse_routing,
     "hsa": parse_hsa,
 }
 
 # Pairs that refuse each other, and what to do instead.
-REFUSED: dict[frozenset[str], str] = {}
+REFUSED: dict[frozenset[str], str] = {
+    frozenset({"hsa", "routing"}): "a block that is skipped would leave old keys and values in HSA's cache; use one",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,12 @@ class Plan:
     def steps(self) -> int | None:
         """The only number of steps that its methods are for, or None."""
         return next((method.steps for method in self.methods if method.steps), None)
+
+    def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
+        """UserError where a method cannot serve a model with these blocks and these parts for methods."""
+        for method in self.methods:
+            if isinstance(method, Choosy):
+                method.check(stacks, parts)
 
     def applied(self, denoiser: Any, run: Run) -> Any:
         """The denoiser with every method applied."""
