@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,16 @@ from infer.side_files import read_defaults
 
 VAE_CHUNK = 1  # latent frames that the VAE works on at a time
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class Watch(Protocol):
+    """What looks into a run: it puts a denoiser around each stage's, and is shown that denoiser's last state.
+
+    component  the transformer that the stage ran
+    """
+
+    def around(self, denoiser: Any, run: Run) -> Any: ...
+    def finished(self, component: str, state: Any) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +272,7 @@ class Pipeline(ABC):
         """The noise levels of a job."""
         return SOLVERS[job.solver].schedule(job.steps, self.shift, self.tokens(job.size, job.frames))
 
-    def denoise(self, job: Job, progress: Progress | None = None) -> np.ndarray:
+    def denoise(self, job: Job, progress: Progress | None = None, watch: Watch | None = None) -> np.ndarray:
         """Final latents [B, T, Y, X, C] of a job, fp32 in the sampler's normalised units."""
         solver, schedule, plan = SOLVERS[job.solver], self.schedule(job), parse_plan(job.plan)
         with self._on_mesh():
@@ -274,7 +284,9 @@ class Pipeline(ABC):
             for stage in stages:
                 if stage.first:
                     jax.block_until_ready(carry)  # or the weights that it needs cannot leave the devices
-                denoiser = plan.applied(stage.denoiser(), self._run_of(job, stage, schedule))
+                told = self._run_of(job, stage, schedule)
+                denoiser = plan.applied(stage.denoiser(), told)
+                denoiser = denoiser if watch is None else watch.around(denoiser, told)
                 carry, pinned = self._started(denoiser, carry)
                 for first in range(stage.first, stage.stop, count):
                     if progress:
@@ -286,6 +298,8 @@ class Pipeline(ABC):
                     )  # fmt: skip
                     if progress:
                         jax.block_until_ready(carry)
+                if watch is not None:
+                    watch.finished(stage.component, carry.denoiser)
             if progress:
                 progress("denoise", job.steps, job.steps)
             final = np.asarray(denoiser.finish(carry.latents))
