@@ -5,14 +5,15 @@ A plan is frozen and hashable. What cannot work together is refused when it is b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dit_jax.config import UserError
 from dit_jax.methods.hsa import parse_hsa
 from dit_jax.methods.magcache import parse_magcache
-from dit_jax.methods.method import Method, Run, Words
+from dit_jax.methods.method import Choosy, Method, Part, Run, Words
+from dit_jax.methods.routing import parse_routing
 from dit_jax.methods.taylorseer import parse_taylorseer
 from dit_jax.methods.teacache import parse_teacache
 
@@ -24,6 +25,7 @@ METHODS: dict[str, Callable[[Words], Method]] = {
     "teacache": parse_teacache,
     "magcache": parse_magcache,
     "taylorseer": parse_taylorseer,
+    "routing": parse_routing,
     "hsa": parse_hsa,
 }
 
@@ -36,6 +38,7 @@ REFUSED: dict[frozenset[str], str] = {
         frozenset({"taylorseer", other}): "TaylorSeer predicts the outputs that the other would change; use one of them"
         for other in ("routing", "coredit", "hsa", "ddit", "teacache", "magcache")
     },
+    frozenset({"hsa", "routing"}): "a block that is skipped would leave old keys and values in HSA's cache; use one",
 }
 
 
@@ -58,6 +61,12 @@ class Plan:
     def steps(self) -> int | None:
         """The only number of steps that its methods are for, or None."""
         return next((method.steps for method in self.methods if method.steps), None)
+
+    def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
+        """UserError where a method cannot serve a model with these blocks and these parts for methods."""
+        for method in self.methods:
+            if isinstance(method, Choosy):
+                method.check(stacks, parts)
 
     def applied(self, denoiser: Any, run: Run) -> Any:
         """The denoiser with every method applied."""

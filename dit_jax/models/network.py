@@ -117,6 +117,16 @@ def branch(strategy: Strategy, name: str, compute: Callable[[], jax.Array], bloc
     return compute(), cache
 
 
+@runtime_checkable
+class CrossWatcher(Protocol):
+    """A strategy that is also shown what cross-attention found: attended values [B, N, H, K] of each of its contexts,
+    before the output projection. It returns its state."""
+
+    def watch_cross(
+        self, heads: tuple[jax.Array, ...], place: Place, block: jax.Array, cache: Any, aux: Any
+    ) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Dense:
     """Every token is projected and attends every valid token (and the context, which attends them too)."""

@@ -6,6 +6,7 @@ width, F MLP width, G blocks, P row channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from flax import nnx
 from dit_jax.models.network import (
     Aux,
     Conditioning,
+    CrossWatcher,
     NetworkCall,
     Patch,
     Place,
@@ -179,13 +181,13 @@ class Attention(nnx.Module):
         """Output projection, [B, N, D]."""
         return self.o(y_BNHK)
 
-    def cross(self, x_BND: jax.Array, text_BLD: jax.Array, image_BID: jax.Array | None) -> jax.Array:
-        """Cross-attention to the text, plus that to the image where there is one."""
+    def cross(self, x_BND: jax.Array, text_BLD: jax.Array, image_BID: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Values attended in the text, and in the image where there is one: [B, N, H, K] each, to be added up."""
         q = self.q(x_BND)
-        y = attend(q, self.k(text_BLD), self.v(text_BLD))
-        if image_BID is not None:
-            y = y + attend(q, self.image_k(image_BID), self.image_v(image_BID))
-        return self.o(y)
+        text = attend(q, self.k(text_BLD), self.v(text_BLD))
+        if image_BID is None:
+            return (text,)
+        return text, attend(q, self.image_k(image_BID), self.image_v(image_BID))
 
 
 def gelu_exact(x: jax.Array) -> jax.Array:
@@ -219,9 +221,14 @@ class WanBlock(nnx.Module):
         x = added(x_BND, attended.tokens, 2)
 
         def crossed():
-            return self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image).astype(dtype)
+            heads = self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image)
+            return heads, self.attn2.out(functools.reduce(jnp.add, heads)).astype(dtype)
 
-        update, cache = branch(strategy, "cross", crossed, index, cache, aux)
+        if isinstance(strategy, CrossWatcher):
+            heads, update = crossed()
+            cache = strategy.watch_cross(heads, place, index, cache, aux)
+        else:
+            update, cache = branch(strategy, "cross", lambda: crossed()[1], index, cache, aux)
         x = x + update
         update, cache = branch(strategy, "mlp", lambda: self.mlp(modulated(x, 3, 4)), index, cache, aux)
         return added(x, update, 5), cache
