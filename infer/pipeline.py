@@ -246,6 +246,7 @@ class Pipeline(ABC):
         """The request with the model's defaults in it; UserError if the model cannot serve it."""
         job = fill(request, self.defaults)
         check(job, self.limits)
+        parse_plan(job.plan).check(self.transformer_config, self._shape(job))
         return job
 
     def schedule(self, job: Job) -> Schedule:
@@ -289,12 +290,16 @@ class Pipeline(ABC):
     def _run_of(self, job: Job, stage: Stage, schedule: Schedule) -> Run:
         """What a method is told of a stage."""
         return Run(
-            latents_shape=(len(job.prompts), *self.latents_shape(job.size, job.frames)),
+            latents_shape=self._shape(job),
             first=stage.first,
             stop=stage.stop,
             steps=job.steps,
             sigmas=schedule.sigmas,
         )
+
+    def _shape(self, job: Job) -> tuple[int, ...]:
+        """[B, T, Y, X, C] of a job's latents."""
+        return (len(job.prompts), *self.latents_shape(job.size, job.frames))
 
     def _started(self, denoiser, carry: Carry) -> tuple[Carry, Any]:
         """The carry of a stage's first step, and how its arrays are split over the mesh: outputs are pinned to that,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from dit_jax.config import UserError
 
@@ -42,6 +42,17 @@ class Method(Protocol):
     @property
     def steps(self) -> int | None: ...
     def applied(self, denoiser: Any, run: Run) -> Any: ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A method that knows of models or shapes that it does not fit: UserError, before anything is compiled.
+
+    config         of the transformer
+    latents_shape  [B, T, Y, X, C]
+    """
+
+    def check(self, config: Any, latents_shape: tuple[int, ...]) -> None: ...
 
 
 class Words:

@@ -10,19 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from dit_jax.config import UserError
+from dit_jax.methods.coredit import parse_coredit
 from dit_jax.methods.hsa import parse_hsa
-from dit_jax.methods.method import Method, Run, Words
+from dit_jax.methods.method import Checked, Method, Run, Words
 
 DENSE = "dense"
 JOINT = "+"
 
 # Name -> how its words are read. The order is the one in which methods are applied to a denoiser.
 METHODS: dict[str, Callable[[Words], Method]] = {
+    "coredit": parse_coredit,
     "hsa": parse_hsa,
 }
 
 # Pairs that refuse each other, and what to do instead.
-REFUSED: dict[frozenset[str], str] = {}
+REFUSED: dict[frozenset[str], str] = {
+    frozenset({"coredit", "hsa"}): "both choose which tokens attention runs for; leave one of them out",
+    frozenset({"coredit", "taylorseer"}): "what taylorseer predicts is of all tokens; leave one of them out",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ class Plan:
     def steps(self) -> int | None:
         """The only number of steps that its methods are for, or None."""
         return next((method.steps for method in self.methods if method.steps), None)
+
+    def check(self, config: Any, latents_shape: tuple[int, ...]) -> None:
+        """UserError if a method does not fit a transformer of this config and latents of this shape."""
+        for method in self.methods:
+            if isinstance(method, Checked):
+                method.check(config, latents_shape)
 
     def applied(self, denoiser: Any, run: Run) -> Any:
         """The denoiser with every method applied."""

@@ -55,6 +55,11 @@ class WanConfig:
         space = 2 * (self.head_width // 6)
         return self.head_width - 2 * space, space, space
 
+    @property
+    def stacks(self) -> tuple[int, ...]:
+        """Blocks of each stack."""
+        return (self.blocks,)
+
 
 WAN_14B = WanConfig()
 WAN_1_3B = replace(WAN_14B, blocks=30, width=1536, heads=12, mlp_width=8960)
@@ -259,7 +264,7 @@ class Wan(nnx.Module):
     @property
     def stacks(self) -> tuple[int, ...]:
         """Blocks of each stack."""
-        return (self.config.blocks,)
+        return self.config.stacks
 
     def rope(self, positions_BN3: jax.Array) -> Rope:
         """Rotation table of tokens at (t, y, x)."""
