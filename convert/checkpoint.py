@@ -42,6 +42,7 @@ _DEMOS = Path(__file__).parents[1] / "dit_jax" / "demo"
 SHIPPED = {name: _DEMOS / name for name in ("demo-wan", "demo-flux")}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _OTHER_WEIGHTS = (".bin", ".bin.index.json", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+METHODS = "methods"  # folder of what a pipeline holds for methods
 _DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE")
 _PAGE = 1 << 16
 
@@ -51,7 +52,7 @@ class Checkpoint:
     """A checkpoint on disk, in whatever layout, seen as a diffusers folder.
 
     settings   component -> config.json, of the components that have weights; a lone model is the component ""
-    files      place in a diffusers folder -> file or contents, of everything that is not weights
+    files      place in a diffusers folder -> file or contents, of everything but the components' weights
     file       the one file that it is, in the folder; None when it is all of the folder
     weights    component -> what holds its weights, in the original layout
     converted  component -> native weights to read in place of the folder's own (`convert/cache.py`)
@@ -192,6 +193,7 @@ def _weights_file(path: Path) -> Path:
 def _open_pipeline(folder: Path) -> Checkpoint:
     settings: dict[str, Settings] = {}
     files: dict[str, Path | bytes] = {name: folder / name for name in _top_files(folder)}
+    files |= {file.relative_to(folder).as_posix(): file for file in (folder / METHODS).rglob("*") if file.is_file()}
     native = set()
     for name, entry in read_json(folder / INDEX).items():
         named = class_in_index(entry)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,11 @@ from tqdm import tqdm
 from convert.cache import LIMIT, Cache, with_cached_weights
 from convert.checkpoint import Checkpoint, checkpoint_hash, leaf_reader, open_checkpoint
 from convert.lora_keys import Target
+from convert.method_parts import read_parts, transformers
 from convert.wan import LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.lora import Lora, merged_leaf, of_leaf
-from dit_jax.methods.method import Run
+from dit_jax.methods.method import Part, Run
 from dit_jax.methods.plan import parse_plan
 from dit_jax.models.network import grid
 from dit_jax.parameters import with_leaves
@@ -44,6 +45,16 @@ from infer.side_files import read_defaults
 
 VAE_CHUNK = 1  # latent frames that the VAE works on at a time
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class Watch(Protocol):
+    """What looks into a run: it puts a denoiser around each stage's, and is shown that denoiser's last state.
+
+    component  the transformer that the stage ran
+    """
+
+    def around(self, denoiser: Any, run: Run) -> Any: ...
+    def finished(self, component: str, state: Any) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +156,7 @@ class Pipeline(ABC):
         self.checkpoint, self.name, self.mesh, self.programs = checkpoint, name, mesh, Programs()
         self.hash = checkpoint_hash(checkpoint)
         self.defaults = read_defaults(checkpoint, self._usual())
+        self.parts = {name: self._read_parts(name) for name in transformers(checkpoint)}
         self.loras: list[dict[str, Any]] = []  # name, hash and strength of each that is merged
         self._chosen: dict[str, list[tuple[Lora, float]]] = {}  # component -> what is merged into it
         self._read_leaf: dict[str, Callable[[str], jax.Array]] = {}
@@ -173,6 +185,10 @@ class Pipeline(ABC):
         with self._on_mesh():
             leaves = {leaf: merged_leaf(read(leaf), of_leaf(leaf, loras)) for leaf in model.shapes}
         return with_leaves(model.abstract, leaves)
+
+    def _read_parts(self, component: str) -> dict[str, Part]:
+        parts = read_parts(self.checkpoint, component)
+        return {name: part._replace(leaves=jax.tree.map(self._replicated, part.leaves)) for name, part in parts.items()}
 
     def lora_models(self) -> dict[str, Held]:
         """Component that a LoRA may add to -> where its model is held."""
@@ -246,14 +262,17 @@ class Pipeline(ABC):
         """The request with the model's defaults in it; UserError if the model cannot serve it."""
         job = fill(request, self.defaults)
         check(job, self.limits)
-        parse_plan(job.plan).check(self.transformer_config, self._shape(job))
+        plan = parse_plan(job.plan)
+        for name, parts in self.parts.items():
+            model: Any = self.checkpoint.component(name).abstract
+            plan.check(model.stacks, parts)
         return job
 
     def schedule(self, job: Job) -> Schedule:
         """The noise levels of a job."""
         return SOLVERS[job.solver].schedule(job.steps, self.shift, self.tokens(job.size, job.frames))
 
-    def denoise(self, job: Job, progress: Progress | None = None) -> np.ndarray:
+    def denoise(self, job: Job, progress: Progress | None = None, watch: Watch | None = None) -> np.ndarray:
         """Final latents [B, T, Y, X, C] of a job, fp32 in the sampler's normalised units."""
         solver, schedule, plan = SOLVERS[job.solver], self.schedule(job), parse_plan(job.plan)
         with self._on_mesh():
@@ -265,7 +284,9 @@ class Pipeline(ABC):
             for stage in stages:
                 if stage.first:
                     jax.block_until_ready(carry)  # or the weights that it needs cannot leave the devices
-                denoiser = plan.applied(stage.denoiser(), self._run_of(job, stage, schedule))
+                told = self._run_of(job, stage, schedule)
+                denoiser = plan.applied(stage.denoiser(), told)
+                denoiser = denoiser if watch is None else watch.around(denoiser, told)
                 carry, pinned = self._started(denoiser, carry)
                 for first in range(stage.first, stage.stop, count):
                     if progress:
@@ -277,6 +298,8 @@ class Pipeline(ABC):
                     )  # fmt: skip
                     if progress:
                         jax.block_until_ready(carry)
+                if watch is not None:
+                    watch.finished(stage.component, carry.denoiser)
             if progress:
                 progress("denoise", job.steps, job.steps)
             final = np.asarray(denoiser.finish(carry.latents))
@@ -290,16 +313,13 @@ class Pipeline(ABC):
     def _run_of(self, job: Job, stage: Stage, schedule: Schedule) -> Run:
         """What a method is told of a stage."""
         return Run(
-            latents_shape=self._shape(job),
+            latents_shape=(len(job.prompts), *self.latents_shape(job.size, job.frames)),
             first=stage.first,
             stop=stage.stop,
             steps=job.steps,
             sigmas=schedule.sigmas,
+            parts=self.parts[stage.component],
         )
-
-    def _shape(self, job: Job) -> tuple[int, ...]:
-        """[B, T, Y, X, C] of a job's latents."""
-        return (len(job.prompts), *self.latents_shape(job.size, job.frames))
 
     def _started(self, denoiser, carry: Carry) -> tuple[Carry, Any]:
         """The carry of a stage's first step, and how its arrays are split over the mesh: outputs are pinned to that,

@@ -11,9 +11,10 @@ sampler steps.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ import numpy as np
 from dit_jax.config import UserError
 from dit_jax.methods.coherence import Lattice, cell_sizes, kept, taken
 from dit_jax.methods.coredit_ratios import CAP, bucketed, read_ratios
-from dit_jax.methods.method import Run, Words
+from dit_jax.methods.method import Part, Run, Words
 from dit_jax.models.network import Attended, Dense, grid, padded_length, with_context
 from dit_jax.ops import mesh as meshes
 from dit_jax.ops.attention import attend
@@ -134,20 +135,13 @@ class Coredit:
     solver: ClassVar[str | None] = None
     steps: ClassVar[int | None] = None
 
-    def check(self, config: Any, latents_shape: tuple[int, ...]) -> None:
-        """UserError where the ratios are not this model's, or more than its lattice can skip."""
-        blocks = sum(config.stacks)
+    def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
+        """UserError where the ratios are of another number of blocks."""
+        blocks = sum(stacks)
         if len(self.ratios) not in (1, blocks):
             raise UserError(
                 f"coredit has ratios of {len(self.ratios)} blocks: expected {blocks}, as many as the model has; "
-                "calibrate again with this model"
-            )
-        lattice = self.lattice(latents_shape, config.patch)
-        most, wanted = lattice.most_skipped / lattice.tokens, max(self.ratios)
-        if wanted > most:
-            raise UserError(
-                f"coredit cannot skip {wanted:.0%} of {lattice.grid[1]}x{lattice.grid[2]} tokens a frame: expected at "
-                f"most {most:.0%}; lower the ratio or choose a larger size"
+                "calibrate with this model"
             )
 
     def lattice(self, latents_shape, patch) -> Lattice:
@@ -155,21 +149,21 @@ class Coredit:
         tokens = grid(latents_shape, patch)
         return Lattice(grid=tokens, cells=cell_sizes(tokens), stride=self.stride, sub_cell=self.sub_cell)
 
-    def skipped(self, tokens: int, blocks: int, steps: int) -> np.ndarray:
+    def skipped(self, lattice: Lattice, blocks: int, steps: int) -> np.ndarray:
         """Tokens that each block skips at each step [S, G]."""
-        ratios = bucketed(self.ratios, self.buckets)
-        early = np.broadcast_to(ratios, (steps, blocks))
+        early = np.broadcast_to(bucketed(self.ratios, self.buckets), (steps, blocks))
         late = np.arange(steps)[:, None] >= steps - int(self.late_share * steps)
-        return np.rint(np.where(late, self.late * early, early) * tokens).astype(np.int64)
+        wanted = np.rint(np.where(late, self.late * early, early) * lattice.tokens)
+        # So much of a small lattice may be protected that less is left than the ratio asks for.
+        return np.minimum(wanted, lattice.most_skipped).astype(np.int64)
 
     def applied(self, denoiser: Guided, run: Run) -> Guided:
-        config = denoiser.model.config
-        self.check(config, run.latents_shape)
-        blocks = sum(config.stacks)
-        lattice = self.lattice(run.latents_shape, config.patch)
-        levels, table = np.unique(self.skipped(lattice.tokens, blocks, run.steps), return_inverse=True)
+        model = denoiser.model
+        lattice = self.lattice(run.latents_shape, model.config.patch)
+        skipped = self.skipped(lattice, sum(model.stacks), run.steps)
+        levels, table = np.unique(skipped, return_inverse=True)
         attention = Coherent(lattice, tuple(int(level) for level in levels))
-        told = Buckets(jnp.asarray(table.reshape(run.steps, blocks), jnp.int32))
+        told = Buckets(jnp.asarray(table.reshape(skipped.shape), jnp.int32))
         call = replace(denoiser.call, attention=attention)
         return replace(denoiser, call=call, steering=(*denoiser.steering, told))
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from dit_jax.config import UserError
+
+
+class Part(NamedTuple):
+    """What a checkpoint holds for a method: its config.json, and arrays by dotted path."""
+
+    settings: Mapping[str, Any]
+    leaves: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +23,7 @@ class Run:
     latents_shape  [B, T, Y, X, C]
     first, stop    steps that the denoiser at hand serves, of `steps` in all
     sigmas         noise levels of the whole run [S + 1]
-    parts          what the checkpoint's `methods` folder holds for this transformer: name -> pytree
+    parts          what the checkpoint's `methods` folder holds for this transformer: name -> Part
     """
 
     latents_shape: tuple[int, ...]
@@ -24,7 +31,7 @@ class Run:
     stop: int
     steps: int
     sigmas: Any
-    parts: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -45,14 +52,11 @@ class Method(Protocol):
 
 
 @runtime_checkable
-class Checked(Protocol):
-    """A method that knows of models or shapes that it does not fit: UserError, before anything is compiled.
+class Choosy(Protocol):
+    """A method that not every model can serve: `check` raises UserError for one, told the blocks of its stacks and what
+    its checkpoint holds for methods, before anything runs."""
 
-    config         of the transformer
-    latents_shape  [B, T, Y, X, C]
-    """
-
-    def check(self, config: Any, latents_shape: tuple[int, ...]) -> None: ...
+    def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None: ...
 
 
 class Words:

@@ -5,20 +5,22 @@ A plan is frozen and hashable. What cannot work together is refused when it is b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dit_jax.config import UserError
 from dit_jax.methods.coredit import parse_coredit
 from dit_jax.methods.hsa import parse_hsa
-from dit_jax.methods.method import Checked, Method, Run, Words
+from dit_jax.methods.method import Choosy, Method, Part, Run, Words
+from dit_jax.methods.routing import parse_routing
 
 DENSE = "dense"
 JOINT = "+"
 
 # Name -> how its words are read. The order is the one in which methods are applied to a denoiser.
 METHODS: dict[str, Callable[[Words], Method]] = {
+    "routing": parse_routing,
     "coredit": parse_coredit,
     "hsa": parse_hsa,
 }
@@ -27,6 +29,7 @@ METHODS: dict[str, Callable[[Words], Method]] = {
 REFUSED: dict[frozenset[str], str] = {
     frozenset({"coredit", "hsa"}): "both choose which tokens attention runs for; leave one of them out",
     frozenset({"coredit", "taylorseer"}): "what taylorseer predicts is of all tokens; leave one of them out",
+    frozenset({"hsa", "routing"}): "a block that is skipped would leave old keys and values in HSA's cache; use one",
 }
 
 
@@ -50,11 +53,11 @@ class Plan:
         """The only number of steps that its methods are for, or None."""
         return next((method.steps for method in self.methods if method.steps), None)
 
-    def check(self, config: Any, latents_shape: tuple[int, ...]) -> None:
-        """UserError if a method does not fit a transformer of this config and latents of this shape."""
+    def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
+        """UserError where a method cannot serve a model with these blocks and these parts for methods."""
         for method in self.methods:
-            if isinstance(method, Checked):
-                method.check(config, latents_shape)
+            if isinstance(method, Choosy):
+                method.check(stacks, parts)
 
     def applied(self, denoiser: Any, run: Run) -> Any:
         """The denoiser with every method applied."""

@@ -48,11 +48,6 @@ class FluxConfig:
     patch: Patch = (1, 2, 2)
     epsilon: float = 1e-6
 
-    @property
-    def stacks(self) -> tuple[int, ...]:
-        """Blocks of each stack: double, single."""
-        return self.double_blocks, self.single_blocks
-
 
 FLUX_DEV = FluxConfig()
 FLUX_SCHNELL = replace(FLUX_DEV, guidance=False)
@@ -231,7 +226,7 @@ class Flux(nnx.Module):
     @property
     def stacks(self) -> tuple[int, ...]:
         """Blocks of each stack: double, single."""
-        return self.config.stacks
+        return self.config.double_blocks, self.config.single_blocks
 
     def rope(self, positions_BN3: jax.Array) -> Rope:
         """Rotation table of image tokens at (t, y, x); text stands at the origin and is not rotated."""

@@ -24,6 +24,7 @@ from dit_jax.sampling.solvers import Step
 RAGGED = Lattice(grid=(2, 7, 10), cells=(4, 3))
 SKIPPED = 70  # half of its tokens
 STEPS = 8
+BLOCKS = dict(zip(CONFIGS.values(), (3, 5), strict=True))
 MIXED = (0.5, 0.0, 0.3)
 
 
@@ -34,7 +35,7 @@ def applied(coredit: Coredit, denoiser, latents):
 
 def mixed(config) -> Coredit:
     """Blocks of three ratios, and none in the last steps."""
-    return Coredit(ratios=tuple(np.resize(MIXED, sum(config.stacks)).tolist()), late=0)
+    return Coredit(ratios=tuple(np.resize(MIXED, BLOCKS[config]).tolist()), late=0)
 
 
 @jax.jit
@@ -63,7 +64,7 @@ def test_gathered_equals_masked_and_nothing_compiles_again(backbone):
     gathered = applied(mixed(config), plain, latents)
     found = velocity(gathered, latents, 0)
     lattice = gathered.call.attention.lattice
-    skipped = mixed(config).skipped(lattice.tokens, sum(config.stacks), STEPS)
+    skipped = mixed(config).skipped(lattice, BLOCKS[config], STEPS)
     masked = replace(
         plain, call=NetworkCall(attention=MaskedCoherent(lattice)), steering=(Buckets(jnp.array(skipped)),)
     )
@@ -220,8 +221,10 @@ def test_gradients_flow_through_the_masked_form():
 
 
 def test_the_last_quarter_skips_a_quarter():
-    table = Coredit(ratios=(0.4, 0.2, 0.0)).skipped(1000, 3, 20)
+    table = Coredit(ratios=(0.4, 0.2, 0.0)).skipped(Lattice(grid=(1, 25, 40), cells=(9, 5)), 3, 20)
     assert table[14].tolist() == [400, 200, 0] and table[15].tolist() == [100, 50, 0]
+    small = Lattice(grid=(1, 1, 4), cells=(3, 2))
+    assert Coredit(ratios=(0.6,)).skipped(small, 1, 1).tolist() == [[2]], "the others are protected"
     assert (table[:15] == table[0]).all() and (table[15:] == table[15]).all()
 
 
@@ -306,11 +309,7 @@ def test_files_that_hold_no_ratios_are_refused(tmp_path, content, told):
         parse_plan(f"coredit:{file}")
 
 
-def test_what_does_not_fit_the_model_is_refused_before_it_runs():
-    config = CONFIGS["wan"]
-    plan = parse_plan("coredit:0.6")
-    plan.check(config, (1, 1, 64, 64, 4))
-    with pytest.raises(UserError, match=r"skip 60% of 1x4 tokens a frame: expected at most 50%"):
-        plan.check(config, (1, 1, 2, 8, 4))
-    with pytest.raises(UserError, match="ratios of 2 blocks: expected 3"):
-        Coredit(ratios=(0.1, 0.2)).check(config, (1, 1, 64, 64, 4))
+def test_ratios_of_another_model_are_refused_before_it_runs():
+    parse_plan("coredit:0.6").check((2, 3), {})
+    with pytest.raises(UserError, match="ratios of 2 blocks: expected 5"):
+        Coredit(ratios=(0.1, 0.2)).check((2, 3), {})
