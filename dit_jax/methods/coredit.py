@@ -11,6 +11,7 @@ sampler steps.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 
 from dit_jax.config import UserError
 from dit_jax.methods.coherence import Lattice, cell_sizes, kept, taken
-from dit_jax.methods.coredit_ratios import CAP, bucketed, read_ratios
+from dit_jax.methods.coredit_ratios import CAP, Ratios, bucketed, read_ratios
 from dit_jax.methods.method import Part, Run, Words
 from dit_jax.models.network import Attended, Dense, grid, padded_length, with_context
 from dit_jax.ops import mesh as meshes
@@ -117,6 +118,7 @@ class Coredit:
     """CoReDiT as a plan has it.
 
     ratios      share of the tokens that each block skips; one number is every block's
+    experts     those of further transformers, by name (Wan 2.2), where they have their own
     late        what the ratios are multiplied with in the last steps
     late_share  of the steps that are the last ones
     buckets     different ratios that blocks may have; ratios are rounded to the means of as many groups
@@ -125,6 +127,7 @@ class Coredit:
     """
 
     ratios: tuple[float, ...]
+    experts: tuple[tuple[str, tuple[float, ...]], ...] = ()
     late: float = 0.25
     late_share: float = 0.25
     buckets: int = 4
@@ -138,11 +141,12 @@ class Coredit:
     def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
         """UserError where the ratios are of another number of blocks."""
         blocks = sum(stacks)
-        if len(self.ratios) not in (1, blocks):
-            raise UserError(
-                f"coredit has ratios of {len(self.ratios)} blocks: expected {blocks}, as many as the model has; "
-                "calibrate with this model"
-            )
+        for ratios in (self.ratios, *dict(self.experts).values()):
+            if len(ratios) not in (1, blocks):
+                raise UserError(
+                    f"coredit has ratios of {len(ratios)} blocks: expected {blocks}, as many as the model has; "
+                    "calibrate with this model"
+                )
 
     def lattice(self, latents_shape, patch) -> Lattice:
         """The tokens of such latents."""
@@ -150,8 +154,10 @@ class Coredit:
         return Lattice(grid=tokens, cells=cell_sizes(tokens), stride=self.stride, sub_cell=self.sub_cell)
 
     def skipped(self, lattice: Lattice, blocks: int, steps: int) -> np.ndarray:
-        """Tokens that each block skips at each step [S, G]."""
-        early = np.broadcast_to(bucketed(self.ratios, self.buckets), (steps, blocks))
+        """Tokens that each block of each transformer skips at each step [E, S, G]."""
+        every = [np.broadcast_to(ratios, blocks) for ratios in (self.ratios, *dict(self.experts).values())]
+        rounded = bucketed(tuple(np.concatenate(every).tolist()), self.buckets)
+        early = np.reshape(rounded, (len(every), 1, blocks))
         late = np.arange(steps)[:, None] >= steps - int(self.late_share * steps)
         wanted = np.rint(np.where(late, self.late * early, early) * lattice.tokens)
         # So much of a small lattice may be protected that less is left than the ratio asks for.
@@ -161,9 +167,11 @@ class Coredit:
         model = denoiser.model
         lattice = self.lattice(run.latents_shape, model.config.patch)
         skipped = self.skipped(lattice, sum(model.stacks), run.steps)
+        # The same buckets for all experts, so that they share a program.
         levels, table = np.unique(skipped, return_inverse=True)
         attention = Coherent(lattice, tuple(int(level) for level in levels))
-        told = Buckets(jnp.asarray(table.reshape(skipped.shape), jnp.int32))
+        expert = 1 + list(dict(self.experts)).index(run.component) if run.component in dict(self.experts) else 0
+        told = Buckets(jnp.asarray(table.reshape(skipped.shape)[expert], jnp.int32))
         call = replace(denoiser.call, attention=attention)
         return replace(denoiser, call=call, steering=(*denoiser.steering, told))
 
@@ -174,15 +182,13 @@ def parse_coredit(words: Words) -> Coredit:
         raise words.error("expected a ratio or a file of ratios", "write coredit:0.45 or coredit:ratios.json")
     usual = Coredit(ratios=(0.0,))
     try:
-        ratios: tuple[float, ...] = (float(words.first),)
-        stride = usual.stride
+        told = Ratios((float(words.first),), (), usual.stride)
     except ValueError:
-        ratios, stride = read_ratios(Path(words.first))
-    for ratio in ratios:
+        told = read_ratios(Path(words.first))
+    for ratio in itertools.chain(told.ratios, *dict(told.experts).values()):
         words.as_number("ratios", repr(ratio), low=0, high=CAP)
     coredit = Coredit(
-        ratios=ratios,
-        stride=stride,
+        **told._asdict(),
         late=words.number("late", usual.late, low=0, high=1),
         late_share=words.number("late_share", usual.late_share, low=0, high=1),
         buckets=int(words.number("buckets", usual.buckets, low=1, high=32)),

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,8 +106,22 @@ class Recording:
         return self.guided.finish(latents)
 
 
-def read_ratios(path: Path) -> tuple[tuple[float, ...], int]:
-    """Ratios of the blocks and stride that a file of `dit-calibrate coredit` has; UserError for any other."""
+class Ratios(NamedTuple):
+    """What a file of ratios holds: those of the blocks of the first transformer, of the others by name, the stride."""
+
+    ratios: tuple[float, ...]
+    experts: tuple[tuple[str, tuple[float, ...]], ...]
+    stride: int
+
+
+def ratios_file(ratios: Mapping[str, list[float]], stride: int) -> dict[str, Any]:
+    """Ratios of the blocks of each transformer as JSON that `read_ratios` reads."""
+    (_, first), *others = ratios.items()
+    return {"ratios": first, "stride": stride} | ({"experts": dict(others)} if others else {})
+
+
+def read_ratios(path: Path) -> Ratios:
+    """A file of `dit-calibrate coredit`; UserError for any other."""
     try:
         told = json.loads(path.read_text())
     except OSError as error:
@@ -115,14 +131,18 @@ def read_ratios(path: Path) -> tuple[tuple[float, ...], int]:
         ) from error
     except ValueError as error:
         raise UserError(f"{str(path)!r} is no JSON ({error}): expected ratios of dit-calibrate coredit") from error
-    ratios = told.get("ratios") if isinstance(told, dict) else None
-    if not isinstance(ratios, list) or not ratios or not all(_is_number(ratio) for ratio in ratios):
+    told = told if isinstance(told, dict) else {}
+    ratios, experts = told.get("ratios", []), told.get("experts", {})
+    if not _are_ratios(ratios) or not isinstance(experts, dict) or not all(map(_are_ratios, experts.values())):
         raise UserError(f'{str(path)!r} has no ratios: expected {{"ratios": [number of every block]}}; calibrate again')
     stride = told.get("stride", 3)
     if not isinstance(stride, int) or stride < 2:
         raise UserError(f"{str(path)!r} has stride {stride!r}: expected a whole number from 2; calibrate again")
-    return tuple(float(ratio) for ratio in ratios), stride
+    others = tuple((name, tuple(map(float, of_expert))) for name, of_expert in experts.items())
+    return Ratios(tuple(map(float, ratios)), others, stride)
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _are_ratios(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(ratio, int | float) and not isinstance(ratio, bool) for ratio in value)

@@ -14,7 +14,7 @@ from dit_jax.config import UserError
 from dit_jax.methods import coredit as coredit_file
 from dit_jax.methods.coherence import Lattice, cell_sizes, coherence, protected, sub_cells
 from dit_jax.methods.coredit import Buckets, Coherent, Coredit, MaskedCoherent
-from dit_jax.methods.coredit_ratios import Recording, allocate, bucketed
+from dit_jax.methods.coredit_ratios import Recording, allocate, bucketed, ratios_file
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
 from dit_jax.models.network import Dense, NetworkCall, Place
@@ -64,7 +64,7 @@ def test_gathered_equals_masked_and_nothing_compiles_again(backbone):
     gathered = applied(mixed(config), plain, latents)
     found = velocity(gathered, latents, 0)
     lattice = gathered.call.attention.lattice
-    skipped = mixed(config).skipped(lattice, BLOCKS[config], STEPS)
+    skipped = mixed(config).skipped(lattice, BLOCKS[config], STEPS)[0]
     masked = replace(
         plain, call=NetworkCall(attention=MaskedCoherent(lattice)), steering=(Buckets(jnp.array(skipped)),)
     )
@@ -221,10 +221,10 @@ def test_gradients_flow_through_the_masked_form():
 
 
 def test_the_last_quarter_skips_a_quarter():
-    table = Coredit(ratios=(0.4, 0.2, 0.0)).skipped(Lattice(grid=(1, 25, 40), cells=(9, 5)), 3, 20)
+    table = Coredit(ratios=(0.4, 0.2, 0.0)).skipped(Lattice(grid=(1, 25, 40), cells=(9, 5)), 3, 20)[0]
     assert table[14].tolist() == [400, 200, 0] and table[15].tolist() == [100, 50, 0]
     small = Lattice(grid=(1, 1, 4), cells=(3, 2))
-    assert Coredit(ratios=(0.6,)).skipped(small, 1, 1).tolist() == [[2]], "the others are protected"
+    assert Coredit(ratios=(0.6,)).skipped(small, 1, 1).tolist() == [[[2]]], "the others are protected"
     assert (table[:15] == table[0]).all() and (table[15:] == table[15]).all()
 
 
@@ -272,6 +272,21 @@ def test_a_file_of_ratios_is_a_plan(tmp_path):
     [coredit] = parse_plan(f"coredit:{file}:late=0.5").methods
     assert coredit == Coredit(ratios=(0.5, 0.1, 0.6), stride=4, late=0.5)
     assert hash(coredit) == hash(replace(coredit))
+    file.write_text(json.dumps(ratios_file({"transformer": [0.5, 0.1], "transformer_2": [0.2, 0.3]}, stride=3)))
+    [coredit] = parse_plan(f"coredit:{file}").methods
+    assert coredit == Coredit(ratios=(0.5, 0.1), experts=(("transformer_2", (0.2, 0.3)),))
+
+
+def test_experts_have_ratios_of_their_own_and_share_a_program():
+    config = CONFIGS["wan"]
+    plain, latents = guided(config), noise(config)
+    coredit = Coredit(ratios=(0.6, 0.2, 0.2), experts=(("transformer_2", (0.4,)),), late=0.5)
+    run = Run(latents_shape=latents.shape, first=0, stop=4, steps=4, sigmas=None)
+    high, low = (coredit.applied(plain, replace(run, component=name)) for name in ("transformer", "transformer_2"))
+    assert high.call == low.call
+    skipped = np.asarray(high.call.attention.skipped)
+    assert skipped[high.steering[0].table].tolist() == [[27, 9, 9]] * 3 + [[14, 4, 4]]
+    assert skipped[low.steering[0].table].tolist() == [[18, 18, 18]] * 3 + [[9, 9, 9]]
 
 
 @pytest.mark.parametrize(
@@ -299,6 +314,8 @@ def test_words_that_are_none_are_refused(text, told):
         ('{"ratios": []}', "has no ratios"),
         ('{"ratios": [0.1, "0.2"]}', "has no ratios"),
         ('{"ratios": [0.1, 0.61]}', "found '0.61'"),
+        ('{"ratios": [0.1], "experts": [0.1]}', "has no ratios"),
+        ('{"ratios": [0.1], "experts": {"transformer_2": [0.7]}}', "found '0.7'"),
         ('{"ratios": [0.1], "stride": 1}', "stride 1"),
     ],
 )
