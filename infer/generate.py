@@ -184,13 +184,18 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         raise UserError("expected either --prompt or --prompts: give one of them")
     if options.prompt is not None:
         return [options.prompt]
+    return read_prompts(options.prompts)
+
+
+def read_prompts(file: str) -> list[str]:
+    """The prompts in a file of one a line; UserError where there are none."""
     try:
-        lines = Path(options.prompts).read_text().splitlines()
+        lines = Path(file).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {options.prompts!r}: {error}") from error
+        raise UserError(f"cannot read the prompts in {file!r}: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"{options.prompts!r} holds no prompt: expected one a line")
+        raise UserError(f"{file!r} holds no prompt: expected one a line")
     return prompts
 
 

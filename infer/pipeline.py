@@ -319,6 +319,7 @@ class Pipeline(ABC):
             steps=job.steps,
             sigmas=schedule.sigmas,
             parts=self.parts[stage.component],
+            component=stage.component,
         )
 
     def _started(self, denoiser, carry: Carry) -> tuple[Carry, Any]:

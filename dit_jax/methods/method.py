@@ -24,6 +24,7 @@ class Run:
     first, stop    steps that the denoiser at hand serves, of `steps` in all
     sigmas         noise levels of the whole run [S + 1]
     parts          what the checkpoint's `methods` folder holds for this transformer: name -> Part
+    component      the transformer that the denoiser runs: `transformer`, or `transformer_2` of two experts
     """
 
     latents_shape: tuple[int, ...]
@@ -32,6 +33,7 @@ class Run:
     steps: int
     sigmas: Any
     parts: Mapping[str, Part] = field(default_factory=dict)
+    component: str = "transformer"
 
 
 class Method(Protocol):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dit_jax.config import UserError
+from dit_jax.methods.coredit import parse_coredit
 from dit_jax.methods.hsa import parse_hsa
 from dit_jax.methods.magcache import parse_magcache
 from dit_jax.methods.method import Choosy, Method, Part, Run, Words
@@ -26,6 +27,7 @@ METHODS: dict[str, Callable[[Words], Method]] = {
     "magcache": parse_magcache,
     "taylorseer": parse_taylorseer,
     "routing": parse_routing,
+    "coredit": parse_coredit,
     "hsa": parse_hsa,
 }
 
@@ -38,6 +40,7 @@ REFUSED: dict[frozenset[str], str] = {
         frozenset({"taylorseer", other}): "TaylorSeer predicts the outputs that the other would change; use one of them"
         for other in ("routing", "coredit", "hsa", "ddit", "teacache", "magcache")
     },
+    frozenset({"coredit", "hsa"}): "both choose which tokens attention runs for; leave one of them out",
     frozenset({"hsa", "routing"}): "a block that is skipped would leave old keys and values in HSA's cache; use one",
 }
 

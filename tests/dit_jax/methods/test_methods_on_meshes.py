@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-PLANS = ("hsa:groups=30@12/25@6/45@3:window=0.5",)
+# Largest relative error. Of coherences that are nearly the same a mesh's rounding may skip the other.
+PLANS = {"hsa:groups=30@12/25@6/45@3:window=0.5": 1e-5, "coredit:0.5": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,9 @@ def told():
 
 def test_meshes_make_what_one_device_makes(told):
     assert len(told["errors"]) == len(PLANS) * 3
-    assert max(told["errors"].values()) < 1e-5, told["errors"]
+    for plan, most in PLANS.items():
+        errors = {name: error for name, error in told["errors"].items() if name.startswith(plan)}
+        assert max(errors.values()) < most, errors
 
 
 def test_all_segments_are_one_program(told):

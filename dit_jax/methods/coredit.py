@@ -1,0 +1,197 @@
+"""CoReDiT: tokens that are like their neighbours leave self-attention, and their outputs are made of those that stay
+(arXiv 2605.14191).
+
+Cross-attention, MLP and the residual stream stay dense. Skipped tokens are not projected at all; text that shares the
+attention stays.
+
+Shapes: B samples, R batch rows (guidance branches included), N tokens, M tokens with padding, D width, G blocks, S
+sampler steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.config import UserError
+from dit_jax.methods.coherence import Lattice, cell_sizes, kept, taken
+from dit_jax.methods.coredit_ratios import CAP, Ratios, bucketed, read_ratios
+from dit_jax.methods.method import Part, Run, Words
+from dit_jax.models.network import Attended, Dense, grid, padded_length, with_context
+from dit_jax.ops import mesh as meshes
+from dit_jax.ops.attention import attend
+from dit_jax.sampling.sampler import Guided
+
+
+@dataclass(frozen=True)
+class Coherent:
+    """Attention without the tokens that are most like their cell; the others alone are projected.
+
+    lattice  the tokens, in raster order with padding behind
+    skipped  tokens to skip, one number a bucket; `aux` is the bucket of every block [G], and is not read where there
+             is one bucket
+    """
+
+    lattice: Lattice
+    skipped: tuple[int, ...]
+
+    def __call__(self, attention, x_BMD, place, block, cache, aux):
+        if self.skipped == (0,):
+            return Dense()(attention, x_BMD, place, block, cache, None)
+
+        def ranked():
+            coherence = self.lattice.coherence(x_BMD[:, : self.lattice.tokens], block)
+            return coherence, self.lattice.skipping_order(coherence, block)
+
+        if len(self.skipped) == 1:
+            return self._bucket(attention, x_BMD, place, *ranked(), skipped=self.skipped[0]), cache
+        skips = jnp.asarray(self.skipped)[aux[block]] > 0
+        unranked = jax.tree.map(lambda of_all: jnp.zeros(of_all.shape, of_all.dtype), jax.eval_shape(ranked))
+        ranking = jax.lax.cond(skips, ranked, lambda: unranked)
+        bucket = functools.partial(self._bucket, attention, x_BMD, place, *ranking)
+        return jax.lax.switch(aux[block], [functools.partial(bucket, skipped=skip) for skip in self.skipped]), cache
+
+    def _bucket(self, attention, x_BMD, place, coherence, order, *, skipped: int) -> Attended:
+        if skipped == 0:
+            return Dense()(attention, x_BMD, place, None, None, None)[0]
+        lattice = self.lattice
+        stay = kept(order, skipped, padded_length(lattice.tokens - skipped))
+        x, rope = jax.tree.map(lambda of_all: meshes.constrain_tokens(taken(of_all, stay.rows)), (x_BMD, place.rope))
+        attended = _attended(attention, attention.qkv(x, rope), place, stay.valid)
+        slots = jnp.maximum(jnp.cumsum(stay.mask, axis=1) - 1, 0)
+        y = lattice.reconstructed(attended.tokens, slots, stay.mask, coherence)
+        return attended._replace(tokens=_padded(y, x_BMD.shape[1]))
+
+
+@dataclass(frozen=True)
+class MaskedCoherent:
+    """The same by masks, for training: every token is projected, skipped keys are masked and skipped outputs
+    overwritten, so that `aux`, the tokens to skip in every block [G], may be traced."""
+
+    lattice: Lattice
+
+    def __call__(self, attention, x_BMD, place, block, cache, aux):
+        tokens = self.lattice.tokens
+        coherence = self.lattice.coherence(x_BMD[:, :tokens], block)
+        rank = jnp.argsort(self.lattice.skipping_order(coherence, block), axis=1)
+        stay = rank >= aux[block]
+        valid = jnp.pad(stay, ((0, 0), (0, x_BMD.shape[1] - tokens)))
+        attended = _attended(attention, attention.qkv(x_BMD, place.rope), place, valid)
+        slots = jnp.broadcast_to(jnp.arange(tokens), stay.shape)
+        y = self.lattice.reconstructed(attended.tokens[:, :tokens], slots, stay, coherence)
+        return attended._replace(tokens=_padded(y, x_BMD.shape[1])), cache
+
+
+def _attended(attention, qkv, place, valid) -> Attended:
+    q, k, v = qkv
+    if place.context is None:
+        return Attended(attention.out(attend(q, k, v, valid)))
+    k, v, valid = with_context(place.context, k, v, valid)
+    return Attended(attention.out(attend(q, k, v, valid)), attend(place.context.q, k, v, valid))
+
+
+def _padded(y_BND: jax.Array, count: int) -> jax.Array:
+    return meshes.constrain_tokens(jnp.pad(y_BND, ((0, 0), (0, count - y_BND.shape[1]), (0, 0))))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("table",), meta_fields=())
+@dataclass(frozen=True)
+class Buckets:
+    """Tells the attention the bucket of every block at a step: int32 [S, G]."""
+
+    table: jax.Array
+
+    def __call__(self, aux, seen, step, conditioning):
+        return aux._replace(attention=self.table[step.index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coredit:
+    """CoReDiT as a plan has it.
+
+    ratios      share of the tokens that each block skips; one number is every block's
+    experts     those of further transformers, by name (Wan 2.2), where they have their own
+    late        what the ratios are multiplied with in the last steps
+    late_share  of the steps that are the last ones
+    buckets     different ratios that blocks may have; ratios are rounded to the means of as many groups
+    stride      one token in this many, along rows and columns, is never skipped
+    sub_cell    side of the cells that skipped tokens are reconstructed in
+    """
+
+    ratios: tuple[float, ...]
+    experts: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    late: float = 0.25
+    late_share: float = 0.25
+    buckets: int = 4
+    stride: int = 3
+    sub_cell: int = 3
+
+    name: ClassVar[str] = "coredit"
+    solver: ClassVar[str | None] = None
+    steps: ClassVar[int | None] = None
+
+    def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
+        """UserError where the ratios are of another number of blocks."""
+        blocks = sum(stacks)
+        for ratios in (self.ratios, *dict(self.experts).values()):
+            if len(ratios) not in (1, blocks):
+                raise UserError(
+                    f"coredit has ratios of {len(ratios)} blocks: expected {blocks}, as many as the model has; "
+                    "calibrate with this model"
+                )
+
+    def lattice(self, latents_shape, patch) -> Lattice:
+        """The tokens of such latents."""
+        tokens = grid(latents_shape, patch)
+        return Lattice(grid=tokens, cells=cell_sizes(tokens), stride=self.stride, sub_cell=self.sub_cell)
+
+    def skipped(self, lattice: Lattice, blocks: int, steps: int) -> np.ndarray:
+        """Tokens that each block of each transformer skips at each step [E, S, G]."""
+        every = [np.broadcast_to(ratios, blocks) for ratios in (self.ratios, *dict(self.experts).values())]
+        rounded = bucketed(tuple(np.concatenate(every).tolist()), self.buckets)
+        early = np.reshape(rounded, (len(every), 1, blocks))
+        late = np.arange(steps)[:, None] >= steps - int(self.late_share * steps)
+        wanted = np.rint(np.where(late, self.late * early, early) * lattice.tokens)
+        # So much of a small lattice may be protected that less is left than the ratio asks for.
+        return np.minimum(wanted, lattice.most_skipped).astype(np.int64)
+
+    def applied(self, denoiser: Guided, run: Run) -> Guided:
+        model = denoiser.model
+        lattice = self.lattice(run.latents_shape, model.config.patch)
+        skipped = self.skipped(lattice, sum(model.stacks), run.steps)
+        # The same buckets for all experts, so that they share a program.
+        levels, table = np.unique(skipped, return_inverse=True)
+        attention = Coherent(lattice, tuple(int(level) for level in levels))
+        expert = 1 + list(dict(self.experts)).index(run.component) if run.component in dict(self.experts) else 0
+        told = Buckets(jnp.asarray(table.reshape(skipped.shape)[expert], jnp.int32))
+        call = replace(denoiser.call, attention=attention)
+        return replace(denoiser, call=call, steering=(*denoiser.steering, told))
+
+
+def parse_coredit(words: Words) -> Coredit:
+    """`coredit:0.45` (in every block), `coredit:ratios.json` (as dit-calibrate writes it)."""
+    if words.first is None:
+        raise words.error("expected a ratio or a file of ratios", "write coredit:0.45 or coredit:ratios.json")
+    usual = Coredit(ratios=(0.0,))
+    try:
+        told = Ratios((float(words.first),), (), usual.stride)
+    except ValueError:
+        told = read_ratios(Path(words.first))
+    for ratio in itertools.chain(told.ratios, *dict(told.experts).values()):
+        words.as_number("ratios", repr(ratio), low=0, high=CAP)
+    coredit = Coredit(
+        **told._asdict(),
+        late=words.number("late", usual.late, low=0, high=1),
+        late_share=words.number("late_share", usual.late_share, low=0, high=1),
+        buckets=int(words.number("buckets", usual.buckets, low=1, high=32)),
+    )
+    words.finish()
+    return coredit

@@ -1,0 +1,190 @@
+"""`dit-calibrate`: what a method has to know of a model, measured while the model runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from convert.warning_lines import warnings_in_lines
+from dit_jax.config import UserError
+from dit_jax.methods.coherence import Lattice
+from dit_jax.methods.coredit import Coredit
+from dit_jax.methods.coredit_ratios import CAP, Recording, allocate, ratios_file
+from dit_jax.methods.method import Run
+from infer.generate import read_prompts
+
+BATCH = 4  # prompts that run together
+
+EPILOG = """\
+coredit gives every block of a model its share of --ratio: tokens are given, a few at a time, to the block whose next
+ones are the most alike, no block more than 60 %. It runs the model on the prompts in a few steps (--steps, 8), which
+sees as many noise levels.
+
+examples:
+  dit-calibrate coredit --model demo-flux --prompts prompts.txt --ratio 0.45 --out ratios.json
+  dit-generate --model demo-flux --plan coredit:ratios.json --prompt "a red 7 above a blue 2" --out digits.png
+"""
+
+
+class Kind(NamedTuple):
+    """One subcommand: its help, its own options, and what it does with a pipeline to make the report."""
+
+    help: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Any, argparse.Namespace], dict[str, Any]]
+
+
+class CoherenceWatch:
+    """Adds up, for each transformer, the sorted coherence of every block [G, N] over rows and steps.
+
+    `samples` are those of a batch that count; the others fill it up.
+    """
+
+    def __init__(self, stride: int):
+        self.stride, self.samples = stride, 0
+        self.sums: dict[str, np.ndarray] = {}
+        self.lattice: Lattice | None = None
+
+    def around(self, denoiser: Any, run: Run) -> Recording:
+        """A denoiser that records."""
+        plan = Coredit(ratios=(0.0,), stride=self.stride)
+        self.lattice = plan.lattice(run.latents_shape, denoiser.model.config.patch)
+        self.branches = denoiser.branches
+        return Recording(guided=denoiser, lattice=self.lattice)
+
+    def finished(self, component: str, state: Any) -> None:
+        """Takes what a stage has recorded."""
+        rows = np.asarray(state, np.float64)[:, : self.samples * self.branches]
+        self.sums[component] = self.sums.get(component, 0) + rows.sum(axis=1)
+
+
+def coredit_options(options: argparse.ArgumentParser) -> None:
+    """Options of `dit-calibrate coredit`."""
+    options.add_argument(
+        "--ratio", type=float, required=True, metavar="R", help="tokens to skip, on average (0 to 0.6)"
+    )
+    options.add_argument(
+        "--stride", type=int, default=3, metavar="M", help="one token in M is never skipped (default 3)"
+    )
+
+
+def coredit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Allocates the ratios of CoReDiT and writes their file."""
+    if not 0 < options.ratio <= CAP:
+        raise UserError(f"--ratio is {options.ratio}: expected more than 0 and at most {CAP}; change it")
+    if options.stride < 2:
+        raise UserError(f"--stride is {options.stride}: expected a whole number from 2; leave it out")
+    watch = CoherenceWatch(options.stride)
+    prompts, job = run_prompts(pipe, options, watch)
+    assert watch.lattice is not None
+    tokens = watch.lattice.tokens
+    most = min(int(CAP * tokens), watch.lattice.most_skipped)
+    skipped = {name: allocate(sums, options.ratio, most) for name, sums in watch.sums.items()}
+    ratios = {name: [round(float(count / tokens), 6) for count in counts] for name, counts in skipped.items()}
+    told = {
+        "target": options.ratio,
+        "model": pipe.name,
+        "checkpoint": pipe.hash,
+        "size": job.size,
+        "frames": job.frames,
+    }
+    told |= {"prompts": prompts, "steps": job.steps}
+    partial = Path(f"{options.out}.partial")
+    partial.write_text(json.dumps(ratios_file(ratios, options.stride) | told, indent=1) + "\n")
+    partial.replace(options.out)
+    mean = float(np.mean([count for counts in skipped.values() for count in counts]) / tokens)
+    return {"out": str(options.out), "ratios": ratios, "mean": round(mean, 6), "tokens": tokens, **told}
+
+
+# Name -> what can be calibrated.
+KINDS = {
+    "coredit": Kind("how much each block may skip (plan coredit:FILE)", coredit_options, coredit),
+}
+
+
+def run_prompts(pipe: Any, options: argparse.Namespace, watch: Any) -> tuple[int, Any]:
+    """Runs the model on the prompts under a watch, whose `samples` is how many of a batch count; (prompts, job)."""
+    from convert.progress import progress_bar
+    from infer.request import Request, parse_size
+
+    prompts = read_prompts(options.prompts)
+    size = min(BATCH, len(prompts))
+    with progress_bar(total=len(prompts), desc=options.kind, unit="prompt") as bar:
+        for first in range(0, len(prompts), size):
+            wanted = prompts[first : first + size]
+            # The last batch is filled up, so that one program serves all of them.
+            request = Request(
+                prompt=wanted + wanted[-1:] * (size - len(wanted)),
+                size=parse_size(options.size) if options.size else None,
+                frames=options.frames,
+                steps=options.steps,
+                seed=options.seed + first,
+            )
+            job = pipe.prepare(request)
+            watch.samples = len(wanted)
+            pipe.denoise(job, watch=watch)
+            bar.update(len(wanted))
+    return len(prompts), job
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(
+        prog="dit-calibrate", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = options.add_subparsers(dest="kind", required=True, metavar="METHOD")
+    for name, kind in KINDS.items():
+        of_kind = kinds.add_parser(name, help=kind.help, description=kind.help)
+        add = of_kind.add_argument
+        add("--model", required=True, help="a checkpoint folder, a hub id org/name[@revision], demo-flux or demo-wan")
+        add("--prompts", required=True, metavar="FILE", help="a file with one prompt a line")
+        add("--out", required=True, type=Path, metavar="FILE", help="JSON to write")
+        add("--size", metavar="WxH", help="pixels, such as 832x480 (default: the model's)")
+        add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
+        add("--steps", type=int, default=8, metavar="N", help="denoising steps (default 8)")
+        add("--seed", type=int, default=0, metavar="N", help="of the first prompt's noise; prompt i has N + i")
+        add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")
+        add("--json", action="store_true", help="print one JSON object as the last line")
+        kind.options(of_kind)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; exit code 2 and one sentence for bad input."""
+    options = parser().parse_args(arguments)
+    began = time.perf_counter()
+    try:
+        report = calibrate(options) | {"seconds": round(time.perf_counter() - began, 3)}
+    except UserError as error:
+        print(f"dit-calibrate: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"dit-calibrate: {error.filename or options.out}: {error.strerror or error}.", file=sys.stderr)
+        return 2
+    print(json.dumps(report) if options.json else f"{options.out}: {options.kind}, {report['seconds']:.1f} s")
+    return 0
+
+
+def calibrate(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs the parsed command; returns what `--json` prints."""
+    from dit_jax.sharding import make_mesh, parse_mesh
+    from infer import load_pipeline, media
+    from infer.caches import keep_compiled_programs
+
+    read_prompts(options.prompts)  # a wrong name should not wait for the model
+    media.make_room(options.out)
+    keep_compiled_programs()
+    with warnings_in_lines():
+        pipe = load_pipeline(options.model, mesh=make_mesh(parse_mesh(options.mesh)) if options.mesh else None)
+        return KINDS[options.kind].run(pipe, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

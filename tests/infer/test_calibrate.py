@@ -1,0 +1,80 @@
+"""`dit-calibrate` from its arguments to a file that a plan reads, on a tiny model with random weights."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dit_jax.methods.plan import parse_plan
+from infer import calibrate, load_pipeline
+from infer.request import Request
+
+SMALL = ["--size", "96x80", "--frames", "5", "--steps", "2"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red cat runs\n\nthe dog sleeps\na fish\n")
+    return file
+
+
+def run(folder, prompts, out, *arguments):
+    return calibrate.main(["coredit", "--model", str(folder), "--prompts", str(prompts), "--out", str(out), *arguments])
+
+
+def test_ratios_of_a_model_are_a_plan_for_it(text_to_video, prompts, tmp_path, capsys):
+    out = tmp_path / "deep" / "ratios.json"
+    assert run(text_to_video[0], prompts, out, "--ratio", "0.4", *SMALL, "--json") == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    written = json.loads(out.read_text())
+    assert report["tokens"] == 60 and report["prompts"] == 3 and report["seconds"] > 0
+    assert written["ratios"] == report["ratios"]["transformer"] and written["stride"] == 3
+    assert len(written["ratios"]) == 3 and max(written["ratios"]) <= 0.6
+    assert np.mean(written["ratios"]) == pytest.approx(0.4, abs=1e-6) and report["mean"] == pytest.approx(0.4)
+    assert [path.name for path in out.parent.iterdir()] == ["ratios.json"]
+    assert parse_plan(f"coredit:{out}").methods[0].ratios == tuple(written["ratios"])
+
+    pipe = load_pipeline(text_to_video[0])
+
+    def latents(prompt, plan):
+        request = Request(prompt=prompt, plan=plan, size=(96, 80), frames=5, steps=4, seed=3)
+        return pipe.denoise(pipe.prepare(request))
+
+    pruned = latents("a red cat runs", f"coredit:{out}")
+    programs = len(pipe.programs)
+    latents("the dog sleeps", f"coredit:{out}")
+    assert len(pipe.programs) == programs
+    assert np.abs(pruned - latents("a red cat runs", "dense")).max() > 1e-3
+
+
+def test_a_batch_that_is_filled_up_counts_what_was_asked(text_to_video, prompts, monkeypatch):
+    pipe = load_pipeline(text_to_video[0])
+    told = ["coredit", "--model", "m", "--prompts", str(prompts), "--out", "o", "--ratio", "0.4", *SMALL]
+    sums = []
+    for batch in (3, 2):
+        monkeypatch.setattr(calibrate, "BATCH", batch)
+        watch = calibrate.CoherenceWatch(stride=3)
+        calibrate.run_prompts(pipe, calibrate.parser().parse_args(told), watch)
+        sums.append(watch.sums["transformer"])
+    np.testing.assert_allclose(sums[0], sums[1], rtol=1e-4, atol=1e-4)
+    assert sums[0].shape == (3, 60) and (np.diff(sums[0][:, :36]) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--ratio", "0.7"], "--ratio is 0.7"),
+        (["--ratio", "nan"], "--ratio is nan"),
+        (["--ratio", "0.4", "--stride", "1"], "--stride is 1"),
+        (["--ratio", "0.4", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--ratio", "0.4", "--size", "50x32"], "50x32"),
+        (["--ratio", "0.4", "--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(text_to_video, prompts, tmp_path, capsys, arguments, told):
+    out = tmp_path / "ratios.json"
+    assert run(text_to_video[0], prompts, out, *SMALL, *arguments) == 2
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert printed.startswith("dit-calibrate: ") and told in printed
+    assert not out.exists()
