@@ -5,24 +5,28 @@ A plan is frozen and hashable. What cannot work together is refused when it is b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dit_jax.config import UserError
+from dit_jax.methods.ddit import parse_ddit
 from dit_jax.methods.hsa import parse_hsa
-from dit_jax.methods.method import Method, Run, Words
+from dit_jax.methods.method import Chooser, Choosy, Method, Part, Run, Words
 
 DENSE = "dense"
 JOINT = "+"
 
 # Name -> how its words are read. The order is the one in which methods are applied to a denoiser.
 METHODS: dict[str, Callable[[Words], Method]] = {
+    "ddit": parse_ddit,  # before all that count or place tokens
     "hsa": parse_hsa,
 }
 
 # Pairs that refuse each other, and what to do instead.
-REFUSED: dict[frozenset[str], str] = {}
+REFUSED: dict[frozenset[str], str] = {
+    frozenset({"ddit", "hsa"}): "keys and values that HSA keeps are of the tokens of one patch size; leave out one",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,17 @@ class Plan:
     def steps(self) -> int | None:
         """The only number of steps that its methods are for, or None."""
         return next((method.steps for method in self.methods if method.steps), None)
+
+    @property
+    def chooser(self) -> Chooser | None:
+        """The method that chooses among variants of the denoiser between steps, or None."""
+        return next((method for method in self.methods if isinstance(method, Chooser)), None)
+
+    def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
+        """UserError where a method cannot serve a model with these blocks and these parts for methods."""
+        for method in self.methods:
+            if isinstance(method, Choosy):
+                method.check(stacks, parts)
 
     def applied(self, denoiser: Any, run: Run) -> Any:
         """The denoiser with every method applied."""
