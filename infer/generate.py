@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +141,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     count = len(job.prompts)
     sheets = _numbered(options.sheet, count) if options.sheet else [None] * count
     for index, (out, sheet) in enumerate(zip(_numbered(options.out, count), sheets, strict=True)):
-        images, last_images = (
-            None if given is None else given[index : index + 1] for given in (job.images, job.last_images)
-        )
-        one = replace(
-            job,
-            prompts=job.prompts[index : index + 1],
-            images=images,
-            last_images=last_images,
-            seed=job.seed + index,
-        )
-        outputs += _denoise_and_decode(pipe, one, out, sheet)
+        outputs += _denoise_and_decode(pipe, job.single(index), out, sheet)
     return _report(pipe, job, began, outputs)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from convert.wan import LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.lora import Lora, merged_leaf, of_leaf
 from dit_jax.methods.method import Part, Run
-from dit_jax.methods.plan import parse_plan
+from dit_jax.methods.plan import Plan, parse_plan
 from dit_jax.models.network import grid
 from dit_jax.parameters import with_leaves
 from dit_jax.sampling.sampler import Carry, Guided, noise, sample
@@ -40,21 +40,12 @@ from infer.loras import Held, LoraChoice, read_choice, replace_leaves
 from infer.placement import picture_sharding
 from infer.programs import Programs
 from infer.request import Defaults, Job, Limits, Request, check, fill
-from infer.segments import Stage, segment_length
+from infer.segments import Stage, cut, segment_length
 from infer.side_files import read_defaults
+from infer.variants import Chosen, Variants, Watch
 
 VAE_CHUNK = 1  # latent frames that the VAE works on at a time
 Progress = Callable[[str, int, int], None]  # stage, done, total
-
-
-class Watch(Protocol):
-    """What looks into a run: it puts a denoiser around each stage's, and is shown that denoiser's last state.
-
-    component  the transformer that the stage ran
-    """
-
-    def around(self, denoiser: Any, run: Run) -> Any: ...
-    def finished(self, component: str, state: Any) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,43 +263,83 @@ class Pipeline(ABC):
         """The noise levels of a job."""
         return SOLVERS[job.solver].schedule(job.steps, self.shift, self.tokens(job.size, job.frames))
 
-    def denoise(self, job: Job, progress: Progress | None = None, watch: Watch | None = None) -> np.ndarray:
-        """Final latents [B, T, Y, X, C] of a job, fp32 in the sampler's normalised units."""
-        solver, schedule, plan = SOLVERS[job.solver], self.schedule(job), parse_plan(job.plan)
-        with self._on_mesh():
-            stages = self._stages(job, schedule)
-            run = _segment(solver, count := segment_length(stages))
-            schedule = jax.tree.map(self._replicated, schedule)
-            latents = self._starting_noise(job)
-            carry = Carry(latents, solver.init(latents), None)
-            for stage in stages:
-                if stage.first:
-                    jax.block_until_ready(carry)  # or the weights that it needs cannot leave the devices
-                told = self._run_of(job, stage, schedule)
-                denoiser = plan.applied(stage.denoiser(), told)
-                denoiser = denoiser if watch is None else watch.around(denoiser, told)
-                carry, pinned = self._started(denoiser, carry)
-                for first in range(stage.first, stage.stop, count):
-                    if progress:
-                        progress("denoise", first, job.steps)
-                    step = self._replicated(np.int32(first))
-                    carry = self.programs.run(
-                        (run.__name__, solver, count), run, denoiser, carry, schedule, step,
-                        donate=(1,), out_shardings=pinned,
-                    )  # fmt: skip
-                    if progress:
-                        jax.block_until_ready(carry)
-                if watch is not None:
-                    watch.finished(stage.component, carry.denoiser)
-            if progress:
-                progress("denoise", job.steps, job.steps)
-            final = np.asarray(denoiser.finish(carry.latents))
+    def denoise(
+        self,
+        job: Job,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+        chosen: Chosen | None = None,
+    ) -> np.ndarray:
+        """Final latents [B, T, Y, X, C] of a job, fp32 in the sampler's normalised units.
+
+        watch   looks into every stage's denoiser
+        chosen  is told which variant each step ran with, where the plan chooses among some (patch sizes), sample by
+                sample
+        """
+        plan = parse_plan(job.plan)
+        if plan.chooser and plan.chooser.by_latents and len(job.prompts) > 1:
+            return self._one_by_one(job, progress, watch, chosen)
+        final = self._final_latents(job, plan, progress, watch, chosen)
         if not np.isfinite(final).all():
             raise UserError(
                 "the final latents hold NaN or infinity: expected numbers; look for NaN weights with `dit-convert "
                 "to-jax`, which names them, or load the pipeline with dtype=float32"
             )
         return final
+
+    def _one_by_one(
+        self, job: Job, progress: Progress | None, watch: Watch | None, chosen: Chosen | None
+    ) -> np.ndarray:
+        count = len(job.prompts)
+
+        def of_sample(index: int) -> Progress | None:
+            return progress and (lambda stage, done, total: progress(stage, index * total + done, count * total))
+
+        return np.concatenate(
+            [self.denoise(job.single(index), of_sample(index), watch, chosen) for index in range(count)]
+        )
+
+    def _final_latents(
+        self, job: Job, plan: Plan, progress: Progress | None, watch: Watch | None, chosen: Chosen | None
+    ) -> np.ndarray:
+        solver, schedule = SOLVERS[job.solver], self.schedule(job)
+        breaks = plan.chooser.breaks(job.steps) if plan.chooser else ()
+        with self._on_mesh():
+            stages = self._stages(job, schedule)
+            segment = _segment(solver, count := segment_length(cut(stages, breaks)))
+            schedule = jax.tree.map(self._replicated, schedule)
+            latents = self._starting_noise(job)
+            carry = Carry(latents, solver.init(latents), None)
+
+            def steps(use: Callable, denoiser, carry: Carry, pinned, first: int):
+                return use(
+                    (segment.__name__, solver, count), segment,
+                    denoiser, carry, schedule, self._replicated(np.int32(first)), donate=(1,), out_shardings=pinned,
+                )  # fmt: skip
+
+            for stage in stages:
+                if stage.first:
+                    jax.block_until_ready(carry)  # or the weights that it needs cannot leave the devices
+                run = self._run_of(job, stage, schedule)
+                variants = Variants(plan, stage.denoiser(), run, self.programs, self.mesh, chosen, watch)
+                for denoiser in variants.may_run:
+                    steps(self.programs.compiled, denoiser, *self._started(denoiser, carry, None), stage.first)
+                for span in cut([stage], breaks):
+                    if variants.choose(span.first, carry.latents):
+                        # What a variant keeps is of its own shape: the next begins anew.
+                        before = None if plan.chooser else carry.denoiser
+                        carry, pinned = self._started(variants.denoiser, carry, before)
+                    for first in range(span.first, span.stop, count):
+                        if progress:
+                            progress("denoise", first, job.steps)
+                        carry = steps(self.programs.run, variants.denoiser, carry, pinned, first)
+                        if progress:
+                            jax.block_until_ready(carry)
+                if watch is not None:
+                    watch.finished(stage.component, carry.denoiser)
+            if progress:
+                progress("denoise", job.steps, job.steps)
+            return np.asarray(variants.denoiser.finish(carry.latents))
 
     def _run_of(self, job: Job, stage: Stage, schedule: Schedule) -> Run:
         """What a method is told of a stage."""
@@ -322,10 +353,9 @@ class Pipeline(ABC):
             component=stage.component,
         )
 
-    def _started(self, denoiser, carry: Carry) -> tuple[Carry, Any]:
-        """The carry of a stage's first step, and how its arrays are split over the mesh: outputs are pinned to that,
-        or the next segment compiles again."""
-        before = carry.denoiser
+    def _started(self, denoiser, carry: Carry, before: Any) -> tuple[Carry, Any]:
+        """The carry of a denoiser's first step, and how its arrays are split over the mesh: outputs are pinned to that,
+        or the next segment compiles again. `before` is the state of the denoiser before it, or None."""
         if self.mesh is not None:
             latents, solver = (jax.device_put(part, batch_shardings(part, self.mesh)) for part in carry[:2])
             carry = Carry(latents, solver, None)

@@ -22,7 +22,14 @@ class Programs:
     def run(
         self, name: Hashable, function: Callable, *arguments, donate: tuple[int, ...] = (), out_shardings: Any = None
     ):
-        """function(*arguments), compiled for the arguments' shapes, dtypes and shardings under `name`.
+        """function(*arguments), as `compiled` has it."""
+        program = self.compiled(name, function, *arguments, donate=donate, out_shardings=out_shardings)
+        return program(*arguments)
+
+    def compiled(
+        self, name: Hashable, function: Callable, *arguments, donate: tuple[int, ...] = (), out_shardings: Any = None
+    ) -> Callable:
+        """`function`, compiled for the arguments' shapes, dtypes and shardings under `name`.
 
         `name` tells apart what the arguments do not: the function and every static choice closed over by it. Where the
         outputs live follows from the arguments: `out_shardings` (None leaves it to the compiler) is no part of the key.
@@ -33,7 +40,7 @@ class Programs:
             jitted = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
             self._compiled[key] = jitted.lower(*arguments).compile()
             self.seconds += time.perf_counter() - began
-        return self._compiled[key](*arguments)
+        return self._compiled[key]
 
 
 def _signature(leaf) -> Hashable:

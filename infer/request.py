@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -107,6 +107,18 @@ class Job:
             "plan",
         )
         return {name: getattr(self, name) for name in told}
+
+    def single(self, index: int) -> Job:
+        """The job of one of its samples."""
+        one = slice(index, index + 1)
+        return replace(
+            self,
+            prompts=self.prompts[one],
+            images=None if self.images is None else self.images[one],
+            last_images=None if self.last_images is None else self.last_images[one],
+            latents=None if self.latents is None else self.latents[one],
+            seed=self.seed + index,
+        )
 
     @property
     def guidance_scales(self) -> tuple[float, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from convert.wan import HIGH_NOISE
@@ -28,6 +29,18 @@ def stages_between(breaks: Sequence[int], denoisers: Sequence[Callable[[], Any]]
     """A stage of each denoiser from one of the `breaks` (0, …, the number of steps) to the next; none of no steps."""
     spans = zip(breaks[:-1], breaks[1:], denoisers, strict=True)
     return [Stage(first=first, stop=stop, denoiser=denoiser) for first, stop, denoiser in spans if first < stop]
+
+
+def cut(stages: Sequence[Stage], breaks: Sequence[int]) -> list[Stage]:
+    """The stages, each cut at the breaks inside it."""
+    ends = [
+        [stage.first, *(step for step in breaks if stage.first < step < stage.stop), stage.stop] for stage in stages
+    ]
+    return [
+        replace(stage, first=first, stop=stop)
+        for stage, steps in zip(stages, ends, strict=True)
+        for first, stop in itertools.pairwise(steps)
+    ]
 
 
 def segment_length(stages: Sequence[Stage]) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import jax
+
 from dit_jax.config import UserError
 
 
@@ -25,6 +27,7 @@ class Run:
     sigmas         noise levels of the whole run [S + 1]
     parts          what the checkpoint's `methods` folder holds for this transformer: name -> Part
     component      the transformer that the denoiser runs: `transformer`, or `transformer_2` of two experts
+    variant        which of its chooser's variants the denoiser is to be, where the plan has one
     """
 
     latents_shape: tuple[int, ...]
@@ -34,6 +37,7 @@ class Run:
     sigmas: Any
     parts: Mapping[str, Part] = field(default_factory=dict)
     component: str = "transformer"
+    variant: int = 1
 
 
 class Method(Protocol):
@@ -59,6 +63,33 @@ class Choosy(Protocol):
     its checkpoint holds for methods, before anything runs."""
 
     def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None: ...
+
+
+class Scheduler(Protocol):
+    """Chooses a variant before every step: scheduler(history, latents) -> (history, index of the variant [B], what it
+    was chosen by). `init` makes the history of no steps; a pytree."""
+
+    def init(self, latents: jax.Array) -> Any: ...
+    def __call__(self, history: Any, latents: jax.Array) -> tuple[Any, jax.Array, jax.Array]: ...
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """A method whose denoiser has variants, each with a program of its own, of which a run uses one at a time.
+
+    variants    all that a run may use; `applied` is told one as `run.variant`
+    breaks      the steps of so many before which the variant may change; UserError if they do not fit
+    scheduled   the variant of a step, where latents have no say
+    scheduler   what chooses by the latents of a sample, for this plain denoiser; None where they have no say
+    """
+
+    @property
+    def variants(self) -> tuple[int, ...]: ...
+    @property
+    def by_latents(self) -> bool: ...
+    def breaks(self, steps: int) -> tuple[int, ...]: ...
+    def scheduled(self, step: int) -> int: ...
+    def scheduler(self, denoiser: Any) -> Scheduler: ...
 
 
 class Words:

@@ -11,9 +11,10 @@ from typing import Any
 
 from dit_jax.config import UserError
 from dit_jax.methods.coredit import parse_coredit
+from dit_jax.methods.ddit import parse_ddit
 from dit_jax.methods.hsa import parse_hsa
 from dit_jax.methods.magcache import parse_magcache
-from dit_jax.methods.method import Choosy, Method, Part, Run, Words
+from dit_jax.methods.method import Chooser, Choosy, Method, Part, Run, Words
 from dit_jax.methods.routing import parse_routing
 from dit_jax.methods.taylorseer import parse_taylorseer
 from dit_jax.methods.teacache import parse_teacache
@@ -23,6 +24,7 @@ JOINT = "+"
 
 # Name -> how its words are read. The order is the one in which methods are applied to a denoiser.
 METHODS: dict[str, Callable[[Words], Method]] = {
+    "ddit": parse_ddit,  # before all that count or place tokens
     "teacache": parse_teacache,
     "magcache": parse_magcache,
     "taylorseer": parse_taylorseer,
@@ -42,6 +44,7 @@ REFUSED: dict[frozenset[str], str] = {
     },
     frozenset({"coredit", "hsa"}): "both choose which tokens attention runs for; leave one of them out",
     frozenset({"hsa", "routing"}): "a block that is skipped would leave old keys and values in HSA's cache; use one",
+    frozenset({"ddit", "hsa"}): "keys and values that HSA keeps are of the tokens of one patch size; leave out one",
 }
 
 
@@ -64,6 +67,11 @@ class Plan:
     def steps(self) -> int | None:
         """The only number of steps that its methods are for, or None."""
         return next((method.steps for method in self.methods if method.steps), None)
+
+    @property
+    def chooser(self) -> Chooser | None:
+        """The method that chooses among variants of the denoiser between steps, or None."""
+        return next((method for method in self.methods if isinstance(method, Chooser)), None)
 
     def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
         """UserError where a method cannot serve a model with these blocks and these parts for methods."""

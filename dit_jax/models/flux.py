@@ -19,7 +19,7 @@ from flax import nnx
 from dit_jax.models.network import Aux, Conditioning, Context, NetworkCall, Patch, Place, branch, run_blocks
 from dit_jax.ops.linear import Linear, LinearGeneral, Mlp
 from dit_jax.ops.norms import layer_norm, rms_norm
-from dit_jax.ops.rope import Rope, rope_table, rotate
+from dit_jax.ops.rope import Rope, merged_centres, rope_table, rotate
 from dit_jax.ops.timestep import sinusoids
 from dit_jax.parameters import stacked
 
@@ -30,7 +30,8 @@ GUIDANCE_SCALE = 1000.0  # the guidance embedding is told the scale times this
 class FluxConfig:
     """Sizes of a FLUX transformer; `guidance` says whether it has a guidance embedding (dev has, schnell has not).
 
-    `rope_widths` are the head channels rotated by t (always 0), y and x.
+    `rope_widths` are the head channels rotated by t (always 0), y and x. `merged` is how many patches of the size that
+    it was made for a token covers along y and along x (DDiT).
     """
 
     double_blocks: int = 19
@@ -47,6 +48,7 @@ class FluxConfig:
     guidance: bool = True
     rope_widths: tuple[int, int, int] = (16, 56, 56)
     patch: Patch = (1, 2, 2)
+    merged: int = 1
     epsilon: float = 1e-6
 
 
@@ -248,7 +250,7 @@ class Flux(nnx.Module):
 
     def rope(self, positions_BN3: jax.Array) -> Rope:
         """Rotation table of image tokens at (t, y, x); text stands at the origin and is not rotated."""
-        return rope_table(positions_BN3, self.config.rope_widths)
+        return rope_table(merged_centres(positions_BN3, self.config.merged), self.config.rope_widths)
 
     def embed(self, rows_BNP: jax.Array) -> jax.Array:
         """Patch rows to tokens."""

@@ -218,8 +218,8 @@ class Trunk(NamedTuple):
 
 
 def grid(latents_shape, patch: Patch) -> tuple[int, int, int]:
-    """Token grid (T, Y, X) of latents [B, T, Y, X, C]."""
-    return tuple(size // step for size, step in zip(latents_shape[1:4], patch, strict=True))
+    """Token grid (T, Y, X) of latents [B, T, Y, X, C]; a last patch that they do not fill counts."""
+    return tuple(-(-size // step) for size, step in zip(latents_shape[1:4], patch, strict=True))
 
 
 def padded_length(tokens: int) -> int:
@@ -238,7 +238,14 @@ def lattice(latents_shape, patch: Patch) -> tuple[np.ndarray, int]:
 
 
 def layout(latents_BTYXC: jax.Array, patch: Patch) -> Tokens:
-    """Latents in rows of `patch` (t, y, x) cells, channels ordered (t y x c), padded for the mesh in force."""
+    """Latents in rows of `patch` (t, y, x) cells, channels ordered (t y x c), padded for the mesh in force.
+
+    Where the patch does not divide the latents, their last cells are repeated to fill it: no token is padding alone.
+    """
+    missing = [-size % step for size, step in zip(latents_BTYXC.shape[1:4], patch, strict=True)]
+    if any(missing):
+        edges = ((0, 0), *((0, count) for count in missing), (0, 0))
+        latents_BTYXC = jnp.pad(latents_BTYXC, edges, mode="edge")
     rows = einops.rearrange(
         latents_BTYXC, "b (t pt) (y py) (x px) c -> b (t y x) (pt py px c)", pt=patch[0], py=patch[1], px=patch[2]
     )
@@ -252,11 +259,13 @@ def layout(latents_BTYXC: jax.Array, patch: Patch) -> Tokens:
 def unlayout(rows_BMP: jax.Array, latents_shape, patch: Patch) -> jax.Array:
     """Latent-shaped [B, T, Y, X, C'] array from patch rows; the padding is dropped."""
     t, y, x = grid(latents_shape, patch)
-    return einops.rearrange(
+    whole = einops.rearrange(
         rows_BMP[:, : t * y * x],
         "b (t y x) (pt py px c) -> b (t pt) (y py) (x px) c",
         t=t, y=y, x=x, pt=patch[0], py=patch[1], px=patch[2],
     )  # fmt: skip
+    frames, rows, columns = latents_shape[1:4]
+    return whole[:, :frames, :rows, :columns]
 
 
 def network(

@@ -31,7 +31,7 @@ from dit_jax.models.network import (
 from dit_jax.ops.attention import attend
 from dit_jax.ops.linear import Linear, LinearGeneral, Mlp
 from dit_jax.ops.norms import LayerNorm, layer_norm, rms_norm
-from dit_jax.ops.rope import Rope, rope_table, rotate
+from dit_jax.ops.rope import Rope, merged_centres, rope_table, rotate
 from dit_jax.ops.timestep import sinusoids
 from dit_jax.parameters import stacked
 
@@ -44,6 +44,7 @@ class WanConfig:
 
     A pruned model has fewer `heads` than fill its width, in both attentions of every block. Its queries and keys are
     normalised over the kept heads alone, or, with `norm_counts_pruned`, as if the others were there with zeros.
+    `merged` is how many patches of the size that it was made for a token covers along y and along x (DDiT).
     """
 
     blocks: int = 40
@@ -56,6 +57,7 @@ class WanConfig:
     text_width: int = 4096
     time_frequencies: int = 256
     patch: Patch = (1, 2, 2)
+    merged: int = 1
     epsilon: float = 1e-6
     image_width: int | None = None
     image_positions: int | None = None
@@ -290,7 +292,7 @@ class Wan(nnx.Module):
 
     def rope(self, positions_BN3: jax.Array) -> Rope:
         """Rotation table of tokens at (t, y, x)."""
-        return rope_table(positions_BN3, self.config.rope_widths)
+        return rope_table(merged_centres(positions_BN3, self.config.merged), self.config.rope_widths)
 
     def embed(self, rows_BNP: jax.Array) -> jax.Array:
         """Patch rows to tokens."""

@@ -31,6 +31,14 @@ def rope_table(positions_BNA: jax.Array, widths: tuple[int, ...], theta: float =
     return Rope(jnp.cos(angles_BNK), jnp.sin(angles_BNK))
 
 
+def merged_centres(positions_BN3: jax.Array, merged: int) -> jax.Array:
+    """Centres in base-patch units of tokens that cover `merged` base patches along y and along x; t stays."""
+    if merged == 1:
+        return positions_BN3
+    step = np.array([1, merged, merged], np.float32)
+    return positions_BN3 * step + (step - 1) / 2
+
+
 def rotate(x_BNHK: jax.Array, rope: Rope) -> jax.Array:
     """Rotates every pair of channels of every head by its token's angles; fp32 inside, the input's dtype outside."""
     first, second = jnp.split(x_BNHK.astype(jnp.float32), 2, axis=-1)

@@ -70,7 +70,7 @@ def sample(denoiser: Denoiser, solver: Solver, carry: Carry, schedule: Schedule,
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("model", "conditioning", "guidance_scale", "extra", "held", "steering"),
+    data_fields=("model", "conditioning", "guidance_scale", "extra", "held", "steering", "residual"),
     meta_fields=("call", "branches"),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,7 @@ class Guided:
                    at the end, and their tokens have timestep 0
     steering       pytrees that say, one after the other, what a step is steered by: steer(aux, seen [B, T, Y, X, C],
                    step, conditioning) -> aux
+    residual       what is added to the guided velocity: residual([B, T, Y, X, C + C']) -> [B, T, Y, X, C], or None
     """
 
     model: Any
@@ -94,6 +95,7 @@ class Guided:
     extra: jax.Array | None = None
     held: jax.Array | None = None
     steering: tuple[Any, ...] = ()
+    residual: Any = None
     call: NetworkCall = NetworkCall()
     branches: int = 1
 
@@ -114,13 +116,17 @@ class Guided:
         for steer in self.steering:
             aux = steer(aux, seen, step, self.conditioning)
         rows, state = self.velocity_rows(self.tokens(seen), step, state, aux)
-        return unlayout(rows, latents.shape, patch), state
+        velocity = unlayout(rows, latents.shape, patch)
+        if self.residual is not None:
+            velocity = velocity + self.residual(self._with_extra(seen))
+        return velocity, state
 
     def tokens(self, seen: jax.Array) -> Tokens:
         """Tokens of a sample, of all that the backbone sees."""
-        if self.extra is not None:
-            seen = jnp.concatenate([seen, self.extra], axis=-1)
-        return layout(seen, self.model.config.patch)
+        return layout(self._with_extra(seen), self.model.config.patch)
+
+    def _with_extra(self, seen: jax.Array) -> jax.Array:
+        return seen if self.extra is None else jnp.concatenate([seen, self.extra], axis=-1)
 
     def velocity_rows(self, tokens: Tokens, step: Step, state: State = State(), aux: Aux = Aux()):
         """Guided velocity [B, M, P'] of these tokens, and the network's state; the arrays of `aux` have rows of all

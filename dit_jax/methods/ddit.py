@@ -1,0 +1,253 @@
+"""DDiT: the patch size is chosen anew at every step, by how much the latents still bend (arXiv 2602.16968).
+
+Where the third difference of the last latents varies little within large patches, the step runs on large patches: few
+tokens. The choice is each sample's own, and crosses to the host, which has one program a size.
+
+Shapes: B samples, T Y X latent grid, C latent channels, N patches, S sampler steps, Q patch sizes beyond the base one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.config import UserError
+from dit_jax.methods.method import Part, Run, Words
+from dit_jax.methods.patch_adapters import AdapterSettings, adapted, adapters_from, scales_of, size_name
+from dit_jax.models.network import Patch, grid
+from dit_jax.sampling.sampler import Guided
+
+REMEMBERED = 4  # latents that a third difference is of
+SCALES = AdapterSettings().scales
+
+
+class History(NamedTuple):
+    """The last latents, newest last [B, 4, T, Y, X, C] in fp32, and how many have been seen [B]."""
+
+    latents: jax.Array
+    seen: jax.Array
+
+
+def third_difference(latents_B4TYXC: jax.Array) -> jax.Array:
+    """z₋₁ − 3·z₋₂ + 3·z₋₃ − z₋₄ of latents whose newest is last, in fp32."""
+    oldest, old, new, newest = jnp.moveaxis(latents_B4TYXC.astype(jnp.float32), 1, 0)
+    return newest - 3 * new + 3 * old - oldest
+
+
+def deviations(x_BTYXC: jax.Array, patch: Patch) -> jax.Array:
+    """Standard deviation over the cells and channels of every patch [B, N], cells beyond the lattice left out."""
+    inside = jnp.ones((1, *x_BTYXC.shape[1:4], 1), jnp.float32)
+    missing = [-size % step for size, step in zip(x_BTYXC.shape[1:4], patch, strict=True)]
+
+    def rows(array):
+        array = jnp.pad(array, ((0, 0), *((0, count) for count in missing), (0, 0)))
+        return einops.rearrange(
+            array, "b (t pt) (y py) (x px) c -> b (t y x) (pt py px) c", pt=patch[0], py=patch[1], px=patch[2]
+        )
+
+    values, weights = rows(x_BTYXC), rows(inside)
+    count = jnp.sum(weights, axis=(2, 3)) * x_BTYXC.shape[-1]
+    mean = jnp.sum(values * weights, axis=(2, 3)) / count
+    squares = jnp.square(values - mean[:, :, None, None]) * weights
+    return jnp.sqrt(jnp.sum(squares, axis=(2, 3)) / count)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("threshold", "quantile"), meta_fields=("patch", "scales", "held")
+)
+@dataclass(frozen=True, kw_only=True)
+class PatchScheduler:
+    """The largest size whose patches' deviations have a quantile ρ below τ, else the base size.
+
+    threshold  τ []
+    quantile   ρ [], over the patches of all frames
+    patch      the base size; the others are `scales` times as wide and high
+    held       first latent frames that are known: they do not move, and have no say
+    """
+
+    threshold: jax.Array
+    quantile: jax.Array
+    patch: Patch
+    scales: tuple[int, ...]
+    held: int = 0
+
+    def init(self, latents: jax.Array) -> History:
+        """The history before the first step."""
+        batch, *shape = latents.shape
+        return History(jnp.zeros((batch, REMEMBERED, *shape), jnp.float32), jnp.zeros(batch, jnp.int32))
+
+    def __call__(self, history: History, latents: jax.Array) -> tuple[History, jax.Array, jax.Array]:
+        """(history, index among base size and scales [B], the sizes' quantiles [B, Q], infinite until four latents have
+        been seen)."""
+        last = jnp.concatenate([history.latents[:, 1:], latents[:, None]], axis=1)
+        history = History(last, history.seen + 1)
+        difference = third_difference(last)[:, self.held :]
+        time, rows, columns = self.patch
+        values = [
+            jnp.quantile(deviations(difference, (time, rows * scale, columns * scale)), self.quantile, axis=1)
+            for scale in self.scales
+        ]
+        values_BQ = jnp.where(history.seen[:, None] < REMEMBERED, jnp.inf, jnp.stack(values, axis=1))
+        below = values_BQ < self.threshold
+        return history, jnp.max(below * jnp.arange(1, len(self.scales) + 1), axis=1), values_BQ
+
+
+class Span(NamedTuple):
+    """Steps from first to last, both included, at a patch size."""
+
+    scale: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ddit:
+    """DDiT as a plan has it.
+
+    threshold  τ of the third difference, in the latents' units; it depends on the model, the schedule and the number of
+               steps (`calibrated_threshold`)
+    quantile   ρ, over patches
+    spans      steps at larger sizes, known beforehand; where there are any, latents have no say
+    """
+
+    threshold: float = 0.001
+    quantile: float = 0.4
+    spans: tuple[Span, ...] = ()
+
+    name: ClassVar[str] = "ddit"
+    solver: ClassVar[str | None] = None
+
+    @property
+    def steps(self) -> int | None:
+        return None
+
+    @property
+    def by_latents(self) -> bool:
+        return not self.spans
+
+    @property
+    def variants(self) -> tuple[int, ...]:
+        """Base patches that a token may cover along y and along x."""
+        return 1, *(SCALES if self.by_latents else sorted({span.scale for span in self.spans}))
+
+    def breaks(self, steps: int) -> tuple[int, ...]:
+        """Steps before which the size may change."""
+        if self.by_latents:
+            return tuple(range(steps))
+        late = [span for span in self.spans if span.last >= steps]
+        if late:
+            raise UserError(
+                f"ddit: {size_name(late[0].scale)} is to run until step {late[0].last}, the last of {steps} steps is "
+                f"{steps - 1}; shorten its span or ask for more steps"
+            )
+        return tuple(sorted({step for span in self.spans for step in (span.first, span.last + 1)} - {steps}))
+
+    def scheduled(self, step: int) -> int:
+        """The size of a step, where it is known beforehand."""
+        return next((span.scale for span in self.spans if span.first <= step <= span.last), 1)
+
+    def scheduler(self, denoiser: Guided) -> PatchScheduler:
+        """What chooses the size by the latents."""
+        return PatchScheduler(
+            threshold=jnp.float32(self.threshold),
+            quantile=jnp.float32(self.quantile),
+            patch=denoiser.model.config.patch,
+            scales=SCALES,
+            held=0 if denoiser.held is None else denoiser.held.shape[1],
+        )
+
+    def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
+        """UserError for a model without adapters of these sizes."""
+        known = scales_of(parts[self.name].settings) if self.name in parts else ()
+        missing = [size_name(scale) for scale in self.variants if scale > 1 and scale not in known]
+        if missing:
+            raise UserError(
+                f"ddit needs adapters for patches of {' and '.join(missing)}, which this model has not: attach "
+                "untrained ones with `dit-adapt --add ddit`, or name a model that has them"
+            )
+
+    def applied(self, denoiser: Guided, run: Run) -> Guided:
+        if run.variant == 1:
+            return denoiser
+        self.check((), run.parts)
+        adapter = adapters_from(denoiser.model.config, run.parts[self.name])[size_name(run.variant)]
+        model = adapted(denoiser.model, adapter, run.variant)
+        return replace(denoiser, model=model, residual=adapter.residual)
+
+
+def token_counts(latents_shape: tuple[int, ...], patch: Patch, scales: tuple[int, ...] = (1, *SCALES)) -> np.ndarray:
+    """Tokens at each size, the base size first; a patch that the lattice does not fill counts."""
+    time, rows, columns = patch
+    return np.array([np.prod(grid(latents_shape, (time, rows * scale, columns * scale))) for scale in scales])
+
+
+def calibrated_threshold(values_RSQ: np.ndarray, tokens: np.ndarray, wanted: float) -> float:
+    """The τ whose choices have a mean token count nearest to `wanted`, from values recorded in runs at any sizes.
+
+    values_RSQ  what a `PatchScheduler` chose by, of R samples and S steps, sizes from small to large
+    tokens      tokens at the base size and at each of the Q sizes
+    UserError if no τ can reach it within the range from all large patches to all base ones.
+    """
+    values = np.asarray(values_RSQ, np.float64).reshape(-1, values_RSQ.shape[-1])
+    finite = np.unique(values[np.isfinite(values)])
+    # τ between neighbouring values, below the least and above the largest: all that can differ.
+    candidates = np.concatenate([finite[:1] / 2, (finite[:-1] + finite[1:]) / 2, finite[-1:] * 2])
+    if not len(candidates):
+        raise UserError("no step was chosen for: expected runs of at least four steps; record longer ones")
+
+    def mean(threshold: float) -> float:
+        return mean_tokens(values, tokens, threshold)
+
+    least, most = mean(candidates[-1]), mean(candidates[0])
+    if not least <= wanted <= most:
+        raise UserError(
+            f"a mean of {wanted:g} tokens is out of reach: expected {least:.0f} to {most:.0f}; choose one of these"
+        )
+    # The mean falls as τ grows.
+    after = bisect.bisect_left(candidates, True, key=lambda threshold: mean(threshold) <= wanted)
+    nearest = min(candidates[max(after - 1, 0) : after + 1], key=lambda threshold: abs(mean(threshold) - wanted))
+    return float(nearest)
+
+
+def mean_tokens(values: np.ndarray, tokens: np.ndarray, threshold: float) -> float:
+    """Mean token count over steps that were chosen for by these values [..., Q]."""
+    sizes = np.arange(1, values.shape[-1] + 1)
+    return float(np.mean(tokens[np.max((values < threshold) * sizes, axis=-1)]))
+
+
+def parse_ddit(words: Words) -> Ddit:
+    """`ddit`, `ddit:tau=0.001:rho=0.4`, or steps known beforehand, `ddit:2p@0-19/4p@20-29` (others at p)."""
+    usual = Ddit()
+    if words.first is None:
+        ddit = replace(
+            usual,
+            threshold=words.number("tau", usual.threshold, low=0, high=float("inf")),
+            quantile=words.number("rho", usual.quantile, low=0, high=1),
+        )
+    else:
+        ddit = replace(usual, spans=_spans(words, words.first))
+    words.finish()
+    return ddit
+
+
+def _spans(words: Words, text: str) -> tuple[Span, ...]:
+    sizes = "|".join(size_name(scale) for scale in SCALES)
+    found = [re.fullmatch(rf"({sizes})@(\d+)-(\d+)", part) for part in text.split("/")]
+    spans = sorted((Span(int(m[1][:-1]), int(m[2]), int(m[3])) for m in found if m), key=lambda span: span.first)
+    if not all(found) or any(span.last < span.first for span in spans):
+        expected = f"expected sizes ({sizes.replace('|', ' or ')}) and their first and last step, found {text!r}"
+        raise words.error(expected, "write 2p@0-19/4p@20-29, or tau= and rho=")
+    for one, other in itertools.pairwise(spans):
+        if other.first <= one.last:
+            raise words.error(f"step {other.first} has two sizes", "let spans not overlap")
+    return tuple(spans)
