@@ -107,7 +107,7 @@ class StepAt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Matmul FLOPs; bytes of weights read, by each product that uses them; bytes of the other operands and the results of
+    """Matmul FLOPs; bytes of weights read, by each product that uses them; bytes of other operands and of results of
     products (attention's scores, which stay on the chip, left out)."""
 
     flops: float = 0.0
