@@ -10,10 +10,12 @@ import jax
 
 
 class Programs:
-    """Programs compiled ahead of their first run. `seconds` adds up what compiling took."""
+    """Programs compiled ahead of their first run. `seconds` adds up what compiling took; `used` are the keys of those
+    run since it was last cleared."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.used: set[Hashable] = set()
         self._compiled: dict[Hashable, Any] = {}
 
     def __len__(self) -> int:
@@ -33,7 +35,19 @@ class Programs:
             jitted = jax.jit(function, donate_argnums=donate, out_shardings=out_shardings)
             self._compiled[key] = jitted.lower(*arguments).compile()
             self.seconds += time.perf_counter() - began
+        self.used.add(key)
         return self._compiled[key](*arguments)
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes of a device that one of the programs `used` holds at once, its arguments (the weights) included;
+        None where the compiler does not say."""
+        found = [self._compiled[key].memory_analysis() for key in self.used]
+        peaks = [
+            one.argument_size_in_bytes + one.output_size_in_bytes - one.alias_size_in_bytes + one.temp_size_in_bytes
+            for one in found
+            if one is not None
+        ]
+        return max(peaks, default=None)
 
 
 def _signature(leaf) -> Hashable:
