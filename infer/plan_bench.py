@@ -100,9 +100,7 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
     setting = _setting(pipe, next(iter(jobs.values())), options)
     rows = [row | setting for row in rows_of(runs, jobs)]
     if options.suite:
-        rows = [
-            row | _scores(pipe, entry, jobs[entry.name][0], options) for row, entry in zip(rows, entries, strict=True)
-        ]
+        rows = [row | _scores(pipe, jobs[row["plan"]][0], options) for row in rows]
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if options.plot:
@@ -231,13 +229,13 @@ def _setting(pipe: Pipeline, jobs: list[Job], options: argparse.Namespace) -> di
     }
 
 
-def _scores(pipe: Pipeline, plan: Plan, job: Job, options: argparse.Namespace) -> dict[str, Any]:
+def _scores(pipe: Pipeline, job: Job, options: argparse.Namespace) -> dict[str, Any]:
     """The scores of `dit-eval` of a plan."""
     from infer import evaluate
 
-    _say(f"{plan} with {job.steps} steps: scoring {options.samples} samples")
+    _say(f"{job.plan} with {job.steps} steps: scoring {options.samples} samples")
     words = ["--model", pipe.name, "--suite", options.suite, "--samples", str(options.samples)]
-    words += ["--steps", str(job.steps), "--solver", job.solver, "--plan", str(plan)]
+    words += ["--steps", str(job.steps), "--solver", job.solver, "--plan", job.plan]
     if options.guidance:
         words += ["--guidance", options.guidance]
     report = evaluate.evaluate(evaluate.parser().parse_args(words), pipe)

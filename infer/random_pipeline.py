@@ -107,9 +107,8 @@ class RandomPipeline(Pipeline):
         config = self.transformer_config
         text = self._told(rows, TEXT_TOKENS, config.text_width)
         if not self.is_flux:
-            return Conditioning(
-                text, self._told(rows, IMAGE_TOKENS, config.image_width) if config.image_width else None
-            )
+            seen = config.image_width
+            return Conditioning(text, self._told(rows, IMAGE_TOKENS, seen) if seen else None)
         scales = self._rows(np.full(rows, guidance, np.float32)) if config.guidance else None
         return Conditioning(text, pooled=self._told(rows, config.pooled_width), guidance=scales)
 
@@ -162,7 +161,7 @@ def token_grid(tokens: int) -> tuple[int, int, int]:
 
 
 def _random_weights(component: Component, precision: Precision):
-    """Normal, divided by the square root of what a leaf sums over, so that activations keep their size."""
+    """Uniform around 0, of a variance of 1 over the number that a leaf sums over, so that activations keep their size."""
     stacked = ("blocks.", "double.", "single.")
 
     def fill(path, leaf):
@@ -172,7 +171,9 @@ def _random_weights(component: Component, precision: Precision):
         if name.endswith("kernel"):
             # An output projection [H, K, D] sums over its heads, the others [D, H, K] over the width.
             inputs = math.prod(shape[:-1]) if name.endswith(".o.kernel") else shape[0]
-        key = jax.random.key(zlib.crc32(name.encode()))
-        return jax.random.normal(key, leaf.shape, leaf.dtype) * leaf.dtype.type(inputs**-0.5)
+        values = np.random.default_rng(zlib.crc32(name.encode())).random(leaf.shape, np.float32)
+        values -= 0.5
+        values *= (12 / inputs) ** 0.5
+        return jnp.asarray(values, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, cast(component.abstract, precision))

@@ -14,7 +14,7 @@ from dit_jax.config import UserError
 from dit_jax.flops import Shape, plan_cost
 from dit_jax.models.flux import FLUX_DEV
 from dit_jax.models.wan import WAN_1_3B
-from infer import plan_bench
+from infer import plan_bench, random_pipeline
 from infer.bench_page import quality_of
 from infer.random_pipeline import RandomPipeline, sized_pipeline, token_grid
 from infer.request import Defaults, Request
@@ -49,8 +49,13 @@ def test_rows_of_a_random_model(tmp_path, capsys):
     assert page.count("<tr>") == 4 and HSA in page
 
 
-def test_predictions_are_of_what_the_pipeline_runs():
-    pipe = sized_pipeline("32x1x64")
+@pytest.fixture(scope="module")
+def random_model():
+    return sized_pipeline("32x1x64")
+
+
+def test_predictions_are_of_what_the_pipeline_runs(random_model):
+    pipe = random_model
     job = pipe.prepare(Request(prompt="a", steps=4, guidance=3.0, plan=HSA))
     [method] = plan_bench.parse_plan(HSA).methods
     shape = Shape(tokens=64, text=512, branches=2)
@@ -95,13 +100,11 @@ def test_token_grids(tokens, grid):
     assert token_grid(tokens) == grid and math.prod(grid) == tokens
 
 
-def test_plans_run_with_the_solver_that_one_needs():
-    pipe = RandomPipeline(
-        "small", replace(WAN_1_3B, blocks=1, width=32, heads=2, head_width=16, mlp_width=64), Defaults()
-    )
+def test_plans_run_with_the_solver_that_one_needs(random_model, monkeypatch):
+    monkeypatch.setattr(random_model, "defaults", replace(random_model.defaults, solver="unipc"))
     options = plan_bench.parser().parse_args(["--steps", "4"])
     for plans, solver in (("dense", "unipc"), (f"dense,{HSA}", "euler")):
-        jobs = plan_bench._jobs(pipe, plan_bench.parse_entries(plans), options)
+        jobs = plan_bench._jobs(random_model, plan_bench.parse_entries(plans), options)
         assert {job.solver for of_plan in jobs.values() for job in of_plan} == {solver}
 
 
@@ -129,8 +132,9 @@ def test_what_is_drawn_is_the_best_measure_that_all_have():
         (["--json", f"{__file__}/out.json"], "cannot write"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments, named, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, named, capsys, tmp_path, monkeypatch, random_model):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(random_pipeline, "RandomPipeline", lambda *_: random_model)
     assert plan_bench.main(arguments) == 2
     error = capsys.readouterr().err.strip()
     assert named in error and len(error.splitlines()) == 1 and error.startswith("dit-bench: ")
