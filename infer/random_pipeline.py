@@ -161,7 +161,7 @@ def token_grid(tokens: int) -> tuple[int, int, int]:
 
 
 def _random_weights(component: Component, precision: Precision):
-    """Uniform around 0, of a variance of 1 over the number that a leaf sums over, so that activations keep their size."""
+    """Uniform around 0; a kernel's variance is 1 over the number of its inputs, so that activations keep their size."""
     stacked = ("blocks.", "double.", "single.")
 
     def fill(path, leaf):

@@ -25,14 +25,14 @@ PROMISED = {"plan", "seconds", "predicted_speedup", "measured_speedup", "efficie
 
 def test_rows_of_a_random_model(tmp_path, capsys):
     out, plot = tmp_path / "deep" / "out.json", tmp_path / "out.png"
-    arguments = ["--random", "32x2x64", "--steps", "4", "--plans", f"dense:2,{HSA}", "--rounds", "2"]
+    arguments = ["--random", "32x2x64", "--steps", "4", "--plans", HSA, "--rounds", "1"]
     assert plan_bench.main([*arguments, "--json", str(out), "--plot", str(plot)]) == 0
     rows = json.loads(out.read_text())
-    assert [row["plan"] for row in rows] == ["dense", "dense:2", HSA]
+    assert [row["plan"] for row in rows] == ["dense", HSA]
     assert all(row.keys() >= PROMISED for row in rows)
-    dense, half, hsa = rows
+    dense, hsa = rows
     assert (dense["predicted_speedup"], dense["measured_speedup"], dense["efficiency"]) == (1, 1, 1)
-    assert (dense["steps"], half["steps"], hsa["steps"]) == (4, 2, 4) and half["predicted_speedup"] == 2
+    assert dense["steps"] == hsa["steps"] == 4 and hsa["predicted_speedup"] > 1
     assert {row["solver"] for row in rows} == {"euler"} and dense["tokens"] == 64
     for row in rows:
         assert row["efficiency"] == pytest.approx(row["measured_speedup"] / row["predicted_speedup"])
@@ -41,12 +41,12 @@ def test_rows_of_a_random_model(tmp_path, capsys):
         assert row["psnr"] is None and row["end_to_end_seconds"] is None
     assert hsa["peak_bytes"] > dense["peak_bytes"] > 4 * 2 * 12 * 32**2, "its cache, and the weights"
     printed = capsys.readouterr()
-    assert printed.err.count("first run") == 3 and "run 2 of 2: dense" in printed.err
+    assert printed.err.count("first run") == 2 and "run 1 of 1: dense" in printed.err
     assert "predicted speed-up" in printed.out
     assert Image.open(plot).size == (1200, 750)
     page = plot.with_suffix(".html").read_text()
     assert "data:image/png;base64," in page and not re.search(r'(src|href)="http', page)
-    assert page.count("<tr>") == 4 and HSA in page
+    assert page.count("<tr>") == 3 and HSA in page
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +70,16 @@ def test_pictures_are_compared_with_the_dense_ones(text_to_video, tmp_path, caps
     assert plan_bench.main([*arguments, "--plot", str(tmp_path / "out.png")]) == 0
     dense, fewer = json.loads(out.read_text())
     assert (dense["psnr"], dense["ssim"], dense["samples"]) == (100, pytest.approx(1), 2)
+    assert fewer["steps"] == 2 and fewer["predicted_speedup"] == 1.5
     assert 0 < fewer["psnr"] < 60 and fewer["ssim"] < 0.999
     assert dense["end_to_end_seconds"] > dense["seconds"] and dense["solver"] == "unipc"
 
 
-@pytest.mark.parametrize("backbone", ["wan", "wan-i2v", "flux"])
+@pytest.mark.parametrize("backbone", ["wan", "flux"])
 def test_a_random_model_of_each_backbone_denoises_to_ordinary_numbers(backbone):
     small = dict(width=32, heads=2, head_width=16, mlp_width=64, text_width=8)
-    config = replace(WAN_1_3B, blocks=2, **small)
+    config = replace(WAN_1_3B, blocks=2, in_channels=36, image_width=12, **small)  # image-to-video
     defaults = Defaults(size=(64, 32), frames=5, steps=2, guidance=3.0)
-    if backbone == "wan-i2v":
-        config = replace(config, in_channels=36, image_width=12)
     if backbone == "flux":
         config = replace(FLUX_DEV, double_blocks=1, single_blocks=1, rope_widths=(4, 6, 6), pooled_width=6, **small)
         defaults = replace(defaults, frames=1, solver="euler", video=False)
