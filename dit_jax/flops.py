@@ -151,11 +151,17 @@ def block_counts(config: Config) -> tuple[int, ...]:
 
 def step_cost(config: Config, shape: Shape, work: StepWork) -> Cost:
     """Cost of one step."""
-    parts = (_WanParts if isinstance(config, WanConfig) else _FluxParts)(config, shape)
+    parts = _parts(config, shape)
     total = parts.ends(work)
     for index, block in enumerate(work.blocks):
         total += parts.block(index, block) * block.share
     return total
+
+
+def attention_cost(config: Config, shape: Shape, work: StepWork) -> Cost:
+    """Cost of one step's self-attention alone, its projections included."""
+    parts = _parts(config, shape)
+    return sum((parts.self_attention(block) * block.share for block in work.blocks), Cost())
 
 
 def plan_cost(
@@ -166,12 +172,14 @@ def plan_cost(
     *,
     begins: Sequence[int] = (0,),
     measured: Mapping[str, float] | None = None,
+    of_step: Callable[[Config, Shape, StepWork], Cost] = step_cost,
 ) -> Cost:
     """Cost of a whole run of `steps` steps.
 
     methods   of a plan, in its order: each is asked `step_work(work, at)`
     begins    first steps of the stages
     measured  see `StepAt`
+    of_step   `step_cost`, or `attention_cost`
     """
     total, dense, known = Cost(), dense_work(config, shape), {}
     for index in range(steps):
@@ -179,7 +187,7 @@ def plan_cost(
         for method in methods:
             work = method.step_work(work, at)
         if work not in known:
-            known[work] = step_cost(config, shape, work)
+            known[work] = of_step(config, shape, work)
         total += known[work]
     return total
 
@@ -250,6 +258,10 @@ class _Parts(ABC):
     def block(self, index: int, work: BlockWork) -> Cost:
         """One block that is run."""
 
+    @abstractmethod
+    def self_attention(self, work: BlockWork) -> Cost:
+        """Of one block, with its projections."""
+
 
 class _WanParts(_Parts):
     def ends(self, work: StepWork) -> Cost:
@@ -263,11 +275,14 @@ class _WanParts(_Parts):
 
     def block(self, index: int, work: BlockWork) -> Cost:
         config, shape, width = self.config, self.shape, self.config.width
-        total = self.projections(work.projected) + self.attention(work.projected, work.keys)
+        total = self.self_attention(work)
         total += self.linear(work.tokens, width, self.inner) + self.linear(work.tokens, self.inner, width)
         for context in (shape.text, shape.image) if config.image_width else (shape.text,):
             total += self.linear(context, width, self.inner) * 2 + self.attention(work.tokens, context)
         return total + self.mlp(work.tokens, width, config.mlp_width, width)
+
+    def self_attention(self, work: BlockWork) -> Cost:
+        return self.projections(work.projected) + self.attention(work.projected, work.keys)
 
 
 class _FluxParts(_Parts):
@@ -280,7 +295,18 @@ class _FluxParts(_Parts):
     def block(self, index: int, work: BlockWork) -> Cost:
         config, text, width = self.config, self.shape.text, self.config.width
         modulations = 12 if index < config.double_blocks else 3
-        total = self.linear(1, width, modulations * width)
-        for projected, tokens in ((work.projected, work.tokens), (text, text)):
-            total += self.projections(projected) + self.mlp(tokens, width, config.mlp_width, width)
-        return total + self.attention(work.projected + text, work.keys + text)
+        total = self.linear(1, width, modulations * width) + self.self_attention(work)
+        return (
+            total
+            + self.mlp(work.tokens, width, config.mlp_width, width)
+            + self.mlp(text, width, config.mlp_width, width)
+        )
+
+    def self_attention(self, work: BlockWork) -> Cost:
+        text = self.shape.text
+        projections = self.projections(work.projected) + self.projections(text)
+        return projections + self.attention(work.projected + text, work.keys + text)
+
+
+def _parts(config: Config, shape: Shape) -> _Parts:
+    return (_WanParts if isinstance(config, WanConfig) else _FluxParts)(config, shape)

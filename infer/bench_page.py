@@ -24,6 +24,8 @@ COLUMNS = {
     "predicted_speedup": "predicted speed-up",
     "measured_speedup": "measured speed-up",
     "efficiency": "efficiency",
+    "attention_seconds": "attention (s)",
+    "attention_efficiency": "attention's efficiency",
     "peak_bytes": "peak (GiB)",
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",

@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     subject.add_argument("--model", help="a checkpoint folder, a hub id, demo-flux or demo-wan (default)")
     subject.add_argument("--random", metavar="WIDTHxBLOCKSxTOKENS", help="the denoiser of a Wan with random weights")
     subject.add_argument("--preset", metavar="NAME", help="likewise in a model's sizes, such as wan2.1-t2v-1.3b")
+    add("--attention", action="store_true", help="of random weights: also time self-attention alone")
     add("--shape", metavar="WxHxFRAMES", help="pixels and frames (default: the model's)")
     add("--plans", default=DENSE, metavar="LIST", help="plans joined by commas; dense is always there, and first")
     add("--steps", type=int, metavar="N", help="denoising steps of plans without their own (default: the model's)")
@@ -99,6 +100,8 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
     runs = run_plans(pipe, jobs, options.rounds, _say)
     setting = _setting(pipe, next(iter(jobs.values())), options)
     rows = [row | setting for row in rows_of(runs, jobs)]
+    if options.attention:
+        rows = [row | of_plan for row, of_plan in zip(rows, _attention(entries, options), strict=True)]
     if options.suite:
         rows = [row | _scores(pipe, jobs[row["plan"]][0], options) for row in rows]
     if options.json:
@@ -106,6 +109,18 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.plot:
         bench_page.write_plot(Path(options.plot), rows)
     return rows
+
+
+def _attention(entries: list[Entry], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every plan's time and speed-ups on the model of attention alone."""
+    from infer.plan_runs import rows, run_plans
+
+    _say("self-attention alone:")
+    pipe = _subject(options, attention_only=True)
+    jobs = _jobs(pipe, entries, options)
+    told = ("seconds", "predicted_speedup", "measured_speedup", "efficiency")
+    found = rows(run_plans(pipe, jobs, options.rounds, _say), jobs)
+    return [{f"attention_{name}": row[name] for name in told} for row in found]
 
 
 def parse_entries(text: str) -> list[Entry]:
@@ -133,6 +148,8 @@ def _check(options: argparse.Namespace) -> None:
     random = options.random or options.preset
     if random and (options.prompts or options.image or options.suite):
         raise UserError("random weights make no pictures: expected no --prompts, --image or --suite; leave them out")
+    if options.attention and not random:
+        raise UserError("--attention is for random weights: expected --random or --preset; add one")
     if options.plot:
         if Path(options.plot).suffix.lower() != ".png":
             raise UserError(f"cannot draw {options.plot!r}: expected a name that ends in .png")
@@ -141,14 +158,14 @@ def _check(options: argparse.Namespace) -> None:
         media.make_room(path)
 
 
-def _subject(options: argparse.Namespace) -> Pipeline:
+def _subject(options: argparse.Namespace, attention_only: bool = False) -> Pipeline:
     from infer.pipeline import load_pipeline
     from infer.random_pipeline import preset_pipeline, sized_pipeline
 
     if options.random:
-        return sized_pipeline(options.random)
+        return sized_pipeline(options.random, attention_only)
     if options.preset:
-        return preset_pipeline(options.preset)
+        return preset_pipeline(options.preset, attention_only)
     with warnings_in_lines():
         return load_pipeline(options.model or "demo-wan")
 

@@ -19,7 +19,7 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from convert.components import Component
 from dit_jax.config import UserError
-from dit_jax.flops import Config
+from dit_jax.flops import Config, Cost, attention_cost, step_cost
 from dit_jax.models import flux, wan
 from dit_jax.models.flux import Flux, FluxConfig
 from dit_jax.models.network import Conditioning
@@ -27,6 +27,7 @@ from dit_jax.models.wan import Wan
 from dit_jax.parameters import Precision, cast, leaf_name
 from dit_jax.sampling.sampler import Guided
 from dit_jax.sampling.schedules import Schedule, Shift
+from infer.attention_only import AttentionFlux, AttentionWan
 from infer.flux_pipeline import USUAL as FLUX_USUAL
 from infer.pipeline import Pipeline
 from infer.programs import Programs
@@ -41,12 +42,17 @@ PRESETS: dict[str, Config] = {**wan.PRESETS, **flux.PRESETS}
 class RandomPipeline(Pipeline):
     """A pipeline that denoises; it has neither text encoders nor a VAE, and cannot `decode`.
 
+    attention_only  its blocks are self-attention and nothing else (`infer/attention_only.py`)
     A picture's size in pixels is that of a VAE of 8 x 8 pixels and 4 frames a latent (16 x 16 for Wan2.2-TI2V-5B).
     """
 
-    def __init__(self, name: str, config: Config, defaults: Defaults, dtype: Any = jnp.float32):
-        self.is_flux = isinstance(config, FluxConfig)
-        model: Callable[..., Any] = Flux if self.is_flux else Wan
+    def __init__(
+        self, name: str, config: Config, defaults: Defaults, dtype: Any = jnp.float32, attention_only: bool = False
+    ):
+        self.is_flux, self.attention_only = isinstance(config, FluxConfig), attention_only
+        models: dict[bool, Callable[..., Any]] = {False: Flux if self.is_flux else Wan}
+        models[True] = AttentionFlux if self.is_flux else AttentionWan
+        model = models[attention_only]
         component = Component(
             class_name=model.__name__,
             config=config,
@@ -70,6 +76,10 @@ class RandomPipeline(Pipeline):
     def _load_models(self, dtype: Any, offload_expert: bool) -> None:
         component = self.checkpoint.component("transformer")
         self.transformer = _random_weights(component, Precision(weights=dtype, exact=component.fp32))
+
+    @property
+    def _cost_of_step(self) -> Callable[..., Cost]:
+        return attention_cost if self.attention_only else step_cost
 
     @property
     def _space(self) -> int:
@@ -119,17 +129,17 @@ class RandomPipeline(Pipeline):
         return self._drawn[shape]
 
 
-def preset_pipeline(name: str) -> RandomPipeline:
+def preset_pipeline(name: str, attention_only: bool = False) -> RandomPipeline:
     """The random model of a preset's sizes: bf16 on an accelerator, fp32 on a CPU."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     config = PRESETS[name]
     defaults = FLUX_USUAL if isinstance(config, FluxConfig) else Defaults()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return RandomPipeline(name, config, defaults, dtype)
+    return RandomPipeline(name, config, defaults, dtype, attention_only)
 
 
-def sized_pipeline(text: str) -> RandomPipeline:
+def sized_pipeline(text: str, attention_only: bool = False) -> RandomPipeline:
     """`768x12x4096`: a Wan of this width, number of blocks and tokens, without guidance unless it is asked for."""
     width, blocks, tokens = _sizes(text)
     head_width = 64 if width % 64 == 0 else 16
@@ -138,7 +148,7 @@ def sized_pipeline(text: str) -> RandomPipeline:
     )
     t, y, x = token_grid(tokens)
     defaults = Defaults(size=(16 * x, 16 * y), frames=4 * t - 3, steps=40, guidance=1.0, solver="euler")
-    return RandomPipeline(text, config, defaults)
+    return RandomPipeline(text, config, defaults, attention_only=attention_only)
 
 
 def _sizes(text: str) -> tuple[int, int, int]:

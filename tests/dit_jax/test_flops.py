@@ -14,6 +14,7 @@ from dit_jax.flops import (
     Shape,
     StepAt,
     StepWork,
+    attention_cost,
     block_counts,
     dense_work,
     plan_cost,
@@ -156,6 +157,19 @@ def test_xla_counts_within_two_percent(config, shape):
     """One block and one turn of attention: XLA counts a loop's body once."""
     counted = jax.jit(plain).lower(*arguments(config, shape)).cost_analysis()["flops"]
     assert counted == pytest.approx(step_cost(config, shape, dense_work(config, shape)).flops, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_attention_alone_is_a_steps_cost_without_the_rest(name):
+    config, shape = CASES[name]
+    work = dense_work(config, shape)
+    fewer = work.in_blocks(lambda block: block._replace(projected=20, keys=30))
+    saved = step_cost(config, shape, work).flops - step_cost(config, shape, fewer).flops
+    assert saved == attention_cost(config, shape, work).flops - attention_cost(config, shape, fewer).flops > 0
+    none = work.in_blocks(lambda block: block._replace(share=0.0))
+    assert attention_cost(config, shape, none) == Cost()
+    run = plan_cost(config, shape, (), 3, of_step=attention_cost)
+    assert run.flops == 3 * attention_cost(config, shape, work).flops < plan_cost(config, shape, (), 3).flops
 
 
 def test_a_run_is_the_sum_of_its_steps():

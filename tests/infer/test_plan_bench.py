@@ -25,7 +25,7 @@ PROMISED = {"plan", "seconds", "predicted_speedup", "measured_speedup", "efficie
 
 def test_rows_of_a_random_model(tmp_path, capsys):
     out, plot = tmp_path / "deep" / "out.json", tmp_path / "out.png"
-    arguments = ["--random", "32x2x64", "--steps", "4", "--plans", HSA, "--rounds", "1"]
+    arguments = ["--random", "32x2x64", "--steps", "4", "--plans", HSA, "--rounds", "1", "--attention"]
     assert plan_bench.main([*arguments, "--json", str(out), "--plot", str(plot)]) == 0
     rows = json.loads(out.read_text())
     assert [row["plan"] for row in rows] == ["dense", HSA]
@@ -38,10 +38,12 @@ def test_rows_of_a_random_model(tmp_path, capsys):
         assert row["efficiency"] == pytest.approx(row["measured_speedup"] / row["predicted_speedup"])
         assert row["measured_speedup"] == pytest.approx(dense["seconds"] / row["seconds"])
         assert 0 < row["compile_seconds"] < row["cold_seconds"] and row["seconds"] < row["compile_seconds"]
+        speedups = row["attention_measured_speedup"], row["attention_predicted_speedup"]
+        assert row["attention_efficiency"] == pytest.approx(speedups[0] / speedups[1])
         assert row["psnr"] is None and row["end_to_end_seconds"] is None
     assert hsa["peak_bytes"] > dense["peak_bytes"] > 4 * 2 * 12 * 32**2, "its cache, and the weights"
     printed = capsys.readouterr()
-    assert printed.err.count("first run") == 2 and "run 1 of 1: dense" in printed.err
+    assert printed.err.count("first run") == 4 and "run 1 of 1: dense" in printed.err
     assert "predicted speed-up" in printed.out
     assert Image.open(plot).size == (1200, 750)
     page = plot.with_suffix(".html").read_text()
@@ -75,15 +77,15 @@ def test_pictures_are_compared_with_the_dense_ones(text_to_video, tmp_path, caps
     assert dense["end_to_end_seconds"] > dense["seconds"] and dense["solver"] == "unipc"
 
 
-@pytest.mark.parametrize("backbone", ["wan", "flux"])
+@pytest.mark.parametrize("backbone", ["wan", "flux", "flux, attention alone"])
 def test_a_random_model_of_each_backbone_denoises_to_ordinary_numbers(backbone):
     small = dict(width=32, heads=2, head_width=16, mlp_width=64, text_width=8)
     config = replace(WAN_1_3B, blocks=2, in_channels=36, image_width=12, **small)  # image-to-video
     defaults = Defaults(size=(64, 32), frames=5, steps=2, guidance=3.0)
-    if backbone == "flux":
+    if "flux" in backbone:
         config = replace(FLUX_DEV, double_blocks=1, single_blocks=1, rope_widths=(4, 6, 6), pooled_width=6, **small)
         defaults = replace(defaults, frames=1, solver="euler", video=False)
-    pipe = RandomPipeline(backbone, config, defaults)
+    pipe = RandomPipeline(backbone, config, defaults, attention_only="alone" in backbone)
     job = pipe.prepare(Request(prompt="a"))
     latents = pipe.denoise(job)
     assert 0.1 < np.std(latents) < 30 and latents.shape[-1] == 16
@@ -127,6 +129,7 @@ def test_what_is_drawn_is_the_best_measure_that_all_have():
         (["--random", "32x1x64", "--shape", "64"], "expected WIDTHxHEIGHTxFRAMES"),
         (["--random", "32x1x64", "--shape", "64x63x5"], "16 divides"),
         (["--random", "32x1x64", "--plans", HSA, "--solver", "unipc"], "euler solver alone"),
+        (["--attention"], "expected --random or --preset"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--json", f"{__file__}/out.json"], "cannot write"),
     ],
