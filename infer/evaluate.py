@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
+from dit_jax.methods.plan import DENSE
 from infer import media
 from infer.digit_grammar import GRAMMARS
 
@@ -58,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--guidance", type=float, metavar="G", help="guidance scale; 1 turns guidance off (default: the model's)")
     add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance; 1 is off (default: the model's)")
     add("--solver", metavar="S", help="unipc or euler (default: the model's)")
+    add("--plan", metavar="PLAN", default=DENSE, help="methods that make it cheaper, joined by +, such as hsa:50")
     add("--seed", type=int, default=0, metavar="N", help="seed of the first prompt's starting noise (default 0)")
     add("--real", action="store_true", help="score real samples alone; no model is loaded")
     add("--sheets", metavar="FOLDER", help="also write a contact sheet of every generated sample there")
@@ -80,8 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs the parsed command; returns what `--json` prints."""
+def evaluate(options: argparse.Namespace, pipe: Any = None) -> dict[str, Any]:
+    """Runs the parsed command, with this pipeline if it is loaded already; returns what `--json` prints."""
     if options.suite and options.suite not in GRAMMARS:
         raise UserError(f"unknown suite {options.suite!r}: expected {' or '.join(GRAMMARS)}")
     if options.samples < 2:
@@ -89,7 +92,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if options.sheets:
         media.make_room(Path(options.sheets) / "000.png")
     # The model first: a wrong name should not wait for the classifier.
-    pipe = None if options.real else _load(options.model)
+    pipe = None if options.real else pipe or _load(options.model)
     name = options.suite or (pipe and pipe.defaults.grammar) or "moving-digits"
 
     from infer.digit_reader import load_reader
@@ -135,9 +138,11 @@ def _settings(pipe, suite: Suite, options: argparse.Namespace) -> dict[str, Any]
         true_cfg=options.true_cfg,
         solver=options.solver,
         seed=options.seed,
+        plan=options.plan,
     )
-    job = pipe.prepare(asked)
-    names = ("size", "frames", "steps", "guidance", "true_cfg", "solver", "seed")
+    with warnings_in_lines():
+        job = pipe.prepare(asked)
+    names = ("size", "frames", "steps", "guidance", "true_cfg", "solver", "seed", "plan")
     return {name: getattr(job, name) for name in names}
 
 

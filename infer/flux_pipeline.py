@@ -22,13 +22,14 @@ from infer.segments import Stage
 from infer.side_files import load_tokenizer, read_flux_shift
 
 TEXT_TOKENS = 512  # of T5, at most
+USUAL = Defaults(size=(1024, 1024), frames=1, steps=28, guidance=3.5, solver="euler", video=False)
 
 
 class FluxPipeline(Pipeline):
     """A FLUX.1 pipeline: CLIP tells the text as a whole, T5 its words."""
 
     def _usual(self) -> Defaults:
-        return Defaults(size=(1024, 1024), frames=1, steps=28, guidance=3.5, solver="euler", video=False)
+        return USUAL
 
     def lora_models(self) -> dict[str, Held]:
         held = vars(self)

@@ -26,6 +26,7 @@ from convert.lora_keys import Target
 from convert.method_parts import read_parts, transformers
 from convert.wan import LOW_NOISE
 from dit_jax.config import UserError
+from dit_jax.flops import Cost, Shape, plan_cost, step_cost
 from dit_jax.lora import Lora, merged_leaf, of_leaf
 from dit_jax.methods.method import Part, Run
 from dit_jax.methods.plan import Plan, parse_plan
@@ -340,6 +341,19 @@ class Pipeline(ABC):
             if progress:
                 progress("denoise", job.steps, job.steps)
             return np.asarray(variants.denoiser.finish(carry.latents))
+
+    @property
+    def _cost_of_step(self) -> Callable[..., Cost]:
+        return step_cost
+
+    def cost(self, job: Job) -> Cost:
+        """What denoising a job costs by arithmetic."""
+        with self._on_mesh():
+            stages = self._stages(job, self.schedule(job))
+            shape = Shape.of(stages[0].denoiser(), (len(job.prompts), *self.latents_shape(job.size, job.frames)))
+        begins = [stage.first for stage in stages]
+        methods = parse_plan(job.plan).methods
+        return plan_cost(self.transformer_config, shape, methods, job.steps, begins=begins, of_step=self._cost_of_step)
 
     def _run_of(self, job: Job, stage: Stage, schedule: Schedule) -> Run:
         """What a method is told of a stage."""

@@ -158,8 +158,9 @@ def fill(request: Request, defaults: Defaults) -> Job:
 
 
 def _solver(plan: Plan, asked: str | None, usual: str) -> str:
-    if plan.solver is None or plan.solver in (asked, usual):
-        return usual if asked is None else asked
+    chosen = usual if asked is None else asked
+    if plan.solver in (None, chosen):
+        return chosen
     if asked is not None:
         raise UserError(f"plan {plan} works with the {plan.solver} solver alone, found {asked}: leave out --solver")
     warnings.warn(f"plan {plan} works with the {plan.solver} solver: it takes the place of {usual}", stacklevel=2)

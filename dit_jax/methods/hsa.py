@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from dit_jax.flops import Config, Shape, StepAt, StepWork, block_counts
 from dit_jax.methods.method import Run, Words
 from dit_jax.methods.token_groups import (
     RANKINGS,
@@ -280,6 +281,20 @@ class Hsa:
     def share_of_full(self, step: int) -> float:
         """Share of the tokens that a step refreshes."""
         return float(self.active[step] @ np.asarray(self.shares))
+
+    def step_work(self, work: StepWork, at: StepAt) -> StepWork:
+        """A step works on the tokens that are due, which attend all."""
+        if at.begins:
+            return work
+        share = self.share_of_full(at.step)
+        due = work.in_blocks(lambda block: block._replace(tokens=share * block.tokens, projected=share * block.tokens))
+        return due._replace(tokens=share * work.tokens)
+
+    def kept_bytes(self, config: Config, shape: Shape) -> int:
+        """Keys and values of all tokens in all blocks, and the last velocity in fp32."""
+        numbers = 2 * sum(block_counts(config)) * shape.rows * shape.tokens * config.heads * config.head_width
+        velocity = shape.samples * shape.tokens * config.out_channels * math.prod(config.patch) * 4
+        return numbers * shape.itemsize + velocity
 
     def applied(self, denoiser: Guided, run: Run) -> HsaDenoiser:
         patch = denoiser.model.config.patch

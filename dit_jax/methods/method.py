@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import jax
 
 from dit_jax.config import UserError
+from dit_jax.flops import Config, Shape, StepAt, StepWork
 
 
 class Part(NamedTuple):
@@ -47,6 +48,11 @@ class Method(Protocol):
     solver   the only one that it works with, or None
     steps    the only number of steps that it is for, or None
     applied  a denoiser that uses it, from one that does not
+
+    and what it costs (`dit_jax/flops.py`):
+
+    step_work   what it leaves of the work of a step, or makes of it
+    kept_bytes  what it keeps from step to step
     """
 
     name: ClassVar[str]
@@ -55,6 +61,8 @@ class Method(Protocol):
     @property
     def steps(self) -> int | None: ...
     def applied(self, denoiser: Any, run: Run) -> Any: ...
+    def step_work(self, work: StepWork, at: StepAt) -> StepWork: ...
+    def kept_bytes(self, config: Config, shape: Shape) -> int: ...
 
 
 @runtime_checkable

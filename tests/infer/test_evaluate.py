@@ -71,7 +71,7 @@ def test_report_of_a_model(monkeypatch, capsys, tmp_path):
     assert report["colour"] == report["direction"] == report["ceiling"]["colour"] == 1
     assert report["videos"] == 6 and report["model"] == "demo-wan" and report["suite"] == "moving-digits"
     settings = {"size": [128, 128], "frames": 17, "steps": 12, "guidance": 2.5, "true_cfg": 1.0}
-    settings |= {"solver": "unipc", "seed": 30}
+    settings |= {"solver": "unipc", "seed": 30, "plan": "dense"}
     assert report["settings"] == settings
     # Batches of four, the last filled up; every prompt has a seed of its own.
     assert [len(prompts) for prompts, _ in pipe.calls] == [4, 4]
@@ -79,6 +79,14 @@ def test_report_of_a_model(monkeypatch, capsys, tmp_path):
     prompts = pipe.calls[0][0] + pipe.calls[1][0][:2]
     assert prompts == SUITES["moving-digits"].prompts(6)[1] == SUITES["moving-digits"].prompts(200)[1][:6]
     assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+def test_a_plan_reaches_every_generation(monkeypatch, capsys):
+    pipe = Drawer()
+    report = _run(monkeypatch, capsys, pipe, "--videos", "2", "--plan", "hsa:25")
+    assert report["settings"]["plan"] == "hsa:25" and report["settings"]["steps"] == 20
+    assert [settings["plan"] for _, settings in pipe.calls] == ["hsa:25"]
+    assert evaluate.main(["--plan", "hsa:26"]) == 2
 
 
 def test_faulty_model_scores_below_the_ceiling(monkeypatch, capsys):

@@ -1,0 +1,149 @@
+"""`dit-bench` on a random model and on a tiny pipeline: its rows, its picture, and how it refuses."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_jax.config import UserError
+from dit_jax.flops import Shape, plan_cost
+from dit_jax.models.flux import FLUX_DEV
+from dit_jax.models.wan import WAN_1_3B
+from infer import plan_bench, random_pipeline
+from infer.bench_page import quality_of
+from infer.random_pipeline import RandomPipeline, sized_pipeline, token_grid
+from infer.request import Defaults, Request
+
+HSA = "hsa:groups=25@4/75@2:window=0.5:ranking=random"
+PROMISED = {"plan", "seconds", "predicted_speedup", "measured_speedup", "efficiency", "peak_bytes"}
+
+
+def test_rows_of_a_random_model(tmp_path, capsys):
+    out, plot = tmp_path / "deep" / "out.json", tmp_path / "out.png"
+    arguments = ["--random", "32x2x64", "--steps", "4", "--plans", HSA, "--rounds", "1", "--attention"]
+    assert plan_bench.main([*arguments, "--json", str(out), "--plot", str(plot)]) == 0
+    rows = json.loads(out.read_text())
+    assert [row["plan"] for row in rows] == ["dense", HSA]
+    assert all(row.keys() >= PROMISED for row in rows)
+    dense, hsa = rows
+    assert (dense["predicted_speedup"], dense["measured_speedup"], dense["efficiency"]) == (1, 1, 1)
+    assert dense["steps"] == hsa["steps"] == 4 and hsa["predicted_speedup"] > 1
+    assert {row["solver"] for row in rows} == {"euler"} and dense["tokens"] == 64
+    for row in rows:
+        assert row["efficiency"] == pytest.approx(row["measured_speedup"] / row["predicted_speedup"])
+        assert row["measured_speedup"] == pytest.approx(dense["seconds"] / row["seconds"])
+        assert 0 < row["compile_seconds"] < row["cold_seconds"] and row["seconds"] < row["compile_seconds"]
+        speedups = row["attention_measured_speedup"], row["attention_predicted_speedup"]
+        assert row["attention_efficiency"] == pytest.approx(speedups[0] / speedups[1])
+        assert row["psnr"] is None and row["end_to_end_seconds"] is None
+    assert hsa["peak_bytes"] > dense["peak_bytes"] > 4 * 2 * 12 * 32**2, "its cache, and the weights"
+    printed = capsys.readouterr()
+    assert printed.err.count("first run") == 4 and "run 1 of 1: dense" in printed.err
+    assert "predicted speed-up" in printed.out
+    assert Image.open(plot).size == (1200, 750)
+    page = plot.with_suffix(".html").read_text()
+    assert "data:image/png;base64," in page and not re.search(r'(src|href)="http', page)
+    assert page.count("<tr>") == 3 and HSA in page
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    return sized_pipeline("32x1x64")
+
+
+def test_predictions_are_of_what_the_pipeline_runs(random_model):
+    pipe = random_model
+    job = pipe.prepare(Request(prompt="a", steps=4, guidance=3.0, plan=HSA))
+    [method] = plan_bench.parse_plan(HSA).methods
+    shape = Shape(tokens=64, text=512, branches=2)
+    assert pipe.cost(job) == plan_cost(pipe.transformer_config, shape, (method,), 4)
+
+
+def test_pictures_are_compared_with_the_dense_ones(text_to_video, tmp_path, capsys):
+    out, prompts = tmp_path / "out.json", tmp_path / "prompts.txt"
+    prompts.write_text("a red cat runs\n\nthe dog sleeps\n")
+    arguments = ["--model", str(text_to_video[0]), "--shape", "48x32x5", "--steps", "3", "--guidance", "1"]
+    arguments += ["--plans", "dense:2", "--rounds", "1", "--prompts", str(prompts), "--json", str(out)]
+    assert plan_bench.main([*arguments, "--plot", str(tmp_path / "out.png")]) == 0
+    dense, fewer = json.loads(out.read_text())
+    assert (dense["psnr"], dense["ssim"], dense["samples"]) == (100, pytest.approx(1), 2)
+    assert fewer["steps"] == 2 and fewer["predicted_speedup"] == 1.5
+    assert 0 < fewer["psnr"] < 60 and fewer["ssim"] < 0.999
+    assert dense["end_to_end_seconds"] > dense["seconds"] and dense["solver"] == "unipc"
+
+
+@pytest.mark.parametrize("backbone", ["wan", "flux", "flux, attention alone"])
+def test_a_random_model_of_each_backbone_denoises_to_ordinary_numbers(backbone):
+    small = dict(width=32, heads=2, head_width=16, mlp_width=64, text_width=8)
+    config = replace(WAN_1_3B, blocks=2, in_channels=36, image_width=12, **small)  # image-to-video
+    defaults = Defaults(size=(64, 32), frames=5, steps=2, guidance=3.0)
+    if "flux" in backbone:
+        config = replace(FLUX_DEV, double_blocks=1, single_blocks=1, rope_widths=(4, 6, 6), pooled_width=6, **small)
+        defaults = replace(defaults, frames=1, solver="euler", video=False)
+    pipe = RandomPipeline(backbone, config, defaults, attention_only="alone" in backbone)
+    job = pipe.prepare(Request(prompt="a"))
+    latents = pipe.denoise(job)
+    assert 0.1 < np.std(latents) < 30 and latents.shape[-1] == 16
+    compiled = pipe.programs.seconds
+    np.testing.assert_array_equal(pipe.denoise(job), latents)
+    assert pipe.programs.seconds == compiled
+    leaves = jax.tree.leaves(pipe.transformer)
+    assert all(float(abs(leaf).max()) > 0 for leaf in leaves)
+
+
+@pytest.mark.parametrize(("tokens", "grid"), [(4096, (4, 32, 32)), (64, (4, 4, 4)), (35, (1, 5, 7)), (26, (2, 1, 13))])
+def test_token_grids(tokens, grid):
+    assert token_grid(tokens) == grid and math.prod(grid) == tokens
+
+
+def test_plans_run_with_the_solver_that_one_needs(random_model, monkeypatch):
+    monkeypatch.setattr(random_model, "defaults", replace(random_model.defaults, solver="unipc"))
+    options = plan_bench.parser().parse_args(["--steps", "4"])
+    for plans, solver in (("dense", "unipc"), (f"dense,{HSA}", "euler")):
+        jobs = plan_bench._jobs(random_model, plan_bench.parse_entries(plans), options)
+        assert {job.solver for of_plan in jobs.values() for job in of_plan} == {solver}
+
+
+def test_what_is_drawn_is_the_best_measure_that_all_have():
+    rows = [{"efficiency": 1.0, "psnr": 30.0}, {"efficiency": 0.9, "psnr": None}]
+    assert quality_of(rows) == "efficiency"
+    assert quality_of([row | {"psnr": 30.0} for row in rows]) == "psnr"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--plans", "dense,magic"], "names 'magic'"),
+        (["--plans", "dense,dense"], "names dense twice"),
+        (["--rounds", "0"], "--rounds is 0"),
+        (["--random", "768x12"], "expected WIDTHxBLOCKSxTOKENS"),
+        (["--random", "770x12x64"], "16 divides"),
+        (["--preset", "wan9"], "unknown preset 'wan9'"),
+        (["--random", "32x1x64", "--suite", "digits"], "random weights make no pictures"),
+        (["--plot", "out.svg"], "ends in .png"),
+        (["--random", "32x1x64", "--shape", "64"], "expected WIDTHxHEIGHTxFRAMES"),
+        (["--random", "32x1x64", "--shape", "64x63x5"], "16 divides"),
+        (["--random", "32x1x64", "--plans", HSA, "--solver", "unipc"], "euler solver alone"),
+        (["--attention"], "expected --random or --preset"),
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--json", f"{__file__}/out.json"], "cannot write"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, named, capsys, tmp_path, monkeypatch, random_model):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(random_pipeline, "RandomPipeline", lambda *_: random_model)
+    assert plan_bench.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert named in error and len(error.splitlines()) == 1 and error.startswith("dit-bench: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_plan_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(plan_bench, "_subject", lambda options: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError):
+        plan_bench.bench(plan_bench.parser().parse_args(["--plans", "hsa:26"]))
