@@ -57,6 +57,7 @@ class Checkpoint:
     weights    component -> what holds its weights, in the original layout
     converted  component -> native weights to read in place of the folder's own (`convert/cache.py`)
     held       locks on these, for as long as this lives
+    edited     component -> leaves in place of those that its files hold
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Checkpoint:
     weights: dict[str, Found] = field(default_factory=dict, repr=False)
     converted: dict[str, Path] = field(default_factory=dict)
     held: tuple[FileLock, ...] = ()
+    edited: dict[str, dict[str, Leaf]] = field(default_factory=dict, repr=False)
     _components: dict[str, Component] = field(default_factory=dict, repr=False)
 
     @property
@@ -107,6 +109,8 @@ class Checkpoint:
 
         Raises UserError naming file, key, expected and found for whatever is missing, unexpected, misshapen or damaged.
         """
+        if name in self.edited:
+            return self.edited[name]
         model, source = self.component(name), self._source(name)
         if self.layout == "native" or name in self.converted:
             params = self.converted.get(name, source / PARAMS)
