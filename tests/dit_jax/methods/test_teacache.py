@@ -1,8 +1,10 @@
 """TeaCache against the plain sampler, against its equations step by step in NumPy, and in any batch."""
 
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from row_by_row import row_by_row
@@ -12,6 +14,7 @@ from dit_jax.config import UserError
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
 from dit_jax.methods.teacache import POLYNOMIALS, RET_POLYNOMIALS, TeaCache, relative_change
+from dit_jax.models.network import Route
 from dit_jax.sampling.sampler import sample, start
 from dit_jax.sampling.schedules import Shift
 from dit_jax.sampling.solvers import Euler
@@ -90,6 +93,31 @@ def test_first_and_last_step_always_run_and_so_does_the_first_after_a_restart():
     assert [steps_run(lazy, latents, first, 4) for first in (0, 4, 8)] == [1, 1, 2]
     lazy = applied(TeaCache(threshold=1e9, ret=True), plain, latents)
     assert [steps_run(lazy, latents, first, 4) for first in (0, 4, 8)] == [4, 1, 1]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("active",), meta_fields=())
+@dataclass(frozen=True)
+class FirstBlocks:
+    """Runs the first blocks alone."""
+
+    active: jax.Array
+
+    def __call__(self, aux, seen, step, conditioning):
+        return aux._replace(routes=(Route(jnp.arange(3), self.active),))
+
+
+def test_it_caches_the_blocks_that_other_methods_leave():
+    config = CONFIGS["wan"]
+    latents = noise(config)
+    routed = replace(guided(config), steering=(FirstBlocks(jnp.int32(2)),))
+    np.testing.assert_array_equal(
+        sampled(applied(TeaCache(threshold=0), routed, latents), latents, STEPS), sampled(routed, latents, STEPS)
+    )
+    two_blocks = guided(config)
+    two_blocks.model.blocks = jax.tree.map(lambda leaf: leaf[:2], two_blocks.model.blocks)
+    found = sampled(applied(TeaCache(threshold=1.0), routed, latents), latents, STEPS)
+    expected, _ = oracle(two_blocks, latents, TeaCache(threshold=1.0))
+    assert relative_error(found, expected) < 1e-5
 
 
 def test_segments_do_not_matter_and_nothing_compiles_again():
