@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dit_jax.models.flux import Flux, FluxConfig
@@ -96,13 +97,14 @@ class StepWork(NamedTuple):
 
 
 class StepAt(NamedTuple):
-    """Which step of how many, from 0; whether it is the first of a stage; and, by a method's name, what was measured of
-    a run where the arithmetic does not tell it (the share of steps that a cache runs, in [0, 1])."""
+    """Which step of how many, from 0; whether it is the first of a stage; by a method's name, what was measured of a run
+    where the arithmetic does not tell it (the share of steps that a cache runs, in [0, 1]); and the model's timestep."""
 
     step: int
     steps: int
     begins: bool
     measured: Mapping[str, float]
+    t: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,20 +172,22 @@ def plan_cost(
     methods: Sequence[Any],
     steps: int,
     *,
+    timesteps: Sequence[float] | None = None,
     begins: Sequence[int] = (0,),
     measured: Mapping[str, float] | None = None,
     of_step: Callable[[Config, Shape, StepWork], Cost] = step_cost,
 ) -> Cost:
-    """Cost of a whole run of `steps` steps.
+    """Cost of a whole run.
 
-    methods   of a plan, in its order: each is asked `step_work(work, at)`
+    methods    of a plan, in its order: each is asked `step_work(work, at)`
+    timesteps  of the steps, in [0, 1000]; None spaces them evenly
     begins    first steps of the stages
     measured  see `StepAt`
     of_step   `step_cost`, or `attention_cost`
     """
     total, dense, known = Cost(), dense_work(config, shape), {}
-    for index in range(steps):
-        work, at = dense, StepAt(index, steps, index in begins, measured or {})
+    for index, t in enumerate(np.linspace(1000, 0, steps, endpoint=False) if timesteps is None else timesteps):
+        work, at = dense, StepAt(index, steps, index in begins, measured or {}, float(t))
         for method in methods:
             work = method.step_work(work, at)
         if work not in known:
@@ -203,6 +207,11 @@ def plan_memory(config: Config, shape: Shape, methods: Sequence[Any]) -> Memory:
         kept=sum(method.kept_bytes(config, shape) for method in methods),
         activations=shape.rows * tokens * widest * shape.itemsize,
     )
+
+
+def residual_bytes(config: Config, shape: Shape) -> int:
+    """Bytes of what the whole trunk added to the tokens of all rows."""
+    return shape.rows * shape.tokens * config.width * shape.itemsize
 
 
 def weight_bytes(config: Config, itemsize: int) -> int:

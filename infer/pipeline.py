@@ -349,11 +349,15 @@ class Pipeline(ABC):
     def cost(self, job: Job) -> Cost:
         """What denoising a job costs by arithmetic."""
         with self._on_mesh():
-            stages = self._stages(job, self.schedule(job))
+            schedule = self.schedule(job)
+            stages = self._stages(job, schedule)
             shape = Shape.of(stages[0].denoiser(), (len(job.prompts), *self.latents_shape(job.size, job.frames)))
         begins = [stage.first for stage in stages]
         methods = parse_plan(job.plan).methods
-        return plan_cost(self.transformer_config, shape, methods, job.steps, begins=begins, of_step=self._cost_of_step)
+        return plan_cost(
+            self.transformer_config, shape, methods, job.steps,
+            timesteps=np.asarray(schedule.timesteps), begins=begins, of_step=self._cost_of_step,
+        )  # fmt: skip
 
     def _run_of(self, job: Job, stage: Stage, schedule: Schedule) -> Run:
         """What a method is told of a stage."""

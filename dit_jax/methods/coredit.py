@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import UserError
+from dit_jax.flops import Config, Shape, StepAt, StepWork
 from dit_jax.methods.coherence import Lattice, cell_sizes, kept, taken
 from dit_jax.methods.coredit_ratios import CAP, Ratios, bucketed, read_ratios
 from dit_jax.methods.method import Part, Run, Words
@@ -162,6 +163,20 @@ class Coredit:
         wanted = np.rint(np.where(late, self.late * early, early) * lattice.tokens)
         # So much of a small lattice may be protected that less is left than the ratio asks for.
         return np.minimum(wanted, lattice.most_skipped).astype(np.int64)
+
+    def step_work(self, work: StepWork, at: StepAt) -> StepWork:
+        """Self-attention, its projections included, is of the tokens that are kept."""
+        late = at.step >= at.steps - int(self.late_share * at.steps)
+        kept = 1 - np.broadcast_to(self.ratios, len(work.blocks)) * (self.late if late else 1)
+        return work._replace(
+            blocks=tuple(
+                block._replace(projected=block.projected * float(share), keys=block.keys * float(share))
+                for block, share in zip(work.blocks, kept, strict=True)
+            )
+        )
+
+    def kept_bytes(self, config: Config, shape: Shape) -> int:
+        return 0
 
     def applied(self, denoiser: Guided, run: Run) -> Guided:
         model = denoiser.model

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import UserError
+from dit_jax.flops import Config, Shape, StepAt, StepWork
 from dit_jax.methods.method import Part, Run, Words
 from dit_jax.methods.patch_adapters import AdapterSettings, adapted, adapters_from, scales_of, size_name
 from dit_jax.models.network import Patch, grid
@@ -175,6 +176,20 @@ class Ddit:
                 f"ddit needs adapters for patches of {' and '.join(missing)}, which this model has not: attach "
                 "untrained ones with `dit-adapt --add ddit`, or name a model that has them"
             )
+
+    def step_work(self, work: StepWork, at: StepAt) -> StepWork:
+        """Fewer tokens of more cells, at the sizes that are known beforehand; where latents choose, what was measured:
+        the mean share of the base size's tokens (all of them, if nothing was). Adapters are not counted."""
+        share = at.measured.get(self.name, 1.0) if self.by_latents else self.scheduled(at.step) ** -2
+        fewer = work.in_blocks(
+            lambda block: block._replace(
+                tokens=block.tokens * share, projected=block.projected * share, keys=block.keys * share
+            )
+        )
+        return fewer._replace(tokens=work.tokens * share, cells=work.cells / share)
+
+    def kept_bytes(self, config: Config, shape: Shape) -> int:
+        return 0
 
     def applied(self, denoiser: Guided, run: Run) -> Guided:
         if run.variant == 1:

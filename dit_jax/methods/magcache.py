@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.config import UserError
+from dit_jax.flops import Config, Shape, StepAt, StepWork, residual_bytes
 from dit_jax.methods.method import Run, Words
 from dit_jax.methods.residual import no_residual, run_or_reuse
 from dit_jax.models.network import Aux, State, Trunk
@@ -120,6 +121,14 @@ class MagCache:
             else:
                 size, error, in_a_row = 1.0, 0.0, 0
         return reuses
+
+    def step_work(self, work: StepWork, at: StepAt) -> StepWork:
+        """A step that reuses the residual runs no block."""
+        runs = at.begins or not self.reuses()[at.step]
+        return work.in_blocks(lambda block: block._replace(share=block.share * runs))
+
+    def kept_bytes(self, config: Config, shape: Shape) -> int:
+        return residual_bytes(config, shape)
 
     def applied(self, denoiser: Guided, run: Run) -> Guided:
         return _cached(denoiser, ScheduledCache(), self.reuses(run.first))

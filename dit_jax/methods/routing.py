@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.config import UserError
+from dit_jax.flops import Config, Shape, StepAt, StepWork
 from dit_jax.methods.method import Part, Run, Words
 from dit_jax.models.network import Aux, Conditioning, Route
 from dit_jax.ops.linear import Linear
@@ -226,6 +227,15 @@ class Routing:
         """UserError for a model without a router, or whose router or number of blocks does not fit."""
         self.limits(sum(stacks))
         router_config(parts, sum(stacks))
+
+    def step_work(self, work: StepWork, at: StepAt) -> StepWork:
+        """So many blocks run as the budget says; which ones, the router alone knows: each counts with their share."""
+        count = len(work.blocks)
+        share = float(budget(np.float32(at.t), *self.limits(count))) / count
+        return work.in_blocks(lambda block: block._replace(share=block.share * share))
+
+    def kept_bytes(self, config: Config, shape: Shape) -> int:
+        return 0
 
     def applied(self, denoiser: Any, run: Run) -> Any:
         stacks = denoiser.model.stacks

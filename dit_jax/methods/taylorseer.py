@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from dit_jax.flops import Config, Shape, StepAt, StepWork, block_counts
 from dit_jax.methods.method import Run, Words
 from dit_jax.models.network import Attended, Aux, Dense, State, Trunk
+from dit_jax.models.wan import WanConfig
 from dit_jax.ops import mesh as meshes
 from dit_jax.sampling.sampler import Guided
 
@@ -159,6 +161,18 @@ class TaylorSeer:
             if full[index]:
                 last, count = index, count + 1
         return TaylorStep(*map(jnp.asarray, (full, apart, made)))
+
+    def step_work(self, work: StepWork, at: StepAt) -> StepWork:
+        """A step that predicts the branches' outputs runs none of them."""
+        runs = at.begins or bool(self.timeline(at.steps).full[at.step])
+        return work.in_blocks(lambda block: block._replace(share=block.share * runs))
+
+    def kept_bytes(self, config: Config, shape: Shape) -> int:
+        """The output of every branch of every block (attention and MLP; Wan's cross-attention; FLUX's text) and its
+        differences."""
+        wan = isinstance(config, WanConfig)
+        vectors = shape.rows * (3 * shape.tokens if wan else 2 * (shape.tokens + shape.text))
+        return (self.order + 1) * sum(block_counts(config)) * vectors * config.width * shape.itemsize
 
     def applied(self, denoiser: Guided, run: Run) -> Guided:
         steering = TaylorSteering(self.timeline(run.steps, run.first))

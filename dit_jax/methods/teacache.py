@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.flops import Config, Shape, StepAt, StepWork, residual_bytes
 from dit_jax.methods.method import Run, Words
 from dit_jax.methods.residual import Residual, no_residual, run_or_reuse
 from dit_jax.models.network import Aux, State, Trunk
@@ -147,6 +148,14 @@ class TeaCache:
         """Which steps run whatever the signal does, bool [S]."""
         index = np.arange(steps)
         return index < FIRST_STEPS_OF_RET if self.ret else (index == 0) | (index == steps - 1)
+
+    def step_work(self, work: StepWork, at: StepAt) -> StepWork:
+        """The share of steps that was measured to run the blocks; all of them, if nothing was."""
+        share = at.measured.get(self.name, 1.0)
+        return work.in_blocks(lambda block: block._replace(share=block.share * share))
+
+    def kept_bytes(self, config: Config, shape: Shape) -> int:
+        return residual_bytes(config, shape)
 
     def applied(self, denoiser: Guided, run: Run) -> Guided:
         steering = SignalSteering(jnp.float32(self.threshold), jnp.asarray(self.must_run(run.steps)))
