@@ -356,7 +356,7 @@ class Pipeline(ABC):
         methods = parse_plan(job.plan).methods
         return plan_cost(
             self.transformer_config, shape, methods, job.steps,
-            timesteps=np.asarray(schedule.timesteps), begins=begins, of_step=self._cost_of_step,
+            timesteps=list(map(float, schedule.timesteps)), begins=begins, of_step=self._cost_of_step,
         )  # fmt: skip
 
     def _run_of(self, job: Job, stage: Stage, schedule: Schedule) -> Run:
