@@ -42,6 +42,7 @@ _DEMOS = Path(__file__).parents[1] / "dit_jax" / "demo"
 SHIPPED = {name: _DEMOS / name for name in ("demo-wan", "demo-flux")}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _OTHER_WEIGHTS = (".bin", ".bin.index.json", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+METHODS = "methods"  # folder of what a pipeline holds for methods
 _DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE")
 _PAGE = 1 << 16
 
@@ -51,11 +52,12 @@ class Checkpoint:
     """A checkpoint on disk, in whatever layout, seen as a diffusers folder.
 
     settings   component -> config.json, of the components that have weights; a lone model is the component ""
-    files      place in a diffusers folder -> file or contents, of everything that is not weights
+    files      place in a diffusers folder -> file or contents, of everything but the components' weights
     file       the one file that it is, in the folder; None when it is all of the folder
     weights    component -> what holds its weights, in the original layout
     converted  component -> native weights to read in place of the folder's own (`convert/cache.py`)
     held       locks on these, for as long as this lives
+    edited     component -> leaves in place of those that its files hold
     """
 
     folder: Path
@@ -66,6 +68,7 @@ class Checkpoint:
     weights: dict[str, Found] = field(default_factory=dict, repr=False)
     converted: dict[str, Path] = field(default_factory=dict)
     held: tuple[FileLock, ...] = ()
+    edited: dict[str, dict[str, Leaf]] = field(default_factory=dict, repr=False)
     _components: dict[str, Component] = field(default_factory=dict, repr=False)
 
     @property
@@ -106,6 +109,8 @@ class Checkpoint:
 
         Raises UserError naming file, key, expected and found for whatever is missing, unexpected, misshapen or damaged.
         """
+        if name in self.edited:
+            return self.edited[name]
         model, source = self.component(name), self._source(name)
         if self.layout == "native" or name in self.converted:
             params = self.converted.get(name, source / PARAMS)
@@ -192,6 +197,7 @@ def _weights_file(path: Path) -> Path:
 def _open_pipeline(folder: Path) -> Checkpoint:
     settings: dict[str, Settings] = {}
     files: dict[str, Path | bytes] = {name: folder / name for name in _top_files(folder)}
+    files |= {file.relative_to(folder).as_posix(): file for file in (folder / METHODS).rglob("*") if file.is_file()}
     native = set()
     for name, entry in read_json(folder / INDEX).items():
         named = class_in_index(entry)

@@ -211,6 +211,9 @@ def side_files(settings: Mapping[str, Settings], files: Mapping[str, Path | byte
                 f"the original layout has no place for what {name or class_name(config)} keeps of a full model "
                 f"({config[PRUNED]}); use --layout diffusers."
             )
+    for where in files:
+        if where.startswith("methods/"):
+            raise UserError(f"the original layout has no place for {_parent(where)}; use --layout diffusers.")
     out: dict[str, Path | bytes] = {}
     transformer = settings.get(TRANSFORMER, settings.get("", {}))
     is_wan = class_name(transformer) == "WanTransformer3DModel"

@@ -14,6 +14,7 @@ from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
 from dit_jax.methods.plan import DENSE, JOINT
 from infer.digit_grammar import GRAMMARS, MOVING, PICTURES, Grammar, unknown_words
+from infer.prompts_file import read_prompts
 
 EPILOG = f"""\
 The shipped models know only a few words. demo-wan makes videos of moving handwritten digits:
@@ -173,14 +174,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         raise UserError("expected either --prompt or --prompts: give one of them")
     if options.prompt is not None:
         return [options.prompt]
-    try:
-        lines = Path(options.prompts).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {options.prompts!r}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{options.prompts!r} holds no prompt: expected one a line")
-    return prompts
+    return read_prompts(options.prompts)
 
 
 def _load(options: argparse.Namespace):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from convert.cache import LIMIT, Cache, with_cached_weights
 from convert.checkpoint import Checkpoint, checkpoint_hash, leaf_reader, open_checkpoint
 from convert.lora_keys import Target
+from convert.method_parts import read_parts, transformers
 from convert.wan import LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.lora import Lora, merged_leaf, of_leaf
@@ -45,6 +46,16 @@ from infer.variants import Chosen, Variants
 
 VAE_CHUNK = 1  # latent frames that the VAE works on at a time
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class Watch(Protocol):
+    """What looks into a run: it puts a denoiser around each stage's, and is shown that denoiser's last state.
+
+    component  the transformer that the stage ran
+    """
+
+    def around(self, denoiser: Any, run: Run) -> Any: ...
+    def finished(self, component: str, state: Any) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +157,7 @@ class Pipeline(ABC):
         self.checkpoint, self.name, self.mesh, self.programs = checkpoint, name, mesh, Programs()
         self.hash = checkpoint_hash(checkpoint)
         self.defaults = read_defaults(checkpoint, self._usual())
-        self.parts: dict[str, Part] = {}  # what the checkpoint holds for methods
+        self.parts = {name: self._read_parts(name) for name in transformers(checkpoint)}
         self.loras: list[dict[str, Any]] = []  # name, hash and strength of each that is merged
         self._chosen: dict[str, list[tuple[Lora, float]]] = {}  # component -> what is merged into it
         self._read_leaf: dict[str, Callable[[str], jax.Array]] = {}
@@ -175,6 +186,10 @@ class Pipeline(ABC):
         with self._on_mesh():
             leaves = {leaf: merged_leaf(read(leaf), of_leaf(leaf, loras)) for leaf in model.shapes}
         return with_leaves(model.abstract, leaves)
+
+    def _read_parts(self, component: str) -> dict[str, Part]:
+        parts = read_parts(self.checkpoint, component)
+        return {name: part._replace(leaves=jax.tree.map(self._replicated, part.leaves)) for name, part in parts.items()}
 
     def lora_models(self) -> dict[str, Held]:
         """Component that a LoRA may add to -> where its model is held."""
@@ -248,24 +263,34 @@ class Pipeline(ABC):
         """The request with the model's defaults in it; UserError if the model cannot serve it."""
         job = fill(request, self.defaults)
         check(job, self.limits)
+        plan = parse_plan(job.plan)
+        if plan.chooser:
+            plan.chooser.breaks(job.steps)
+        for name, parts in self.parts.items():
+            model: Any = self.checkpoint.component(name).abstract
+            plan.check(model.stacks, parts)
         return job
 
     def schedule(self, job: Job) -> Schedule:
         """The noise levels of a job."""
         return SOLVERS[job.solver].schedule(job.steps, self.shift, self.tokens(job.size, job.frames))
 
-    def denoise(self, job: Job, progress: Progress | None = None, chosen: Chosen | None = None) -> np.ndarray:
+    def denoise(
+        self,
+        job: Job,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+        chosen: Chosen | None = None,
+    ) -> np.ndarray:
         """Final latents [B, T, Y, X, C] of a job, fp32 in the sampler's normalised units.
 
         chosen  is told which variant each step ran with, where the plan chooses among some (patch sizes), sample by
                 sample
         """
         plan = parse_plan(job.plan)
-        transformer: Any = self.checkpoint.component("transformer").abstract
-        plan.check(transformer.stacks, self.parts)
         if plan.chooser and plan.chooser.by_latents and len(job.prompts) > 1:
-            return self._one_by_one(job, progress, chosen)
-        final = self._final_latents(job, plan, progress, chosen)
+            return self._one_by_one(job, progress, watch, chosen)
+        final = self._final_latents(job, plan, progress, watch, chosen)
         if not np.isfinite(final).all():
             raise UserError(
                 "the final latents hold NaN or infinity: expected numbers; look for NaN weights with `dit-convert "
@@ -273,22 +298,24 @@ class Pipeline(ABC):
             )
         return final
 
-    def _one_by_one(self, job: Job, progress: Progress | None, chosen: Chosen | None) -> np.ndarray:
+    def _one_by_one(self, job: Job, progress: Progress | None, *told) -> np.ndarray:
         count = len(job.prompts)
 
         def of_sample(index: int) -> Progress | None:
             return progress and (lambda stage, done, total: progress(stage, index * total + done, count * total))
 
-        return np.concatenate([self.denoise(job.single(index), of_sample(index), chosen) for index in range(count)])
+        return np.concatenate([self.denoise(job.single(index), of_sample(index), *told) for index in range(count)])
 
-    def _final_latents(self, job: Job, plan: Plan, progress: Progress | None, chosen: Chosen | None) -> np.ndarray:
+    def _final_latents(
+        self, job: Job, plan: Plan, progress: Progress | None, watch: Watch | None, chosen: Chosen | None
+    ) -> np.ndarray:
         solver, schedule = SOLVERS[job.solver], self.schedule(job)
         breaks = plan.chooser.breaks(job.steps) if plan.chooser else ()
         with self._on_mesh():
             stages = self._stages(job, schedule)
             segment = _segment(solver, count := segment_length(cut(stages, breaks)))
             schedule = jax.tree.map(self._replicated, schedule)
-            latents = self._starting_noise(job)
+            latents = self._rows(self._starting_noise(job))
             carry = Carry(latents, solver.init(latents), None)
 
             def steps(use: Callable, denoiser, carry: Carry, pinned, first: int):
@@ -300,8 +327,9 @@ class Pipeline(ABC):
             for stage in stages:
                 if stage.first:
                     jax.block_until_ready(carry)  # or the weights that it needs cannot leave the devices
-                run = self._run_of(job, stage, schedule)
-                variants = Variants(plan, stage.denoiser(), run, self.programs, self.mesh, chosen)
+                told = self._run_of(job, stage, schedule)
+                applied = plan.applied if watch is None else _watched(plan, watch)
+                variants = Variants(plan.chooser, partial(applied, stage.denoiser()), told, self.programs, chosen)
                 for denoiser in variants.may_run:
                     steps(self.programs.compiled, denoiser, *self._started(denoiser, carry, None), stage.first)
                 for span in cut([stage], breaks):
@@ -315,6 +343,8 @@ class Pipeline(ABC):
                         carry = steps(self.programs.run, variants.denoiser, carry, pinned, first)
                         if progress:
                             jax.block_until_ready(carry)
+                if watch is not None:
+                    watch.finished(stage.component, carry.denoiser)
             if progress:
                 progress("denoise", job.steps, job.steps)
             return np.asarray(variants.denoiser.finish(carry.latents))
@@ -327,7 +357,7 @@ class Pipeline(ABC):
             stop=stage.stop,
             steps=job.steps,
             sigmas=schedule.sigmas,
-            parts=self.parts,
+            parts=self.parts[stage.component],
         )
 
     def _started(self, denoiser, carry: Carry, before: Any) -> tuple[Carry, Any]:
@@ -397,6 +427,10 @@ def put(value, sharding: NamedSharding | None) -> jax.Array:
 def interleaved(conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
     """Rows of both guidance branches, those of a sample next to each other."""
     return jnp.stack([conditional, unconditional], axis=1).reshape(-1, *conditional.shape[1:])
+
+
+def _watched(plan: Plan, watch: Watch) -> Callable[[Any, Run], Any]:
+    return lambda denoiser, run: watch.around(plan.applied(denoiser, run), run)
 
 
 def _segment(solver, count: int):

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from convert.wan import HIGH_NOISE
+
 SEGMENT = 4  # steps a program runs at most before it reports progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Steps [first, stop) under one denoiser, which `denoiser` makes ready when their turn comes.
+    """Steps [first, stop) under one denoiser, which `denoiser` makes ready when their turn comes, of one transformer.
 
     Between stages the driver starts the denoiser's state anew; latents and the solver's state go on.
     """
@@ -20,6 +22,7 @@ class Stage:
     first: int
     stop: int
     denoiser: Callable[[], Any]
+    component: str = HIGH_NOISE
 
 
 def stages_between(breaks: Sequence[int], denoisers: Sequence[Callable[[], Any]]) -> list[Stage]:

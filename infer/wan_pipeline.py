@@ -96,7 +96,8 @@ class WanPipeline(Pipeline):
         if self.variant.boundary is None:
             return stages_between([0, job.steps], denoisers)
         crossing = int(np.count_nonzero(schedule.timesteps >= self.variant.boundary))
-        return stages_between([0, crossing, job.steps], [*denoisers, partial(denoiser, LOW_NOISE, low)])
+        stages = stages_between([0, crossing, job.steps], [*denoisers, partial(denoiser, LOW_NOISE, low)])
+        return [replace(stage, component=HIGH_NOISE if stage.first < crossing else LOW_NOISE) for stage in stages]
 
     def _told(self, job: Job) -> Guided:
         """The denoiser without a model and its guidance scale: what all experts are told alike."""

@@ -13,6 +13,7 @@ from dit_jax.config import UserError
 from dit_jax.methods.ddit import parse_ddit
 from dit_jax.methods.hsa import parse_hsa
 from dit_jax.methods.method import Chooser, Choosy, Method, Part, Run, Words
+from dit_jax.methods.routing import parse_routing
 
 DENSE = "dense"
 JOINT = "+"
@@ -20,12 +21,14 @@ JOINT = "+"
 # Name -> how its words are read. The order is the one in which methods are applied to a denoiser.
 METHODS: dict[str, Callable[[Words], Method]] = {
     "ddit": parse_ddit,  # before all that count or place tokens
+    "routing": parse_routing,
     "hsa": parse_hsa,
 }
 
 # Pairs that refuse each other, and what to do instead.
 REFUSED: dict[frozenset[str], str] = {
     frozenset({"ddit", "hsa"}): "keys and values that HSA keeps are of the tokens of one patch size; leave out one",
+    frozenset({"hsa", "routing"}): "a block that is skipped would leave old keys and values in HSA's cache; use one",
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import einops
 import jax
@@ -96,6 +96,16 @@ class Strategy(Protocol):
     def __call__(
         self, attention, x_BMD: jax.Array, place: Place, block: jax.Array, cache: Any, aux: Any
     ) -> tuple[Attended, Any]: ...
+
+
+@runtime_checkable
+class CrossWatcher(Protocol):
+    """A strategy that is also shown what cross-attention found: attended values [B, N, H, K] of each of its contexts,
+    before the output projection. It returns its state."""
+
+    def watch_cross(
+        self, heads: tuple[jax.Array, ...], place: Place, block: jax.Array, cache: Any, aux: Any
+    ) -> Any: ...
 
 
 @dataclass(frozen=True)

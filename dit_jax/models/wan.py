@@ -6,6 +6,7 @@ width, F MLP width, G blocks, P row channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -15,7 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.models.network import Aux, Conditioning, NetworkCall, Patch, Place, Timesteps, TokenTimesteps, run_blocks
+from dit_jax.models.network import (
+    Aux,
+    Conditioning,
+    CrossWatcher,
+    NetworkCall,
+    Patch,
+    Place,
+    Timesteps,
+    TokenTimesteps,
+    run_blocks,
+)
 from dit_jax.ops.attention import attend
 from dit_jax.ops.linear import Linear, LinearGeneral, Mlp
 from dit_jax.ops.norms import LayerNorm, layer_norm, rms_norm
@@ -171,13 +182,13 @@ class Attention(nnx.Module):
         """Output projection, [B, N, D]."""
         return self.o(y_BNHK)
 
-    def cross(self, x_BND: jax.Array, text_BLD: jax.Array, image_BID: jax.Array | None) -> jax.Array:
-        """Cross-attention to the text, plus that to the image where there is one."""
+    def cross(self, x_BND: jax.Array, text_BLD: jax.Array, image_BID: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Values attended in the text, and in the image where there is one: [B, N, H, K] each, to be added up."""
         q = self.q(x_BND)
-        y = attend(q, self.k(text_BLD), self.v(text_BLD))
-        if image_BID is not None:
-            y = y + attend(q, self.image_k(image_BID), self.image_v(image_BID))
-        return self.o(y)
+        text = attend(q, self.k(text_BLD), self.v(text_BLD))
+        if image_BID is None:
+            return (text,)
+        return text, attend(q, self.image_k(image_BID), self.image_v(image_BID))
 
 
 def gelu_exact(x: jax.Array) -> jax.Array:
@@ -209,7 +220,10 @@ class WanBlock(nnx.Module):
 
         attended, cache = strategy(self.attn1, modulated(x_BND, 0, 1), place, index, cache, aux)
         x = added(x_BND, attended.tokens, 2)
-        x = x + self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image).astype(dtype)
+        heads = self.attn2.cross(self.cross_norm(x).astype(dtype), signal.text, signal.image)
+        if isinstance(strategy, CrossWatcher):
+            cache = strategy.watch_cross(heads, place, index, cache, aux)
+        x = x + self.attn2.out(functools.reduce(jnp.add, heads)).astype(dtype)
         return added(x, self.mlp(modulated(x, 3, 4)), 5), cache
 
 

@@ -1,0 +1,305 @@
+"""PARE's routing: a router decides from the timestep and the content which blocks a step runs (arXiv 2605.27336).
+
+At noise level t a step runs K(t) blocks of each sample, those with the largest logits. Samples that share a program
+run the union of their blocks, and each keeps what its own blocks add.
+
+Shapes: B samples, R batch rows (guidance branches included), T Y X latent grid, C latent channels, E content features,
+G blocks of all stacks, S sampler steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dit_jax.config import UserError
+from dit_jax.methods.method import Part, Run, Words
+from dit_jax.models.network import Aux, Conditioning, Route
+from dit_jax.ops.linear import Linear
+from dit_jax.ops.timestep import sinusoids
+from dit_jax.parameters import named_leaves, with_leaves
+from dit_jax.sampling.schedules import TRAIN_STEPS
+from dit_jax.sampling.solvers import Step
+
+ROUTER = "router"  # its name among the parts of a checkpoint
+LEAST, MOST = 0.5, 0.875  # of the blocks, at t = 0 and at pure noise: 20 and 35 of 40
+TIE = 0.01  # spread of an untrained router's logits: too little for the gate's slope, enough to rank by
+Content = Literal["latents", "pooled", "image", "none"]
+CONTENTS = ("latents", "pooled", "image", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Sizes of a router.
+
+    content      what it is told besides the timestep: statistics of the noisy latents, the pooled text embedding, the
+                 class feature of the image encoder, or nothing
+    features     how many numbers that is
+    blocks       of all the model's stacks
+    """
+
+    content: Content
+    features: int
+    blocks: int
+    hidden: int = 256
+    time_frequencies: int = 256
+
+
+class Router(nnx.Module):
+    """r = W3·silu(W2·silu(W1·[sinusoidal(t); e_c] + b1) + b2) + b3, in fp32: one logit a block.
+
+    W3 begins at zero; b3 ranks the blocks so that an untrained router leaves out blocks that lie far apart.
+    """
+
+    def __init__(self, config: RouterConfig, rngs: nnx.Rngs):
+        self.up = Linear(config.time_frequencies + config.features, config.hidden, rngs=rngs)
+        self.middle = Linear(config.hidden, config.hidden, rngs=rngs)
+        ranks = TIE * _spread_ranks(config.blocks)
+        self.out = Linear(
+            config.hidden,
+            config.blocks,
+            rngs=rngs,
+            kernel_init=nnx.initializers.zeros,
+            bias_init=lambda key, shape, dtype, **_: jnp.asarray(ranks, dtype),
+        )
+        self.config = config
+
+    def __call__(self, t_B: jax.Array, content_BE: jax.Array) -> jax.Array:
+        """Logits [B, G] at timesteps in [0, 1000]."""
+        told = jnp.concatenate([sinusoids(t_B, self.config.time_frequencies), content_BE.astype(jnp.float32)], axis=-1)
+        return self.out(jax.nn.silu(self.middle(jax.nn.silu(self.up(told)))))
+
+
+def _spread_ranks(blocks: int) -> np.ndarray:
+    """Numbers in [0, 1) whose smallest lie far apart, whichever many one takes [G]: the index's bits in reverse."""
+    bits = max(blocks - 1, 1).bit_length()
+    reverse = [int(f"{block:0{bits}b}"[::-1], 2) for block in range(blocks)]
+    return np.asarray(reverse) / 2**bits
+
+
+def content_features(content: Content, seen_BTYXC: jax.Array, conditioning: Conditioning, branches: int) -> jax.Array:
+    """What a router is told of each sample [B, E]; guidance branches share it.
+
+    latents  mean and standard deviation of every channel, and the mean absolute difference of neighbouring frames
+    """
+    batch = len(seen_BTYXC)
+    if content == "pooled":
+        assert conditioning.pooled is not None
+        return conditioning.pooled[::branches]
+    if content == "image":
+        assert conditioning.image is not None
+        # The states of a first and a last image lie behind each other; the class token is the first of each.
+        return conditioning.image[:: len(conditioning.image) // batch, 0]
+    if content == "none":
+        return jnp.zeros((batch, 0), jnp.float32)
+    space = (1, 2, 3)
+    change = jnp.abs(jnp.diff(seen_BTYXC, axis=1)).mean((*space, 4)) if seen_BTYXC.shape[1] > 1 else jnp.zeros(batch)
+    return jnp.concatenate([seen_BTYXC.mean(space), seen_BTYXC.std(space), change[:, None]], axis=-1)
+
+
+def budget(t: Any, least: Any, most: Any) -> Any:
+    """K(t) = K_min + (K_max − K_min)·t/T blocks, rounded to the nearest whole number."""
+    return jnp.round(least + (most - least) * t / TRAIN_STEPS)
+
+
+def top_gates(logits_BG: jax.Array, count: jax.Array) -> jax.Array:
+    """1 for the `count` blocks of largest logit, 0 for the others [B, G] in fp32; the first and the last block always
+    run and count."""
+    logits = logits_BG.at[:, jnp.asarray([0, logits_BG.shape[1] - 1])].set(jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-logits, axis=1, stable=True), axis=1)
+    return (rank < count).astype(jnp.float32)
+
+
+def union_routes(gates_BG: jax.Array, stacks: tuple[int, ...]) -> tuple[Route, ...]:
+    """For every stack the blocks that any sample runs, in order."""
+    ends = list(itertools.accumulate(stacks))
+    runs = [jnp.any(part > 0, axis=0) for part in jnp.split(gates_BG, ends[:-1], axis=1)]
+    return tuple(Route(jnp.argsort(~runs_G, stable=True), jnp.sum(runs_G)) for runs_G in runs)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("router", "least", "most"),
+    meta_fields=("stacks", "branches"),
+)
+@dataclass(frozen=True, kw_only=True)
+class RoutingSteering:
+    """Tells every step which blocks it runs.
+
+    least, most  blocks at t = 0 and at t = 1000, fp32 []
+    stacks       blocks of each of the model's stacks
+    branches     guidance branches of a sample, which share its gates
+    """
+
+    router: Router
+    least: jax.Array
+    most: jax.Array
+    stacks: tuple[int, ...]
+    branches: int
+
+    def __call__(self, aux: Aux, seen: jax.Array, step: Step, conditioning: Conditioning) -> Aux:
+        gates = self.gates(seen, step, conditioning)
+        # A sample alone runs its own blocks and no others: there is nothing to take back.
+        rows = None if len(gates) == 1 else jnp.repeat(gates, self.branches, axis=0)
+        return aux._replace(gates=rows, routes=union_routes(gates, self.stacks))
+
+    def gates(self, seen_BTYXC: jax.Array, step: Step, conditioning: Conditioning) -> jax.Array:
+        """Which blocks each sample runs, 1 or 0 [B, G]."""
+        content = content_features(self.router.config.content, seen_BTYXC, conditioning, self.branches)
+        logits = self.router(jnp.broadcast_to(step.t, len(content)), content)
+        return top_gates(logits, budget(step.t, self.least, self.most))
+
+
+class RecordedState(NamedTuple):
+    """A denoiser's own state, and the gates of every step so far [S, B, G]."""
+
+    state: Any
+    gates: jax.Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("denoiser",), meta_fields=("steps",))
+@dataclass(frozen=True, kw_only=True)
+class RecordedRouting:
+    """A routed denoiser that keeps the gates of every step in its state: for statistics."""
+
+    denoiser: Any
+    steps: int
+
+    @property
+    def steering(self) -> RoutingSteering:
+        """The denoiser's routing."""
+        return next(steer for steer in self.denoiser.steering if isinstance(steer, RoutingSteering))
+
+    def init(self, latents, before: RecordedState | None = None):
+        shape = (self.steps, len(latents), sum(self.steering.stacks))
+        gates = jnp.zeros(shape, jnp.float32) if before is None else before.gates
+        return RecordedState(self.denoiser.init(latents, None if before is None else before.state), gates)
+
+    def __call__(self, latents, state: RecordedState, step):
+        gates = self.steering.gates(self.finish(latents), step, self.denoiser.conditioning)
+        velocity, after = self.denoiser(latents, state.state, step)
+        return velocity, RecordedState(after, state.gates.at[step.index].set(gates))
+
+    def finish(self, latents):
+        return self.denoiser.finish(latents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Routing as a plan has it: blocks that run at t = 0 and at pure noise; None is the paper's share of all."""
+
+    least: int | None = None
+    most: int | None = None
+
+    name: ClassVar[str] = "routing"
+    solver: ClassVar[str | None] = None
+
+    @property
+    def steps(self) -> int | None:
+        return None
+
+    def limits(self, blocks: int) -> tuple[int, int]:
+        """(blocks that run at t = 0, at t = 1000) of a model of so many; UserError where it has no such number."""
+        fewest = min(2, blocks)  # the first and the last
+        least = max(round(LEAST * blocks), fewest) if self.least is None else self.least
+        most = max(round(MOST * blocks), fewest) if self.most is None else self.most
+        if not fewest <= least <= most <= blocks:
+            raise UserError(
+                f"routing would run {least} to {most} blocks of a model of {blocks}: expected "
+                f"{fewest} <= min <= max <= {blocks}; change min= or max="
+            )
+        return least, most
+
+    def mean_share(self, timesteps: Any, blocks: int) -> float:
+        """Share of the blocks that a sample runs, averaged over the steps of a trajectory."""
+        return float(np.mean(budget(np.asarray(timesteps), *self.limits(blocks)))) / blocks
+
+    def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
+        """UserError for a model without a router, or whose router or number of blocks does not fit."""
+        self.limits(sum(stacks))
+        router_config(parts, sum(stacks))
+
+    def applied(self, denoiser: Any, run: Run) -> Any:
+        stacks = denoiser.model.stacks
+        least, most = self.limits(sum(stacks))
+        steering = RoutingSteering(
+            router=read_router(run.parts, sum(stacks)),
+            least=jnp.float32(least),
+            most=jnp.float32(most),
+            stacks=stacks,
+            branches=denoiser.branches,
+        )
+        return replace(denoiser, steering=(*denoiser.steering, steering))
+
+
+def parse_routing(words: Words) -> Routing:
+    """`routing`, `routing:min=20:max=35` (blocks at t = 0 and at pure noise)."""
+    given = {name: words.option(name) for name in ("min", "max")}
+    for name, text in given.items():
+        if text is not None and not (text.isascii() and text.isdigit() and int(text)):
+            raise words.error(f"expected {name} as a whole number of blocks, found {text!r}", "change it")
+    if words.first is not None:
+        raise words.error(f"found {words.first!r}, which routing does not know", "write min= and max=")
+    words.finish()
+    least, most = (None if text is None else int(text) for text in given.values())
+    return Routing(least=least, most=most)
+
+
+def router_config(parts: Mapping[str, Part], blocks: int) -> RouterConfig:
+    """Sizes of the router among a checkpoint's parts; UserError where there is none or it is another model's."""
+    if ROUTER not in parts:
+        raise UserError(
+            "routing needs a router, which the model lacks: expected one in its folder methods/router; attach an "
+            "untrained one with `dit-adapt --add router`"
+        )
+    settings = parts[ROUTER].settings
+    try:
+        config = RouterConfig(**settings)
+        known = config.content in CONTENTS and all(
+            isinstance(size, int) for size in (config.features, config.blocks, config.hidden, config.time_frequencies)
+        )
+    except TypeError:
+        known = False
+    if not known:
+        raise UserError(
+            f"the router's config.json holds {dict(settings)}: expected {', '.join(asdict(_EXAMPLE))}; attach a router "
+            "with `dit-adapt --add router`"
+        )
+    if config.blocks != blocks:
+        raise UserError(
+            f"the router is for a model of {config.blocks} blocks, found one of {blocks}: expected its own; attach one "
+            "with `dit-adapt --add router`"
+        )
+    return config
+
+
+_EXAMPLE = RouterConfig(content="latents", features=0, blocks=0)
+
+
+def read_router(parts: Mapping[str, Part], blocks: int) -> Router:
+    """The router among a checkpoint's parts; UserError where there is none or it does not fit."""
+    config = router_config(parts, blocks)
+    router = nnx.eval_shape(lambda: Router(config, nnx.Rngs(0)))
+    leaves = parts[ROUTER].leaves
+    names = {name for name, _ in named_leaves(router)}
+    if names != set(leaves):
+        odd = sorted(names ^ set(leaves))[0]
+        raise UserError(
+            f"the router's weights differ in {odd!r}: expected {', '.join(sorted(names))}; attach a router with "
+            "`dit-adapt --add router`"
+        )
+    return with_leaves(router, leaves)
+
+
+def new_router(config: RouterConfig, seed: int = 0) -> Part:
+    """An untrained router as a part of a checkpoint."""
+    router = Router(config, nnx.Rngs(seed))
+    return Part(asdict(config), {name: np.asarray(leaf) for name, leaf in named_leaves(router)})

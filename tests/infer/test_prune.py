@@ -1,0 +1,95 @@
+"""`dit-prune` from end to end, on small pipelines."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_flux import pipeline as flux_pipeline
+
+from convert.checkpoint import load_model, open_checkpoint
+from dit_jax.methods.pruning import HEAD_TYPES
+from dit_jax.parameters import named_leaves
+from infer import load_pipeline
+from infer.head_calibration import calibrate_heads, plot_types
+from infer.prune import chosen_widths, main
+
+PROMPTS = ["a red cat runs", "the dog sleeps on the moon"]
+SHORT = ["--size", "32x32", "--steps", "2"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    return str(tmp_path / "prompts.txt")
+
+
+def run(source, out, *more):
+    return main(["--model", str(source), "--out", str(out), *more])
+
+
+def test_a_video_model_loses_heads_and_neurons_and_still_runs(text_to_video, prompts, tmp_path, capsys):
+    plot = tmp_path / "types.png"
+    options = ["--prompts", prompts, "--heads", "0.5", "--frames", "5", *SHORT, "--plot", str(plot), "--json"]
+    assert run(text_to_video[0], tmp_path / "narrow", *options) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["heads"], report["all_heads"], report["neurons"], report["all_neurons"]) == (1, 2, 28, 40)
+    assert sum(report["types of transformer"].values()) == 6
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    settings = json.loads((tmp_path / "narrow/transformer/config.json").read_text())
+    assert settings["pruned"] == {"heads": 1, "norm_counts_pruned": True} and settings["ffn_dim"] == 28
+    video = load_pipeline(tmp_path / "narrow")("a red cat", size=(32, 32), frames=5, steps=2)
+    assert np.isfinite(video.latents).all() and video.frames.shape == (1, 5, 32, 32, 3)
+
+
+def test_an_image_model_keeps_one_set_of_heads_for_both_streams(prompts, tmp_path, capsys):
+    flux_pipeline(dev=True).save_pretrained(tmp_path / "flux")
+    pipe = load_pipeline(tmp_path / "flux")
+    heads = calibrate_heads(pipe, PROMPTS, size=(32, 32), steps=2)["transformer"]
+    assert heads.types is None and all((scores > 0).all() for scores in heads.scores.values())
+    widths = chosen_widths(pipe.checkpoint, "transformer", heads, 0.5, 0.3, 1.5)
+    assert widths.heads["double.image.attn"] is widths.heads["double.text.attn"]
+    options = ["--prompts", prompts, "--heads", "0.5", *SHORT]
+    assert run(tmp_path / "flux", tmp_path / "narrow", *options) == 0
+    config = open_checkpoint(tmp_path / "narrow").component("transformer").config
+    assert (config.heads, config.mlp_width) == (1, 88)
+    image = load_pipeline(tmp_path / "narrow")("a red cat", size=(32, 32), steps=2)
+    assert np.isfinite(image.latents).all()
+    assert run(tmp_path / "flux", tmp_path / "again", *options, "--plot", str(tmp_path / "p.png")) == 2
+    assert "videos alone" in capsys.readouterr().err and not (tmp_path / "again").exists()
+
+
+def test_pruning_nothing_is_the_same_model(text_experts, tmp_path):
+    assert run(text_experts[0], tmp_path / "same", "--heads", "0", "--ffn", "0") == 0
+    for component in ("transformer", "transformer_2"):
+        one, two = (dict(named_leaves(load_model(place, component))) for place in (text_experts[0], tmp_path / "same"))
+        assert all(np.array_equal(leaf, two[name]) for name, leaf in one.items())
+
+
+def test_scores_follow_what_a_head_adds(text_to_video):
+    """A head whose output projection is zero scores nothing; experts and prompts are averaged, not summed."""
+    pipe = load_pipeline(text_to_video[0])
+    options = dict(size=(32, 32), frames=5, steps=2)
+    once, twice = (calibrate_heads(pipe, prompts, seed=0, **options) for prompts in (PROMPTS[:1], PROMPTS[:1] * 2))
+    for modules, scores in once["transformer"].scores.items():
+        np.testing.assert_allclose(scores, twice["transformer"].scores[modules], rtol=1e-5)
+    assert set(once["transformer"].types.ravel()) <= set(HEAD_TYPES)
+
+
+def test_types_are_drawn(tmp_path):
+    types = np.array([["spatial", "mixed", "temporal"]] * 4)
+    plot_types(types, np.tile([0, 2], (4, 1)), tmp_path / "types.png")
+    assert (tmp_path / "types.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--heads", "1.5"], "--heads is 1.5: expected a share"),
+        ([], "expected --prompts FILE"),
+        (["--prompts", "nowhere.txt"], "cannot read the prompts"),
+    ],
+)
+def test_bad_input_is_one_sentence(text_to_video, options, told, tmp_path, capsys):
+    assert run(text_to_video[0], tmp_path / "out", *options) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("dit-prune: ") and told in message and not (tmp_path / "out").exists()
