@@ -97,8 +97,8 @@ class StepWork(NamedTuple):
 
 
 class StepAt(NamedTuple):
-    """Which step of how many, from 0; whether it is the first of a stage; by a method's name, what was measured of a run
-    where the arithmetic does not tell it (the share of steps that a cache runs, in [0, 1]); and the model's timestep."""
+    """Which step of how many, from 0; whether it is the first of a stage; by a method's name, what was measured of a
+    run where the arithmetic does not tell it (the share of steps that a cache runs, in [0, 1]); the timestep."""
 
     step: int
     steps: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,25 @@ from tqdm import tqdm
 
 from convert.checkpoint import METHODS, Checkpoint, CheckpointLayout, open_checkpoint
 from convert.components import Component
+from convert.leaves import Leaf
 from convert.method_parts import part_files, transformers
 from convert.transfer import convert
 from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
+from dit_jax.methods.ddit import Ddit
 from dit_jax.methods.method import Part
+from dit_jax.methods.patch_adapters import untrained_part
 from dit_jax.methods.routing import ROUTER, RouterConfig, new_router
 from dit_jax.models.flux import FluxConfig
 
 
-def untrained_router(component: Component, seed: int) -> Part:
+def untrained_adapters(component: Component, leaves: Mapping[str, Leaf], seed: int) -> Part:
+    """DDiT's adapters, resized from the model's own patch embedding and head."""
+    names = ("patch.kernel", "patch.bias", "out.kernel", "out.bias")
+    return untrained_part(component.config, {name: leaves[name].block(None) for name in names}, seed)
+
+
+def untrained_router(component: Component, leaves: Mapping[str, Leaf], seed: int) -> Part:
     """A router that is told what its backbone has: pooled text, the image encoder's class feature, or the latents."""
     model: Any = component.abstract
     config = component.config
@@ -41,8 +50,9 @@ def untrained_router(component: Component, seed: int) -> Part:
 
 
 # What can be added -> how it is made for a transformer; the name is that of its folder under `methods`.
-KINDS: dict[str, Callable[[Component, int], Part]] = {
+KINDS: dict[str, Callable[[Component, Mapping[str, Leaf], int], Part]] = {
     ROUTER: untrained_router,
+    Ddit.name: untrained_adapters,
 }
 
 
@@ -56,7 +66,7 @@ def adapted(checkpoint: Checkpoint, names: list[str], seed: int) -> Checkpoint:
     for name in names:
         files = {place: file for place, file in files.items() if not place.startswith(f"{METHODS}/{name}/")}
         for component in transformers(checkpoint):
-            part = KINDS[name](checkpoint.component(component), seed)
+            part = KINDS[name](checkpoint.component(component), checkpoint.leaves(component), seed)
             files |= part_files({name: part}, component)
     return replace(checkpoint, files=files)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +43,20 @@ from infer.programs import Programs
 from infer.request import Defaults, Job, Limits, Request, check, fill
 from infer.segments import Stage, cut, segment_length
 from infer.side_files import read_defaults
-from infer.variants import Chosen, Variants, Watch
+from infer.variants import Chosen, Variants
 
 VAE_CHUNK = 1  # latent frames that the VAE works on at a time
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class Watch(Protocol):
+    """What looks into a run: it puts a denoiser around each stage's, and is shown that denoiser's last state.
+
+    component  the transformer that the stage ran
+    """
+
+    def around(self, denoiser: Any, run: Run) -> Any: ...
+    def finished(self, component: str, state: Any) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +265,8 @@ class Pipeline(ABC):
         job = fill(request, self.defaults)
         check(job, self.limits)
         plan = parse_plan(job.plan)
+        if plan.chooser:
+            plan.chooser.breaks(job.steps)
         for name, parts in self.parts.items():
             model: Any = self.checkpoint.component(name).abstract
             plan.check(model.stacks, parts)
@@ -288,17 +300,13 @@ class Pipeline(ABC):
             )
         return final
 
-    def _one_by_one(
-        self, job: Job, progress: Progress | None, watch: Watch | None, chosen: Chosen | None
-    ) -> np.ndarray:
+    def _one_by_one(self, job: Job, progress: Progress | None, *told) -> np.ndarray:
         count = len(job.prompts)
 
         def of_sample(index: int) -> Progress | None:
             return progress and (lambda stage, done, total: progress(stage, index * total + done, count * total))
 
-        return np.concatenate(
-            [self.denoise(job.single(index), of_sample(index), watch, chosen) for index in range(count)]
-        )
+        return np.concatenate([self.denoise(job.single(index), of_sample(index), *told) for index in range(count)])
 
     def _final_latents(
         self, job: Job, plan: Plan, progress: Progress | None, watch: Watch | None, chosen: Chosen | None
@@ -309,7 +317,7 @@ class Pipeline(ABC):
             stages = self._stages(job, schedule)
             segment = _segment(solver, count := segment_length(cut(stages, breaks)))
             schedule = jax.tree.map(self._replicated, schedule)
-            latents = self._starting_noise(job)
+            latents = self._rows(self._starting_noise(job))
             carry = Carry(latents, solver.init(latents), None)
 
             def steps(use: Callable, denoiser, carry: Carry, pinned, first: int):
@@ -321,8 +329,9 @@ class Pipeline(ABC):
             for stage in stages:
                 if stage.first:
                     jax.block_until_ready(carry)  # or the weights that it needs cannot leave the devices
-                run = self._run_of(job, stage, schedule)
-                variants = Variants(plan, stage.denoiser(), run, self.programs, self.mesh, chosen, watch)
+                told = self._run_of(job, stage, schedule)
+                applied = plan.applied if watch is None else _watched(plan, watch)
+                variants = Variants(plan.chooser, partial(applied, stage.denoiser()), told, self.programs, chosen)
                 for denoiser in variants.may_run:
                     steps(self.programs.compiled, denoiser, *self._started(denoiser, carry, None), stage.first)
                 for span in cut([stage], breaks):
@@ -438,6 +447,10 @@ def put(value, sharding: NamedSharding | None) -> jax.Array:
 def interleaved(conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
     """Rows of both guidance branches, those of a sample next to each other."""
     return jnp.stack([conditional, unconditional], axis=1).reshape(-1, *conditional.shape[1:])
+
+
+def _watched(plan: Plan, watch: Watch) -> Callable[[Any, Run], Any]:
+    return lambda denoiser, run: watch.around(plan.applied(denoiser, run), run)
 
 
 def _segment(solver, count: int):

@@ -80,7 +80,7 @@ class LowRank(nnx.Module):
         self.up = nnx.Param(jnp.zeros((blocks, rank, outputs)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x.astype(self.down[...].dtype) @ self.down[...] @ self.up[...]
+        return x @ self.down[...].astype(x.dtype) @ self.up[...].astype(x.dtype)
 
 
 class AddedLinear(nnx.Module):
@@ -91,7 +91,7 @@ class AddedLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.base(x)
-        return y + self.added(x).astype(y.dtype)
+        return y + self.added(x.astype(y.dtype))
 
 
 class ResidualBlock(nnx.Module):
@@ -168,9 +168,10 @@ def abstract_adapters(config: Config, settings: AdapterSettings) -> Adapters:
 
 
 def initial_adapters(
-    config: Config, patch: Any, out: Any, seed: int = 0, settings: AdapterSettings = AdapterSettings()
+    config: Config, layers: Mapping[str, Any], seed: int = 0, settings: AdapterSettings = AdapterSettings()
 ) -> Adapters:
-    """Untrained adapters of a model from its own patch embedding and head (`Linear`s of these arrays).
+    """Untrained adapters of a model from its own patch embedding and head, leaves `patch.kernel`, `patch.bias`,
+    `out.kernel` and `out.bias`.
 
     The embedding is pinv(Bᵀ)·w of the base one, so that a patch enlarged by bilinear resizing B gives the token that it
     gave before; the head is B·w, an enlarged velocity. Low-rank maps and residual blocks add nothing yet: their first
@@ -187,16 +188,22 @@ def initial_adapters(
     for scale in settings.scales:
         # Patches are square: y says how many cells are enlarged.
         enlarge, size = bilinear(config.patch[1], config.patch[1] * scale), size_name(scale)
-        values[f"{size}.patch.kernel"] = _resized(patch.kernel[...], np.linalg.pinv(enlarge.T), config.patch)
-        values[f"{size}.patch.bias"] = np.asarray(patch.bias[...])
-        values[f"{size}.out.kernel"] = _resized(np.asarray(out.kernel[...]).T, enlarge, config.patch).T
-        values[f"{size}.out.bias"] = _resized(out.bias[...], enlarge, config.patch)
+        values[f"{size}.patch.kernel"] = _resized(layers["patch.kernel"], np.linalg.pinv(enlarge.T), config.patch)
+        values[f"{size}.patch.bias"] = np.asarray(layers["patch.bias"])
+        values[f"{size}.out.kernel"] = _resized(np.asarray(layers["out.kernel"]).T, enlarge, config.patch).T
+        values[f"{size}.out.bias"] = _resized(layers["out.bias"], enlarge, config.patch)
     return with_leaves(adapters, {name: jnp.asarray(value, jnp.float32) for name, value in values.items()})
 
 
 def part_of(adapters: Adapters, settings: AdapterSettings) -> Part:
     """Adapters as a checkpoint holds them."""
     return Part(asdict(settings), dict(named_leaves(adapters)))
+
+
+def untrained_part(config: Config, layers: Mapping[str, Any], seed: int) -> Part:
+    """Untrained adapters as a checkpoint holds them: `initial_adapters` of the usual sizes."""
+    settings = AdapterSettings()
+    return part_of(initial_adapters(config, layers, seed, settings), settings)
 
 
 def adapters_from(config: Config, part: Part) -> Adapters:
@@ -212,11 +219,15 @@ def adapters_from(config: Config, part: Part) -> Adapters:
 
 
 def adapted(model: Any, adapter: SizeAdapter, scale: int) -> Any:
-    """The model at a larger patch size; the blocks' arrays are the model's own, not copies."""
+    """The model at a larger patch size, in its own dtype; the blocks' arrays are the model's own, not copies."""
     larger = jax.tree.map(lambda leaf: leaf, model)
     time, rows, columns = model.config.patch
     larger.config = replace(model.config, patch=(time, rows * scale, columns * scale), merged=scale)
-    larger.patch, larger.out = adapter.patch, adapter.out
+    dtype = model.patch.kernel[...].dtype
+    larger.patch, larger.out = (
+        jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), layer)
+        for layer in (adapter.patch, adapter.out)
+    )
     for path, added in adapter.lora.items():
         *parents, name = path.split(".")
         mlp = functools.reduce(getattr, parents, larger)

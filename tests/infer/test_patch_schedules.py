@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from beside_diffusers import FRAMES, PROMPT, relative, starting_noise
+from tiny_flux import pipeline as flux_pipeline
 
 from dit_jax.config import UserError
 from dit_jax.methods.patch_adapters import AdapterSettings, abstract_adapters, part_of
+from infer.adapt import main as adapt
 from infer.pipeline import load_pipeline
 from infer.request import Request
 
@@ -112,7 +114,8 @@ def test_seeds_of_a_split_batch_are_those_of_its_samples(pipe):
 
 def test_the_difference_begins_anew_with_an_expert(text_experts):
     pipe = load_pipeline(text_experts[0])
-    pipe.parts["transformer"]["ddit"] = random_part(pipe.transformer_config)
+    for parts in pipe.parts.values():
+        parts["ddit"] = random_part(pipe.transformer_config)
     steps = 10
     crossing = int(
         np.count_nonzero(
@@ -123,6 +126,22 @@ def test_the_difference_begins_anew_with_an_expert(text_experts):
     sizes = denoised(pipe, steps=steps, plan="ddit:tau=1e9")[1]
     expected = [1, 1, 1] + [4] * (crossing - 3) + [1, 1, 1] + [4] * (steps - crossing - 3)
     assert sizes == expected
+
+
+@pytest.mark.parametrize("backbone", ["wan", "flux"])
+def test_adapters_that_are_attached_run_with_and_without_a_router(backbone, text_to_video, tmp_path):
+    source = text_to_video[0]
+    if backbone == "flux":
+        source = tmp_path / "tiny-flux"
+        flux_pipeline(dev=True).save_pretrained(source)
+    added = ["--add", "ddit", "--add", "router"]
+    assert adapt(["--model", str(source), *added, "--out", str(tmp_path / "adapted")]) == 0
+    pipe = load_pipeline(tmp_path / "adapted")
+    short = SHORT | dict(frames=FRAMES if backbone == "wan" else 1, steps=2)
+    latents, sizes, _ = denoised(pipe, plan="ddit:4p@0-1", **short)
+    assert sizes == [4] and np.isfinite(latents).all()
+    routed = denoised(pipe, plan="ddit:4p@0-1+routing:min=2:max=2", **short)[0]
+    assert np.isfinite(routed).all() and relative(routed, latents) > 1e-3
 
 
 @pytest.mark.parametrize(

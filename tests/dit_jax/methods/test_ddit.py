@@ -47,7 +47,7 @@ STEP = Step(jnp.int32(3), jnp.float32(0.7), jnp.float32(0.6), jnp.float32(700))
 @lru_cache
 def untrained(backbone: str):
     model = random_model(CONFIGS[backbone])
-    return initial_adapters(model.config, model.patch, model.out, seed=4, settings=SETTINGS)
+    return initial_adapters(model.config, dict(named_leaves(model)), seed=4, settings=SETTINGS)
 
 
 @lru_cache
