@@ -107,7 +107,7 @@ def test_a_step_of_hsa_projects_what_is_due_and_attends_all(config):
     keys = abstract(sum(block_counts(config)), shape.rows, config.heads, 1, shape.tokens, config.head_width)
 
     def refreshed(model, tokens, t, told, cache):
-        return network(model, NetworkCall(attention=Prefix(1)), tokens, t, told, State(attention=cache))[0]
+        return network(model, NetworkCall(attention=Prefix(1, due)), tokens, t, told, State(attention=cache))[0]
 
     jaxpr = jax.make_jaxpr(refreshed)(*arguments(config, shape, due), KeysValues(keys, keys)).jaxpr
     hsa = replace(PRESETS["50"], shares=(0.25, 0.75))
