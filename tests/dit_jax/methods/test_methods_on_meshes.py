@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 # Largest relative error. Of coherences that are nearly the same a mesh's rounding may skip the other.
-PLANS = {"hsa:groups=30@12/25@6/45@3:window=0.5": 1e-5, "coredit:0.5": 1e-3}
+PLANS = {
+    "hsa:groups=30@12/25@6/45@3:window=0.5": 1e-5,
+    "coredit:0.5": 1e-3,
+    "teacache:1.0": 1e-5,
+    "taylorseer:n=3": 1e-5,
+    "routing:min=2:max=2": 1e-5,
+}
 
 
 @pytest.fixture(scope="module")
