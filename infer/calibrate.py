@@ -18,7 +18,7 @@ from dit_jax.methods.coherence import Lattice
 from dit_jax.methods.coredit import Coredit
 from dit_jax.methods.coredit_ratios import CAP, Recording, allocate, ratios_file
 from dit_jax.methods.method import Run
-from infer.generate import read_prompts
+from infer.prompts_file import read_prompts
 
 BATCH = 4  # prompts that run together
 

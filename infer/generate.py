@@ -15,6 +15,7 @@ from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
 from dit_jax.methods.plan import DENSE, JOINT
 from infer.digit_grammar import GRAMMARS, MOVING, PICTURES, Grammar, unknown_words
+from infer.prompts_file import read_prompts
 
 EPILOG = f"""\
 The shipped models know only a few words. demo-wan makes videos of moving handwritten digits:
@@ -185,18 +186,6 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None:
         return [options.prompt]
     return read_prompts(options.prompts)
-
-
-def read_prompts(file: str) -> list[str]:
-    """The prompts in a file of one a line; UserError where there are none."""
-    try:
-        lines = Path(file).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts in {file!r}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{file!r} holds no prompt: expected one a line")
-    return prompts
 
 
 def _load(options: argparse.Namespace):

@@ -28,7 +28,6 @@ METHODS: dict[str, Callable[[Words], Method]] = {
 # Pairs that refuse each other, and what to do instead.
 REFUSED: dict[frozenset[str], str] = {
     frozenset({"coredit", "hsa"}): "both choose which tokens attention runs for; leave one of them out",
-    frozenset({"coredit", "taylorseer"}): "what taylorseer predicts is of all tokens; leave one of them out",
     frozenset({"hsa", "routing"}): "a block that is skipped would leave old keys and values in HSA's cache; use one",
 }
 
