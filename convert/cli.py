@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from tqdm import tqdm
-
 from convert.checkpoint import CheckpointLayout, open_checkpoint
 from convert.lora_backbones import is_lora
 from convert.lora_export import convert_lora
 from convert.lora_summary import summarise_lora
+from convert.progress import progress_bar
 from convert.sizes import parse_bytes
 from convert.summary import summarise
 from convert.transfer import MAX_SHARD_BYTES, convert
@@ -95,7 +94,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         return
     source = open_checkpoint(arguments.source)
     layout: CheckpointLayout = "native" if arguments.command == "to-jax" else arguments.layout
-    with tqdm(unit="tensor", file=sys.stderr) as bar:
+    with progress_bar(unit="tensor") as bar:
         convert(
             source,
             arguments.destination,

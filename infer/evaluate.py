@@ -144,11 +144,10 @@ def _settings(pipe, suite: Suite, options: argparse.Namespace) -> dict[str, Any]
 def _generated(
     pipe, captions: list[str], settings: dict[str, Any], options: argparse.Namespace
 ) -> Iterator[np.ndarray]:
-    from tqdm import tqdm
-
+    from convert.progress import progress_bar
     from infer.contact_sheet import contact_sheet
 
-    with tqdm(total=len(captions), desc="generating", unit="sample") as bar:
+    with progress_bar(total=len(captions), desc="generating", unit="sample") as bar:
         for first in range(0, len(captions), _BATCH):
             wanted = captions[first : first + _BATCH]
             # The last batch is filled up, so that one program serves all of them.

@@ -189,8 +189,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _load(options: argparse.Namespace):
-    from tqdm import tqdm
-
+    from convert.progress import progress_bar
     from dit_jax.sharding import make_mesh, parse_mesh
     from infer.caches import keep_compiled_programs
     from infer.loras import parse_choice
@@ -198,7 +197,7 @@ def _load(options: argparse.Namespace):
 
     keep_compiled_programs()
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
-    with warnings_in_lines(), tqdm(unit="B", unit_scale=True, delay=3, leave=False) as bar:
+    with warnings_in_lines(), progress_bar(unit="B", unit_scale=True, delay=3, leave=False) as bar:
         return load_pipeline(
             options.model,
             mesh=mesh,
@@ -247,9 +246,9 @@ class Bar:
     """A progress bar over the stages of one video, on standard error."""
 
     def __init__(self, name: str):
-        from tqdm import tqdm
+        from convert.progress import progress_bar
 
-        self.bar = tqdm(total=None, desc=name, unit="step", leave=True)
+        self.bar = progress_bar(total=None, desc=name, unit="step", leave=True)
         self.stage = ""
 
     def __call__(self, stage: str, done: int, total: int) -> None:

@@ -24,12 +24,14 @@ import numpy as np
 from flax import nnx
 
 from dit_jax.config import UserError
+from dit_jax.methods.method import Run
+from dit_jax.methods.plan import DENSE, Plan, parse_plan
 from dit_jax.models import vae_wan, wan
 from dit_jax.models.network import Conditioning
 from dit_jax.parameters import Precision, cast, named_leaves
 from dit_jax.sampling.sampler import Guided, sample, start
 from dit_jax.sampling.schedules import Shift
-from dit_jax.sampling.solvers import UniPC
+from dit_jax.sampling.solvers import SOLVERS
 from dit_jax.sharding import batch_shardings, make_mesh, parse_mesh, replicated, shardings
 from infer.request import parse_size
 
@@ -72,13 +74,14 @@ HEADER = """\
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One program: a model, a slice or topology, a mesh over its chips, and the video's size and frames."""
+    """One program: a model, a slice or topology, a mesh over its chips, the video's size and frames, and a plan."""
 
     model: str
     topology: str
     mesh: str
     size: str
     frames: int = 81
+    plan: str = DENSE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +160,13 @@ def abstract_request(config: wan.WanConfig, size: str, frames: int) -> tuple[Gui
     return guided, shape(jnp.float32, *latents)
 
 
-def lower(guided: Guided, latents: Any, mesh):
+def lower(guided: Guided, latents: Any, mesh, plan: Plan):
     """The program of one sampling segment, lowered for the mesh."""
-    solver = UniPC()
+    solver, steps = SOLVERS[plan.solver or "unipc"], plan.steps or STEPS
+    schedule = solver.schedule(steps, Shift(constant=3.0), 0)
 
-    def segment(guided, carry, schedule, first):
-        return sample(guided, solver, carry, schedule, first, SEGMENT)
+    def segment(denoiser, carry, schedule, first):
+        return sample(denoiser, solver, carry, schedule, first, SEGMENT)
 
     def on_mesh(tree):
         return _placed(tree, batch_shardings(tree, mesh))
@@ -170,13 +174,20 @@ def lower(guided: Guided, latents: Any, mesh):
     with jax.set_mesh(mesh):
         model = _placed(guided.model, shardings(guided.model, wan.AXES, mesh))
         guided = replace(on_mesh(replace(guided, model=None)), model=model)
-        carry = on_mesh(jax.eval_shape(lambda guided, latents: start(guided, solver, latents), guided, latents))
-        scalars = (solver.schedule(STEPS, Shift(constant=3.0), 0), np.int32(0))
-        schedule, first = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), scalars
+        run = Run(latents_shape=latents.shape, first=0, stop=steps, steps=steps, sigmas=schedule.sigmas)
+        denoiser, schedule, first = jax.tree.map(
+            lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else _shape(leaf, replicated(mesh)),
+            (plan.applied(guided, run), schedule, np.int32(0)),
         )
-        run = jax.jit(segment, donate_argnames="carry", out_shardings=batch_shardings(carry, mesh))
-        return run.lower(guided, carry, schedule, first)
+        latents = on_mesh(latents)
+        started = jax.jit(lambda denoiser, latents: start(denoiser, solver, latents)).lower(denoiser, latents).compile()
+        carry = jax.tree.map(_shape, started.out_info, started.output_shardings)
+        program = jax.jit(segment, donate_argnames="carry", out_shardings=started.output_shardings)
+        return program.lower(denoiser, carry, schedule, first)
+
+
+def _shape(leaf, sharding) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _placed(tree, placement):
@@ -187,7 +198,7 @@ def measure(config: wan.WanConfig, case: Case) -> Memory:
     """Compiles a model of this config as the case says; UserError for a size, mesh or topology that cannot be."""
     guided, latents = abstract_request(config, case.size, case.frames)
     mesh = make_mesh(parse_mesh(case.mesh), tpu_devices(case.topology))
-    lowered = lower(guided, latents, mesh)
+    lowered = lower(guided, latents, mesh, parse_plan(case.plan))
     if MOSAIC not in lowered.as_text():
         raise RuntimeError("the program holds no splash attention: expected a Mosaic kernel for a TPU topology")
     began = time.perf_counter()
@@ -203,10 +214,19 @@ def measure(config: wan.WanConfig, case: Case) -> Memory:
         arguments=found.argument_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
         peak=peak,
-        copies=copied_stacks(compiled.as_text(), guided.model, mesh),
+        copies=_copies(compiled, guided.model, mesh),
         seconds=seconds,
         fits=peak <= CAPACITY[chip(case.topology)] * GIB,
     )
+
+
+def _copies(compiled, model, mesh) -> int | None:
+    """`copied_stacks` of a program; None where XLA fails to print it (some loops with asynchronous copies)."""
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return copied_stacks(text, model, mesh)
 
 
 def _over_capacity(error: Exception, seconds: float) -> Memory:
@@ -254,12 +274,13 @@ def parse(argv: list[str] | None) -> tuple[list[Case], bool]:
     parser.add_argument("--mesh", default="data=2,context=4", help="axes of data, fsdp, context, tensor over all chips")
     parser.add_argument("--size", default="832x480", help="WxH in pixels")
     parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--plan", default=DENSE, help="methods of the run, such as hsa:50 (default dense)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row instead of a table")
     options = parser.parse_args(argv)
     if options.model is None:
         cases = [Case(model=m, topology=t, mesh=axes, size=size) for m, t, axes in TABLE for size in SIZES]
     else:
-        names = ("model", "topology", "mesh", "size", "frames")
+        names = ("model", "topology", "mesh", "size", "frames", "plan")
         cases = [Case(**{name: getattr(options, name) for name in names})]
     return cases, options.json
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from convert.progress import progress_bar
 from dit_jax.parameters import named_leaves
 from infer.digit_pictures import make_pictures
 from infer.moving_digits import ClipSpec, make_clips
@@ -137,7 +137,7 @@ def cached_latents(source: LatentSource, count: int, encode: Callable[[np.ndarra
     files = {start: source.folder / f"{start:07d}.npz" for start in range(0, count, SHARD)}
     missing = [start for start, file in files.items() if not file.exists()]
     name = f"encoding {source.folder.name}"
-    for start in tqdm(missing, desc=name, unit="shard", disable=not missing, mininterval=5.0):
+    for start in progress_bar(missing, desc=name, unit="shard", disable=not missing, mininterval=5.0):
         _write_shard(source, start, files[start], encode)
     for file in files.values():
         with np.load(file) as shard:

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
-from tqdm import tqdm
 
+from convert.progress import progress_bar
 from dit_jax.config import UserError
 from train.step import TrainState
 
@@ -131,7 +131,7 @@ class _Run:
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.loss = math.nan
         self.clock = time.perf_counter()
-        self.bar = tqdm(total=config.steps, desc=Path(config.out).name, dynamic_ncols=True, mininterval=5.0)
+        self.bar = progress_bar(total=config.steps, desc=Path(config.out).name, dynamic_ncols=True, mininterval=5.0)
 
     def note(self, position: int, metrics: dict[str, jax.Array]) -> None:
         self.check()

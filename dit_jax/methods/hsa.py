@@ -30,7 +30,8 @@ from dit_jax.methods.token_groups import (
     active_groups,
     dealt,
     fixed_ranking,
-    prefix_sizes,
+    group_ends,
+    ranks_of_places,
     relative_change,
 )
 from dit_jax.models.network import Attended, Aux, Route, State, Tokens, lattice, unlayout, with_context
@@ -70,9 +71,12 @@ class Prefix:
     """Attention of the first tokens of every shard: their keys and values overwrite the cache, whose whole they attend.
 
     The block loop carries the cache; `aux` is the validity of the tokens in its order [R, N], or None.
+
+    due  tokens that are refreshed, by rank; what is given beyond them, for even shards, leaves no trace
     """
 
     shards: int
+    due: int
 
     def __call__(self, attention, x_BMD, place, block, cache: KeysValues, aux):
         q, k, v = attention.qkv(x_BMD, place.rope)
@@ -85,8 +89,12 @@ class Prefix:
         return Attended(attention.out(attend(q, k, v, valid)), context), cache
 
     def _written(self, of_all, rows_RMHK, block):
-        rows = einops.rearrange(rows_RMHK, "r (z m) h k -> 1 r h z m k", z=self.shards)
-        return pinned(jax.lax.dynamic_update_slice(of_all, rows.astype(of_all.dtype), (block, 0, 0, 0, 0, 0)))
+        rows = einops.rearrange(rows_RMHK, "r (z m) h k -> 1 r h z m k", z=self.shards).astype(of_all.dtype)
+        place = (block, 0, 0, 0, 0, 0)
+        if self.due < rows_RMHK.shape[1]:
+            is_due = is_refreshed(rows_RMHK.shape[1], self.due, self.shards).reshape(self.shards, -1, 1)
+            rows = jnp.where(is_due, rows, jax.lax.dynamic_slice(of_all, place, rows.shape))
+        return pinned(jax.lax.dynamic_update_slice(of_all, rows, place))
 
 
 def _in_rows(x_RHZNK):
@@ -107,7 +115,7 @@ def pinned(cache_GRHZNK: jax.Array) -> jax.Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("guided", "active", "entry", "order"),
-    meta_fields=("prefixes", "shards", "dynamic"),
+    meta_fields=("ends", "multiple", "shards", "dynamic"),
 )
 @dataclass(frozen=True, kw_only=True)
 class HsaDenoiser:
@@ -116,15 +124,17 @@ class HsaDenoiser:
     active    which groups a step refreshes, bool [S, A]; with a group, all groups before it
     entry     the step from which a dynamic ranking is in force []; steps before it refresh all
     order     raster index of the token at each place of the cache until then [N]
-    prefixes  tokens of the first group, of the first two, …, of all (padding included)
-    shards    over which every group is dealt evenly
+    ends      tokens of the first group, of the first two, …, of all (padding included)
+    multiple  prefixes are rounded up to it
+    shards    over which tokens are dealt by rank
     """
 
     guided: Guided
-    active: jax.Array
-    entry: jax.Array
-    order: jax.Array
-    prefixes: tuple[int, ...]
+    active: np.ndarray | jax.Array
+    entry: np.int32 | jax.Array
+    order: np.ndarray | jax.Array
+    ends: tuple[int, ...]
+    multiple: int
     shards: int
     dynamic: bool
 
@@ -153,13 +163,13 @@ class HsaDenoiser:
         if tokens.valid is not None:
             valid = jnp.take_along_axis(jnp.repeat(tokens.valid, self.guided.branches, axis=0), places, axis=1)
         # A stage begins with a full step: its cache is empty.
-        level = jnp.where(state.begun, jnp.sum(self.active[step.index]), len(self.prefixes)) - 1
+        level = jnp.where(state.begun, jnp.sum(jnp.asarray(self.active)[step.index]), len(self.ends)) - 1
         velocity = state.velocity
-        for index, count in enumerate(self.prefixes):
-            due = level == index
-            rows_BM = self._first(order, count)
-            new, cache = self._refreshed(_taken(tokens, rows_BM), step, cache, valid, due)
-            velocity = jnp.where(due, _put(velocity, rows_BM, new), velocity)
+        for index, end in enumerate(self.ends):
+            rows_BM = self._first(order, end)
+            new, cache = self._refreshed(_taken(tokens, rows_BM), step, cache, valid, end, level == index)
+            is_due = (level == index) & is_refreshed(rows_BM.shape[1], end, self.shards)
+            velocity = _put(velocity, rows_BM, new, is_due)
         ranks = state.begun & (step.index < self.entry)
         change = state.change + jnp.where(ranks, relative_change(velocity, state.velocity), 0)
         after = HsaState(velocity, change, order, cache, jnp.ones((), bool))
@@ -168,11 +178,11 @@ class HsaDenoiser:
     def finish(self, latents):
         return self.guided.finish(latents)
 
-    def _refreshed(self, tokens: Tokens, step, cache, valid, due):
-        """Velocity of a prefix, with every block run where it is due and none where not: no conditional may carry a
+    def _refreshed(self, tokens: Tokens, step, cache, valid, end: int, chosen):
+        """Velocity of a prefix, with every block run where it is chosen and none where not: no conditional may carry a
         cache, XLA would copy it."""
-        call = replace(self.guided.call, attention=Prefix(self.shards))
-        routes = tuple(Route(jnp.arange(blocks), jnp.where(due, blocks, 0)) for blocks in self.guided.model.stacks)
+        call = replace(self.guided.call, attention=Prefix(self.shards, end))
+        routes = tuple(Route(jnp.arange(blocks), jnp.where(chosen, blocks, 0)) for blocks in self.guided.model.stacks)
         guided = replace(self.guided, call=call)
         new, state = guided.velocity_rows(tokens, step, State(attention=cache), Aux(attention=valid, routes=routes))
         return new, state.attention
@@ -195,9 +205,10 @@ class HsaDenoiser:
         keys = jnp.where(self.guided.is_held(tokens.positions), jnp.inf, change_BN)
         if tokens.valid is not None:
             keys = jnp.where(tokens.valid, keys, -jnp.inf)
-        return dealt(jnp.argsort(-keys, axis=1, stable=True), self.prefixes, self.shards)
+        return dealt(jnp.argsort(-keys, axis=1, stable=True), self.shards)
 
-    def _first(self, order_BN, count: int):
+    def _first(self, order_BN, end: int):
+        count = min(math.ceil(end / self.multiple) * self.multiple, order_BN.shape[1])
         by_shard = einops.rearrange(order_BN, "b (z n) -> b z n", z=self.shards)
         return by_shard[:, :, : count // self.shards].reshape(len(order_BN), count)
 
@@ -210,8 +221,16 @@ def _taken(tokens: Tokens, rows_BM) -> Tokens:
     return jax.tree.map(taken, tokens)
 
 
-def _put(of_all_BNP, rows_BM, new_BMP):
-    return jax.vmap(lambda of_all, rows, new: of_all.at[rows].set(new))(of_all_BNP, rows_BM, new_BMP)
+def _put(of_all_BNP, rows_BM, new_BMP, is_due_M):
+    def put(of_all, rows, new):
+        return of_all.at[rows].set(jnp.where(is_due_M[:, None], new, of_all[rows]))
+
+    return jax.vmap(put)(of_all_BNP, rows_BM, new_BMP)
+
+
+def is_refreshed(places: int, due: int, shards: int) -> np.ndarray:
+    """Which of the tokens at the first places of every shard are among the first `due` by rank [places]."""
+    return ranks_of_places(places, shards) < due
 
 
 def _moved(of_all, block, places_RN, shards: int):
@@ -265,22 +284,22 @@ class Hsa:
     def applied(self, denoiser: Guided, run: Run) -> HsaDenoiser:
         patch = denoiser.model.config.patch
         positions, count = lattice(run.latents_shape, patch)
-        held = np.asarray(denoiser.is_held(jnp.asarray(positions))) & (np.arange(len(positions)) < count)
+        held = np.asarray(denoiser.is_held(positions)) & (np.arange(len(positions)) < count)
         shards = _shards(run.latents_shape[0] * denoiser.branches)
         # Whole lanes a shard on TPU, where there are many tokens.
         lanes = TPU_GROUP if meshes.platform() == "tpu" and len(positions) >= 64 * TPU_GROUP * shards else 1
-        prefixes = prefix_sizes(self.shares, count, len(positions), shards * lanes, int(held.sum()))
-        dynamic = self.ranking == "dynamic" and len(prefixes) > 1
+        dynamic = self.ranking == "dynamic" and len(self.shares) > 1
         order = np.arange(len(positions))
         if not dynamic:
             order = fixed_ranking(self.ranking, positions, np.arange(len(positions)) < count, held, self.seed)
-            order = np.asarray(dealt(jnp.asarray(order[None]), prefixes, shards))[0]
+            order = order[ranks_of_places(len(order), shards)]
         return HsaDenoiser(
             guided=denoiser,
-            active=jnp.asarray(self.active),
-            entry=jnp.asarray(self.margin if dynamic else 0, jnp.int32),
-            order=jnp.asarray(order, jnp.int32),
-            prefixes=prefixes,
+            active=self.active,
+            entry=np.int32(self.margin if dynamic else 0),
+            order=order.astype(np.int32),
+            ends=group_ends(self.shares, count, len(positions), int(held.sum())),
+            multiple=shards * lanes,
             shards=shards,
             dynamic=dynamic,
         )

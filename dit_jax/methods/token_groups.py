@@ -5,7 +5,6 @@ Shapes: B samples, N tokens with padding, P channels of a patch row, S sampler s
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import einops
@@ -24,13 +23,15 @@ def relative_change(velocity_BNP: jax.Array, before_BNP: jax.Array) -> jax.Array
     return jnp.sum(jnp.abs(velocity_BNP - before_BNP), axis=-1) / jnp.where(norm == 0, 1, norm)
 
 
-def dealt(ranked_BN: jax.Array, prefixes: tuple[int, ...], shards: int) -> jax.Array:
-    """Tokens by rank [B, N] in the order of the cache: every group is dealt over the shards, so that a prefix of the
-    order is one of every shard."""
-    pieces = jnp.split(ranked_BN, prefixes[:-1], axis=1)
-    return jnp.concatenate([einops.rearrange(piece, "b (n z) -> b z n", z=shards) for piece in pieces], axis=2).reshape(
-        ranked_BN.shape
-    )
+def dealt(ranked_BN: jax.Array, shards: int) -> jax.Array:
+    """Tokens by rank [B, N] in the order of the cache: they go to the shards in turn, so that the first places of all
+    shards hold the first ranks."""
+    return einops.rearrange(ranked_BN, "b (n z) -> b (z n)", z=shards)
+
+
+def ranks_of_places(places: int, shards: int) -> np.ndarray:
+    """Rank of the token at each of the first places of every shard [places]."""
+    return einops.rearrange(np.arange(places), "(n z) -> (z n)", z=shards)
 
 
 def active_groups(divisors: tuple[int, ...], first: int, stop: int, steps: int) -> np.ndarray:
@@ -41,14 +42,13 @@ def active_groups(divisors: tuple[int, ...], first: int, stop: int, steps: int) 
     return outside | (index % np.asarray(divisors) == 0)
 
 
-def prefix_sizes(shares: tuple[float, ...], tokens: int, padded: int, multiple: int, held: int = 0) -> tuple[int, ...]:
-    """Tokens of the first group, of the first two, …, of all: cumulative shares of `tokens` in multiples of `multiple`.
+def group_ends(shares: tuple[float, ...], tokens: int, padded: int, held: int = 0) -> tuple[int, ...]:
+    """Tokens of the first group, of the first two, …, of all with padding.
 
     held  tokens that are always refreshed: the first group is at least that large
     """
-    ends = [round(share * tokens / multiple) * multiple for share in np.cumsum(shares)[:-1]]
-    least = max(math.ceil(held / multiple), 1) * multiple
-    return *(min(max(end, least), padded) for end in ends), padded
+    ends = [round(share * tokens) for share in np.cumsum(shares)[:-1]]
+    return *(max(end, held, 1) for end in ends), padded
 
 
 def fixed_ranking(

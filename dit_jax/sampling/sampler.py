@@ -131,7 +131,7 @@ class Guided:
         """The latents with the held frames in their place."""
         return latents if self.held is None else latents.at[:, : self.held.shape[1]].set(self.held)
 
-    def is_held(self, positions_BM3: jax.Array) -> jax.Array:
+    def is_held(self, positions_BM3: Any) -> Any:
         """Which tokens are of held frames [B, M]."""
         held = 0 if self.held is None else self.held.shape[1]
         return positions_BM3[..., 0] * self.model.config.patch[0] < held

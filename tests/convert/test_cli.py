@@ -87,15 +87,15 @@ def test_bad_sizes(text, capsys):
     assert "is no size" in capsys.readouterr().err
 
 
-WAITS_IN_THE_MIDDLE = """
-import sys, time
+WAITS_IN_THE_MIDDLE = r"""
+import os, sys, time
 from convert import cli, transfer
 
 def read_third(leaf, progress):
     def read(block):
         progress.update()
         if progress.n >= 3:
-            print("writing", flush=True)
+            os.write(1, b"writing\n")
             time.sleep(5)
         return leaf.read(block)
     return transfer.replace(leaf, read=read)
@@ -111,16 +111,35 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_a_signal_stops_a_conversion_and_leaves_nothing(command, number, text_pipeline, tmp_path):
     arguments = [sys.executable, "-c", WAITS_IN_THE_MIDDLE, command, str(text_pipeline / "transformer")]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(
+    process = subprocess.Popen(
         [*arguments, str(tmp_path / "out")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    )
+    try:
         assert process.stdout.readline() == "writing\n"
         assert [path.name for path in tmp_path.iterdir()] == [f"out.partial-{process.pid}"]
         process.send_signal(number)
         errors = process.communicate(timeout=50)[1]
+    finally:
+        process.kill()
     assert process.returncode == 128 + number
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_of_standard_error_is_not_the_end(text_pipeline, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "convert.cli",
+        "to-torch",
+        str(text_pipeline / "transformer"),
+        str(tmp_path / "out"),
+    ]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=writer, timeout=100)
+    os.close(writer)
+    assert ended.returncode == 0 and (tmp_path / "out").is_dir()
 
 
 def test_a_second_signal_does_not_stop_the_cleaning_up(text_pipeline, tmp_path, monkeypatch):

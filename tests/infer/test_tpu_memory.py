@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -42,6 +43,17 @@ def test_the_sampling_program_compiles_for_tpu_with_one_copy_of_the_weights():
     assert memory.copies == 0
     assert 0.5 * weights < memory.arguments < 0.6 * weights, "two chips share the weights"
     assert memory.temporaries < 0.1 * weights
+
+
+@needs_libtpu
+@pytest.mark.long
+def test_a_plan_with_a_cache_holds_it_once():
+    case = replace(CASE, size="512x256", frames=17, plan="hsa:75A")
+    tokens = 5 * 16 * 32
+    dense, cached = measure(SMALL, replace(case, plan="dense")), measure(SMALL, case)
+    cache = 2 * 30 * 2 * tokens * 1536 * 2 // 4  # K and V of 30 blocks for two branches in bf16, over four chips
+    assert cached.arguments - dense.arguments < 1.1 * cache
+    assert cached.temporaries < dense.temporaries + 0.2 * cache
 
 
 @needs_libtpu

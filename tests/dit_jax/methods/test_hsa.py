@@ -9,12 +9,13 @@ import pytest
 from small_models import CONFIGS, guided, noise, one_sample, relative_error, sampled, segment_programs
 
 from dit_jax.config import UserError
-from dit_jax.methods.hsa import PRESETS, Hsa, HsaDenoiser
+from dit_jax.methods.hsa import PRESETS, Hsa, HsaDenoiser, is_refreshed
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
-from dit_jax.methods.token_groups import active_groups, dealt, fixed_ranking, prefix_sizes, relative_change
+from dit_jax.methods.token_groups import active_groups, dealt, fixed_ranking, group_ends, relative_change
 from dit_jax.models.network import Attended, Aux, State, unlayout, with_context
 from dit_jax.ops.attention import attend
+from dit_jax.sampling.sampler import sample, start
 from dit_jax.sampling.schedules import Shift
 from dit_jax.sampling.solvers import Euler, Step
 
@@ -48,7 +49,7 @@ def oracle(denoiser, latents, sigmas, hsa: Hsa):
     blocks = sum(denoiser.model.stacks)
     shape = (blocks, len(latents) * branches, count, config.heads, config.head_width)
     cache, velocity = (jnp.zeros(shape), jnp.zeros(shape)), None
-    ends = prefix_sizes(hsa.shares, count, count, 1)
+    ends = group_ends(hsa.shares, count, count)
     change = np.zeros((len(latents), count))
     group = None
     masked = replace(denoiser, call=replace(denoiser.call, attention=Masked()))
@@ -137,12 +138,30 @@ def test_a_sample_is_ranked_by_itself_in_any_batch(backbone):
         assert relative_error(together[index], sampled(applied(SMALL, *alone), alone[1], SMALL.steps)[0]) < 1e-5
 
 
+def test_the_cache_is_in_memory_once():
+    config = replace(CONFIGS["wan"], blocks=6, width=96, heads=8)
+    shape = (1, 4, 32, 32, 4)  # 1,024 tokens
+    plain, latents = guided(config, samples=1), jnp.zeros(shape)
+    schedule = Euler().schedule(SMALL.steps, Shift(constant=3.0), 1024)
+
+    def temporaries(denoiser):
+        carry = jax.eval_shape(lambda denoiser: start(denoiser, Euler(), latents), denoiser)
+        run = jax.jit(lambda denoiser, carry: sample(denoiser, Euler(), carry, schedule, 0, 4), donate_argnums=1)
+        return run.lower(denoiser, carry).compile().memory_analysis().temp_size_in_bytes
+
+    denoiser = applied(SMALL, plain, latents)
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.eval_shape(denoiser.init, latents).cache)
+    assert cache == 2 * 6 * 2 * 1024 * 96 * 4
+    # The donated cache is the program's argument and its result.
+    assert cache + temporaries(denoiser) <= 1.2 * cache + temporaries(plain)
+
+
 def test_held_tokens_are_always_active():
     config = CONFIGS["wan"]
     latents = noise(config)
     plain = replace(guided(config), held=latents[:, :1] * 0.5)
     denoiser = applied(replace(SMALL, shares=(0.1, 0.2, 0.7)), plain, latents)
-    assert denoiser.prefixes[0] == 15  # one latent frame, more than a tenth of 45
+    assert denoiser.ends[0] == 15  # one latent frame, more than a tenth of 45
     state = denoiser.init(latents)
     change = jnp.asarray(np.random.default_rng(0).random((2, 45)), jnp.float32)
     order = denoiser._ranked(change, plain.tokens(latents))
@@ -165,12 +184,13 @@ def test_presets_have_the_papers_margins_and_token_steps(name, margin, token_ste
     assert sum(hsa.share_of_full(step) for step in range(hsa.steps)) == pytest.approx(token_steps)
 
 
-def test_groups_are_dealt_evenly_over_the_shards():
-    ranked = jnp.asarray(np.random.default_rng(0).permutation(24)[None])
-    order = np.asarray(dealt(ranked, (8, 12, 24), 4)).reshape(4, 6)
-    assert set(order[:, :2].ravel()) == set(np.asarray(ranked[0, :8]))
-    assert set(order[:, :3].ravel()) == set(np.asarray(ranked[0, :12]))
+def test_tokens_are_dealt_by_rank_over_the_shards():
+    ranked = np.random.default_rng(0).permutation(24)
+    order = np.asarray(dealt(jnp.asarray(ranked[None]), 4)).reshape(4, 6)
+    assert set(order[:, :2].ravel()) == set(ranked[:8])
     assert sorted(order.ravel()) == list(range(24))
+    # Of the first eight places, those of the first six ranks.
+    assert set(order[:, :2].ravel()[is_refreshed(8, 6, 4)]) == set(ranked[:6])
 
 
 def test_relative_change_is_the_papers():
