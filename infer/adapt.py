@@ -14,11 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from convert.checkpoint import METHODS, Checkpoint, CheckpointLayout, open_checkpoint
 from convert.components import Component
 from convert.method_parts import part_files, transformers
+from convert.progress import progress_bar
 from convert.transfer import convert
 from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
@@ -80,16 +79,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     began = time.perf_counter()
     try:
-        with warnings_in_lines(), tqdm(unit="tensor", file=sys.stderr) as bar:
+        with warnings_in_lines(), progress_bar(unit="tensor") as bar:
             source = open_checkpoint(options.model)
             layout: CheckpointLayout = "native" if source.layout == "native" else "diffusers"
             target = adapted(source, list(dict.fromkeys(options.add)), options.seed)
             convert(target, options.out, layout, overwrite=options.overwrite, progress=bar)
     except UserError as error:
-        print(f"dit-adapt: {error}", file=sys.stderr)
+        print(f"dit-adapt: {error}")
         return 2
     except OSError as error:
-        print(f"dit-adapt: {error.filename or options.out}: {error.strerror or error}.", file=sys.stderr)
+        print(f"dit-adapt: {error.filename or options.out}: {error.strerror or error}.")
         return 2
     print(f"{options.out}: {layout} layout with {', '.join(options.add)}, {time.perf_counter() - began:.1f} s")
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PLANS = ("hsa:groups=30@12/25@6/45@3:window=0.5",)
+PLANS = ("hsa:groups=30@12/25@6/45@3:window=0.5", "routing:min=2:max=2")
 
 
 @pytest.fixture(scope="module")
