@@ -85,10 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
             target = adapted(source, list(dict.fromkeys(options.add)), options.seed)
             convert(target, options.out, layout, overwrite=options.overwrite, progress=bar)
     except UserError as error:
-        print(f"dit-adapt: {error}")
+        print(f"dit-adapt: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"dit-adapt: {error.filename or options.out}: {error.strerror or error}.")
+        print(f"dit-adapt: {error.filename or options.out}: {error.strerror or error}.", file=sys.stderr)
         return 2
     print(f"{options.out}: {layout} layout with {', '.join(options.add)}, {time.perf_counter() - began:.1f} s")
     return 0

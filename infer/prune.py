@@ -81,10 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings_in_lines():
             report = prune(options)
     except UserError as error:
-        print(f"dit-prune: {error}")
+        print(f"dit-prune: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"dit-prune: {error.filename or options.out}: {error.strerror or error}.")
+        print(f"dit-prune: {error.filename or options.out}: {error.strerror or error}.", file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps(report))
