@@ -14,12 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from convert.checkpoint import METHODS, Checkpoint, CheckpointLayout, open_checkpoint
 from convert.components import Component
 from convert.leaves import Leaf
 from convert.method_parts import part_files, transformers
+from convert.progress import progress_bar
 from convert.transfer import convert
 from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
@@ -90,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     began = time.perf_counter()
     try:
-        with warnings_in_lines(), tqdm(unit="tensor", file=sys.stderr) as bar:
+        with warnings_in_lines(), progress_bar(unit="tensor") as bar:
             source = open_checkpoint(options.model)
             layout: CheckpointLayout = "native" if source.layout == "native" else "diffusers"
             target = adapted(source, list(dict.fromkeys(options.add)), options.seed)

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from convert.checkpoint import Checkpoint, CheckpointLayout, open_checkpoint
 from convert.method_parts import transformers
+from convert.progress import progress_bar
 from convert.transfer import convert
 from convert.warning_lines import warnings_in_lines
 from convert.widths import with_widths
@@ -115,7 +115,7 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
         _plot(options, heads, widths)
     layout: CheckpointLayout = "native" if source.layout == "native" else "diffusers"
     target = with_widths(source, widths, norm_counts_pruned=options.norm == "full")
-    with tqdm(unit="tensor", file=sys.stderr) as bar:
+    with progress_bar(unit="tensor") as bar:
         convert(target, options.out, layout, overwrite=options.overwrite, progress=bar)
     return _report(source, widths, heads) | {"seconds": round(time.perf_counter() - began, 1)}
 
@@ -132,7 +132,7 @@ def _scored(options: argparse.Namespace) -> dict[str, Heads]:
     keep_compiled_programs()
     pipe = load_pipeline(options.model, mesh=make_mesh(parse_mesh(options.mesh)) if options.mesh else None)
     asked = {"size": parse_size(options.size) if options.size else None, "frames": options.frames}
-    with tqdm(total=len(prompts), unit="prompt", desc="scoring heads", file=sys.stderr) as bar:
+    with progress_bar(total=len(prompts), unit="prompt", desc="scoring heads") as bar:
         return calibrate_heads(pipe, prompts, lambda done: bar.update(done - bar.n), steps=options.steps, **asked)
 
 
@@ -152,7 +152,7 @@ def chosen_widths(
     chosen: dict[str, np.ndarray] = {}
     for module in mlps(config):
         up, down = leaves[f"{module}.up.kernel"], leaves[f"{module}.down.kernel"]
-        bar = tqdm(range(up.shape[0]), unit="block", desc=f"{name}.{module}", file=sys.stderr, leave=False)
+        bar = progress_bar(range(up.shape[0]), unit="block", desc=f"{name}.{module}", leave=False)
         chosen[module] = np.stack([best_neurons(up.block(block), down.block(block), neurons) for block in bar])
     return Widths(heads=kept, neurons=chosen)
 

@@ -13,6 +13,7 @@ from small_models import CONFIGS, guided, noise, relative_error, sampled
 
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
+from dit_jax.methods.routing import RouterConfig, new_router
 from dit_jax.models import flux, wan
 from dit_jax.sampling.sampler import Carry, sample
 from dit_jax.sampling.schedules import Shift
@@ -26,8 +27,19 @@ STEPS, SEGMENT = 12, 4
 
 def applied(text, denoiser, latents):
     schedule = Euler().schedule(STEPS, Shift(constant=3.0), 40)
-    run = Run(latents_shape=latents.shape, first=0, stop=STEPS, steps=STEPS, sigmas=schedule.sigmas)
+    run = Run(
+        latents_shape=latents.shape, first=0, stop=STEPS, steps=STEPS, sigmas=schedule.sigmas,
+        parts={"router": random_router(denoiser.model)},
+    )  # fmt: skip
     return parse_plan(text).applied(denoiser, run), schedule
+
+
+def random_router(model):
+    """A router whose choice depends on the latents."""
+    part = new_router(RouterConfig(content="latents", features=9, blocks=sum(model.stacks), hidden=16))
+    rng = np.random.default_rng(0)
+    leaves = {name: rng.standard_normal(leaf.shape).astype(np.float32) for name, leaf in part.leaves.items()}
+    return part._replace(leaves=leaves)
 
 
 def on_mesh(text, backbone, axes):
