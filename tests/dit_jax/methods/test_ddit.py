@@ -36,7 +36,7 @@ from dit_jax.methods.patch_adapters import (
 from dit_jax.methods.plan import parse_plan
 from dit_jax.models.network import layout, unlayout
 from dit_jax.ops.rope import merged_centres
-from dit_jax.parameters import leaf_name, named_leaves
+from dit_jax.parameters import Precision, cast, leaf_name, named_leaves
 from dit_jax.sampling.solvers import Step
 from dit_jax.sharding import logical_axes
 
@@ -173,6 +173,17 @@ def test_a_sample_is_itself_in_any_batch_at_a_larger_size():
         alone = latents[index : index + 1]
         found = sampled(applied(one_sample(plain, index), alone, trained("wan"), 2), alone, 4)
         assert relative_error(found[0], together[index]) < 1e-5
+
+
+@pytest.mark.parametrize("backbone", CONFIGS)
+def test_adapters_in_fp32_leave_a_bf16_model_in_bf16(backbone):
+    plain, latents = guided(CONFIGS[backbone]), noise(CONFIGS[backbone])
+    plain = replace(plain, model=cast(plain.model, Precision(weights=jnp.bfloat16)))
+    larger = applied(plain, latents, trained(backbone), 2)
+    assert larger.model.patch.size.dtype == larger.model.out.kernel.dtype == jnp.bfloat16
+    tokens = jax.eval_shape(lambda model: model.embed(layout(latents, model.config.patch).rows), larger.model)
+    assert tokens.dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda: larger(latents, larger.init(latents), STEP))[0].shape == latents.shape
 
 
 @pytest.mark.parametrize("backbone", CONFIGS)
