@@ -136,7 +136,7 @@ def test_what_is_drawn_is_the_best_measure_that_all_have():
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, named, capsys, tmp_path, monkeypatch, random_model):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(random_pipeline, "RandomPipeline", lambda *_: random_model)
+    monkeypatch.setattr(random_pipeline, "RandomPipeline", lambda *_, **__: random_model)
     assert plan_bench.main(arguments) == 2
     error = capsys.readouterr().err.strip()
     assert named in error and len(error.splitlines()) == 1 and error.startswith("dit-bench: ")
