@@ -386,7 +386,10 @@ class Pipeline(ABC):
         if self.mesh is not None:
             latents, solver = (jax.device_put(part, batch_shardings(part, self.mesh)) for part in carry[:2])
             carry = Carry(latents, solver, None)
-        state = self.programs.run(("init", type(denoiser)), type(denoiser).init, denoiser, carry.latents, before)
+        start = type(denoiser).init
+        state = jax.eval_shape(start, denoiser, carry.latents, before)
+        if jax.tree.leaves(state):  # a plain denoiser has none
+            state = self.programs.run(("init", type(denoiser)), start, denoiser, carry.latents, before)
         carry = carry._replace(denoiser=state)
         return carry, None if self.mesh is None else jax.tree.map(lambda leaf: leaf.sharding, carry)
 

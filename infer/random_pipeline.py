@@ -70,6 +70,7 @@ class RandomPipeline(Pipeline):
         )
         self.name, self.defaults, self.mesh, self.programs = name, defaults, None, Programs()
         self.shift = Shift(dynamic=True, to_last_step=True) if self.is_flux else Shift(constant=3.0)
+        self.parts = {"transformer": {}}
         self._drawn: dict[tuple[int, ...], jax.Array] = {}
         self._load_models(dtype, False)
 
