@@ -11,7 +11,7 @@ export TPU_SKIP_MDS_QUERY := 1
 PROMPT ?= a red 7 moving left above a blue 2 on a striped background
 SEED ?= 0
 
-.PHONY: demo test check-long check-convert check-tpu check-demo lint newest clean
+.PHONY: demo test check-long check-convert check-tpu check-demo check-methods lint newest clean
 
 demo: $(VENV)/.core
 	@mkdir -p out
@@ -22,7 +22,7 @@ test: $(VENV)/.dev lint
 	$(BIN)/pytest -n 2 -m "not long"
 
 # What is too slow for every change, in parts of at most half an hour on 2 cores.
-check-long: check-convert check-tpu check-demo
+check-long: check-convert check-tpu check-demo check-methods
 
 check-convert: $(VENV)/.dev
 	$(BIN)/pytest -m long tests/convert
@@ -31,7 +31,10 @@ check-tpu: $(VENV)/.dev
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(BIN)/pytest -n 2 -m long tests/infer/test_tpu_memory.py
 
 check-demo: $(VENV)/.dev
-	$(BIN)/pytest -m long tests/infer --ignore tests/infer/test_tpu_memory.py
+	$(BIN)/pytest -m long tests/infer --ignore tests/infer/test_tpu_memory.py --ignore tests/infer/test_plan_pairs.py
+
+check-methods: $(VENV)/.dev
+	$(BIN)/pytest -n 2 -m long tests/dit_jax tests/infer/test_plan_pairs.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

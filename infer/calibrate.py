@@ -17,6 +17,7 @@ from dit_jax.config import UserError
 from dit_jax.methods.coherence import Lattice
 from dit_jax.methods.coredit import Coredit
 from dit_jax.methods.coredit_ratios import CAP, Recording, allocate, ratios_file
+from dit_jax.methods.magcache import ratios_of, recording, write_ratios
 from dit_jax.methods.method import Run
 from infer.prompts_file import read_prompts
 
@@ -25,7 +26,8 @@ BATCH = 4  # prompts that run together
 EPILOG = """\
 coredit gives every block of a model its share of --ratio: tokens are given, a few at a time, to the block whose next
 ones are the most alike, no block more than 60 %. It runs the model on the prompts in a few steps (--steps, 8), which
-sees as many noise levels.
+sees as many noise levels. magcache measures how the trunk's residual grows from step to step: give it the --steps that
+will be used.
 
 examples:
   dit-calibrate coredit --model demo-flux --prompts prompts.txt --ratio 0.45 --out ratios.json
@@ -103,9 +105,49 @@ def coredit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     return {"out": str(options.out), "ratios": ratios, "mean": round(mean, 6), "tokens": tokens, **told}
 
 
+class ResidualWatch:
+    """Keeps the norms of the trunk's residual at every step [S, R] of each run; both experts' make one.
+
+    `samples` are those of a batch that count; the others fill it up.
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.runs: list[np.ndarray] = []
+
+    def around(self, denoiser: Any, run: Run) -> Any:
+        """A denoiser that records."""
+        self.branches, self.begins = denoiser.branches, run.first == 0
+        return recording(denoiser, run.steps)
+
+    def finished(self, component: str, state: Any) -> None:
+        """Takes what a stage has recorded."""
+        norms = np.asarray(state.cache, np.float64)[:, : self.samples * self.branches]
+        if self.begins:
+            self.runs.append(norms)
+        else:
+            self.runs[-1] = self.runs[-1] + norms
+
+
+def no_options(options: argparse.ArgumentParser) -> None:
+    """For what has no options of its own."""
+
+
+def magcache(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures the ratios of MagCache, for runs of so many steps, and writes their file."""
+    if options.steps < 2:
+        raise UserError(f"--steps is {options.steps}: expected at least 2, as many as the runs will have; change it")
+    watch = ResidualWatch()
+    prompts, job = run_prompts(pipe, options, watch)
+    ratios = ratios_of(np.concatenate(watch.runs, axis=1))
+    write_ratios(options.out, ratios)
+    return {"out": str(options.out), "ratios": ratios.round(6).tolist(), "prompts": prompts, "steps": job.steps}
+
+
 # Name -> what can be calibrated.
 KINDS = {
     "coredit": Kind("how much each block may skip (plan coredit:FILE)", coredit_options, coredit),
+    "magcache": Kind("how steps' residuals grow (plan magcache:T:ratios=FILE)", no_options, magcache),
 }
 
 

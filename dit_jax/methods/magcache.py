@@ -145,10 +145,21 @@ def measured_ratios(
     norms: Any = 0.0
     carry = Carry(latents, solver.init(latents), None)
     for denoiser, first, stop in spans:
-        recording = _cached(denoiser, ResidualNorms(schedule.steps), np.arange(schedule.steps))
-        carry = _sampled(recording, carry._replace(denoiser=None), schedule, first, solver=solver, count=stop - first)
+        watched = recording(denoiser, schedule.steps)
+        carry = _sampled(watched, carry._replace(denoiser=None), schedule, first, solver=solver, count=stop - first)
         norms = norms + np.asarray(carry.denoiser.cache, np.float64)
-    return np.append(1.0, np.mean(norms[1:] / norms[:-1], axis=1))
+    return ratios_of(norms)
+
+
+def recording(denoiser: Guided, steps: int) -> Guided:
+    """A denoiser that runs every step and notes in its state's `cache` the norms of the trunk's residual [S, R]; 0 at
+    the steps of others."""
+    return _cached(denoiser, ResidualNorms(steps), np.arange(steps))
+
+
+def ratios_of(norms_SR: np.ndarray) -> np.ndarray:
+    """γ of each step [S], the mean over the rows; γ_0 is 1."""
+    return np.append(1.0, np.mean(norms_SR[1:] / norms_SR[:-1], axis=1))
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "count"))
@@ -159,7 +170,9 @@ def _sampled(denoiser: Guided, carry: Carry, schedule: Schedule, first, *, solve
 
 def write_ratios(path: Path, ratios: np.ndarray) -> None:
     """A file that a plan's `ratios=` reads: a JSON object with the list `ratios`, one for each step."""
-    path.write_text(json.dumps({"ratios": [round(float(ratio), 6) for ratio in ratios]}) + "\n")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps({"ratios": [round(float(ratio), 6) for ratio in ratios]}) + "\n")
+    partial.replace(path)
 
 
 def read_ratios(path: Path) -> tuple[float, ...]:

@@ -78,3 +78,28 @@ def test_bad_input_is_one_sentence_and_exit_code_2(text_to_video, prompts, tmp_p
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert printed.startswith("dit-calibrate: ") and told in printed
     assert not out.exists()
+
+
+def test_magcaches_ratios_are_measured_and_used(text_to_video, prompts, tmp_path):
+    out = tmp_path / "ratios.json"
+    command = ["magcache", "--model", str(text_to_video[0]), "--prompts", str(prompts), "--out", str(out), *SMALL[:-1]]
+    assert calibrate.main([*command, "4"]) == 0
+    [plan] = parse_plan(f"magcache:0.5:ratios={out}").methods
+    assert plan.steps == 4 and plan.ratios[0] == 1 and min(plan.ratios) > 0
+    pipe = load_pipeline(text_to_video[0])
+    planned = pipe("a fish", plan=f"magcache:0:ratios={out}", size=(96, 80), frames=5)
+    np.testing.assert_array_equal(planned.latents, pipe("a fish", steps=4, size=(96, 80), frames=5).latents)
+
+
+def test_one_step_has_no_ratios(text_to_video, prompts, tmp_path, capsys):
+    command = [
+        "magcache",
+        "--model",
+        str(text_to_video[0]),
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
+    assert calibrate.main([*command, "--steps", "1"]) == 2
+    assert "expected at least 2" in capsys.readouterr().err
