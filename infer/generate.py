@@ -181,8 +181,8 @@ def _load(options: argparse.Namespace):
     from convert.progress import progress_bar
     from dit_jax.sharding import make_mesh, parse_mesh
     from infer.caches import keep_compiled_programs
+    from infer.loading import load_pipeline
     from infer.loras import parse_choice
-    from infer.pipeline import load_pipeline
 
     keep_compiled_programs()
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None

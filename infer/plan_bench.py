@@ -159,7 +159,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _subject(options: argparse.Namespace, attention_only: bool = False) -> Pipeline:
-    from infer.pipeline import load_pipeline
+    from infer.loading import load_pipeline
     from infer.random_pipeline import preset_pipeline, sized_pipeline
 
     if options.random:

@@ -123,7 +123,7 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
 def _scored(options: argparse.Namespace) -> dict[str, Heads]:
     from dit_jax.sharding import make_mesh, parse_mesh
     from infer.caches import keep_compiled_programs
-    from infer.pipeline import load_pipeline
+    from infer.loading import load_pipeline
     from infer.request import parse_size
 
     if options.prompts is None:

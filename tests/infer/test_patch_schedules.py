@@ -10,7 +10,7 @@ from tiny_flux import pipeline as flux_pipeline
 from dit_jax.config import UserError
 from dit_jax.methods.patch_adapters import AdapterSettings, abstract_adapters, part_of
 from infer.adapt import main as adapt
-from infer.pipeline import load_pipeline
+from infer.loading import load_pipeline
 from infer.request import Request
 
 SIZE, STEPS = (48, 32), 7

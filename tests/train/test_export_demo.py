@@ -12,7 +12,7 @@ from dit_jax.models.vae_wan import WanVAE, WanVAEConfig
 from dit_jax.models.wan import FP32_LEAVES, Wan, WanConfig
 from dit_jax.parameters import named_leaves
 from infer.digit_grammar import all_captions_sample
-from infer.pipeline import load_pipeline
+from infer.loading import load_pipeline
 from train import export_demo
 from train.demo_tokenizer import train_tokenizer
 from train.export_demo import DEFAULTS, export_pipeline

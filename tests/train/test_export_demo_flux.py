@@ -13,7 +13,7 @@ from dit_jax.models.t5 import T5Encoder
 from dit_jax.models.vae_kl import AutoencoderKL
 from dit_jax.parameters import named_leaves
 from infer.digit_grammar import PICTURES, all_picture_captions_sample
-from infer.pipeline import load_pipeline
+from infer.loading import load_pipeline
 from train import export_demo_flux
 from train.demo_tokenizer import token_ids, train_clip_tokenizer, train_tokenizer
 from train.export_demo_flux import export_pipeline
