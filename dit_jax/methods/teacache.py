@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -18,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.config import UserError
 from dit_jax.flops import Config, Shape, StepAt, StepWork, residual_bytes
-from dit_jax.methods.method import Run, Words
+from dit_jax.methods.method import Part, Run, Words
 from dit_jax.methods.residual import Residual, no_residual, run_or_reuse
 from dit_jax.models.network import Aux, State, Trunk
 from dit_jax.ops import mesh as meshes
@@ -148,6 +150,16 @@ class TeaCache:
         """Which steps run whatever the signal does, bool [S]."""
         index = np.arange(steps)
         return index < FIRST_STEPS_OF_RET if self.ret else (index == 0) | (index == steps - 1)
+
+    def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
+        """UserError where the polynomial was fitted for a model of another backbone."""
+        backbone = "flux" if len(stacks) > 1 else "wan"
+        if self.model is not None and not self.model.startswith(backbone):
+            known = [name for name in (RET_POLYNOMIALS if self.ret else POLYNOMIALS) if name.startswith(backbone)]
+            raise UserError(
+                f"teacache: the polynomial of {self.model} is not for this model: expected one of "
+                f"{', '.join(known) or 'none with ret'}; change model= or leave it out"
+            )
 
     def step_work(self, work: StepWork, at: StepAt) -> StepWork:
         """The share of steps that was measured to run the blocks; all of them, if nothing was."""

@@ -170,3 +170,11 @@ def test_a_model_without_a_polynomial_is_warned_of():
     with pytest.warns(UserWarning, match="names no model that TeaCache's polynomial was fitted for"):
         [teacache] = parse_plan("teacache:0.1").methods
     assert teacache.polynomial == (1, 0)
+
+
+@pytest.mark.parametrize(("model", "stacks"), [("flux.1", (30,)), ("wan2.1-t2v-14b", (19, 38))])
+def test_a_polynomial_of_another_backbone_is_refused(model, stacks):
+    plan = parse_plan(f"teacache:0.1:model={model}")
+    with pytest.raises(UserError, match=f"the polynomial of {model} is not for this model"):
+        plan.check(stacks, {})
+    plan.check((19, 38) if model == "flux.1" else (30,), {})
