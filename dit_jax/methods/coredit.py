@@ -26,9 +26,8 @@ from dit_jax.flops import Config, Shape, StepAt, StepWork
 from dit_jax.methods.coherence import Lattice, cell_sizes, kept, taken
 from dit_jax.methods.coredit_ratios import CAP, Ratios, bucketed, read_ratios
 from dit_jax.methods.method import Part, Run, Words
-from dit_jax.models.network import Attended, Dense, grid, padded_length, with_context
+from dit_jax.models.network import Attended, Dense, attended, grid, padded_length
 from dit_jax.ops import mesh as meshes
-from dit_jax.ops.attention import attend
 from dit_jax.sampling.sampler import Guided
 
 
@@ -66,10 +65,10 @@ class Coherent:
         lattice = self.lattice
         stay = kept(order, skipped, padded_length(lattice.tokens - skipped))
         x, rope = jax.tree.map(lambda of_all: meshes.constrain_tokens(taken(of_all, stay.rows)), (x_BMD, place.rope))
-        attended = _attended(attention, attention.qkv(x, rope), place, stay.valid)
+        found = attended(attention, attention.qkv(x, rope), place.context, stay.valid)
         slots = jnp.maximum(jnp.cumsum(stay.mask, axis=1) - 1, 0)
-        y = lattice.reconstructed(attended.tokens, slots, stay.mask, coherence)
-        return attended._replace(tokens=_padded(y, x_BMD.shape[1]))
+        y = lattice.reconstructed(found.tokens, slots, stay.mask, coherence)
+        return found._replace(tokens=_padded(y, x_BMD.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -85,18 +84,10 @@ class MaskedCoherent:
         rank = jnp.argsort(self.lattice.skipping_order(coherence, block), axis=1)
         stay = rank >= aux[block]
         valid = jnp.pad(stay, ((0, 0), (0, x_BMD.shape[1] - tokens)))
-        attended = _attended(attention, attention.qkv(x_BMD, place.rope), place, valid)
+        found = attended(attention, attention.qkv(x_BMD, place.rope), place.context, valid)
         slots = jnp.broadcast_to(jnp.arange(tokens), stay.shape)
-        y = self.lattice.reconstructed(attended.tokens[:, :tokens], slots, stay, coherence)
-        return attended._replace(tokens=_padded(y, x_BMD.shape[1])), cache
-
-
-def _attended(attention, qkv, place, valid) -> Attended:
-    q, k, v = qkv
-    if place.context is None:
-        return Attended(attention.out(attend(q, k, v, valid)))
-    k, v, valid = with_context(place.context, k, v, valid)
-    return Attended(attention.out(attend(q, k, v, valid)), attend(place.context.q, k, v, valid))
+        y = self.lattice.reconstructed(found.tokens[:, :tokens], slots, stay, coherence)
+        return found._replace(tokens=_padded(y, x_BMD.shape[1])), cache
 
 
 def _padded(y_BND: jax.Array, count: int) -> jax.Array:

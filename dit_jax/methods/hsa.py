@@ -35,9 +35,8 @@ from dit_jax.methods.token_groups import (
     ranks_of_places,
     relative_change,
 )
-from dit_jax.models.network import Attended, Aux, Route, State, Tokens, lattice, unlayout, with_context
+from dit_jax.models.network import Aux, State, Tokens, all_or_none, attended, lattice, unlayout
 from dit_jax.ops import mesh as meshes
-from dit_jax.ops.attention import attend
 from dit_jax.sampling.sampler import Guided
 
 TPU_GROUP = 128  # tokens a shard that group sizes are multiples of on TPU
@@ -83,11 +82,7 @@ class Prefix:
         q, k, v = attention.qkv(x_BMD, place.rope)
         cache = KeysValues(self._written(cache.k, k, block), self._written(cache.v, v, block))
         k, v = (_in_rows(jax.lax.dynamic_index_in_dim(of_all, block, keepdims=False)) for of_all in cache)
-        if place.context is None:
-            return Attended(attention.out(attend(q, k, v, aux))), cache
-        k, v, valid = with_context(place.context, k, v, aux)
-        context = attend(place.context.q, k, v, valid)
-        return Attended(attention.out(attend(q, k, v, valid)), context), cache
+        return attended(attention, (q, k, v), place.context, aux), cache
 
     def _written(self, of_all, rows_RMHK, block):
         rows = einops.rearrange(rows_RMHK, "r (z m) h k -> 1 r h z m k", z=self.shards).astype(of_all.dtype)
@@ -183,7 +178,7 @@ class HsaDenoiser:
         """Velocity of a prefix, with every block run where it is chosen and none where not: no conditional may carry a
         cache, XLA would copy it."""
         call = replace(self.guided.call, attention=Prefix(self.shards, end))
-        routes = tuple(Route(jnp.arange(blocks), jnp.where(chosen, blocks, 0)) for blocks in self.guided.model.stacks)
+        routes = all_or_none(self.guided.model.stacks, chosen)
         guided = replace(self.guided, call=call)
         new, state = guided.velocity_rows(tokens, step, State(attention=cache), Aux(attention=valid, routes=routes))
         return new, state.attention

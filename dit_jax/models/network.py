@@ -132,12 +132,16 @@ class Dense:
     """Every token is projected and attends every valid token (and the context, which attends them too)."""
 
     def __call__(self, attention, x_BMD, place, block, cache, aux):
-        q, k, v = attention.qkv(x_BMD, place.rope)
-        if place.context is None:
-            return Attended(attention.out(attend(q, k, v, place.valid))), cache
-        k, v, valid = with_context(place.context, k, v, place.valid)
-        context = attend(place.context.q, k, v, valid)
-        return Attended(attention.out(attend(q, k, v, valid)), context), cache
+        return attended(attention, attention.qkv(x_BMD, place.rope), place.context, place.valid), cache
+
+
+def attended(attention, qkv: tuple[jax.Array, ...], context: Context | None, valid_BM: jax.Array | None) -> Attended:
+    """Queries [B, N, H, K] attend the valid keys [B, M, H, K] and the context's, which attends them all too."""
+    q, k, v = qkv
+    if context is None:
+        return Attended(attention.out(attend(q, k, v, valid_BM)))
+    k, v, valid = with_context(context, k, v, valid_BM)
+    return Attended(attention.out(attend(q, k, v, valid)), attend(context.q, k, v, valid))
 
 
 def with_context(context: Context, k_BMHK: jax.Array, v_BMHK: jax.Array, valid_BM: jax.Array | None):
@@ -171,6 +175,11 @@ class Route(NamedTuple):
 
     blocks: jax.Array
     active: jax.Array
+
+
+def all_or_none(stacks: tuple[int, ...], runs: jax.Array) -> tuple[Route, ...]:
+    """Routes through all blocks of each stack if `runs` [], else through none."""
+    return tuple(Route(jnp.arange(blocks), jnp.where(runs, blocks, 0)) for blocks in stacks)
 
 
 class Aux(NamedTuple):
@@ -211,8 +220,7 @@ class Trunk(NamedTuple):
     def run_if(self, runs: jax.Array, attention: Strategy, told: Any, x_BMD: jax.Array, state: Any):
         """The same with another strategy, which is told this, if `runs` []; else as they came. No conditional carries
         the state: XLA would copy it."""
-        stacks = self.model.stacks
-        routes = tuple(Route(jnp.arange(blocks), jnp.where(runs, blocks, 0)) for blocks in stacks)
+        routes = all_or_none(self.model.stacks, runs)
         call, aux = replace(self.call, attention=attention), self.aux._replace(attention=told, routes=routes)
         return self._replace(call=call, aux=aux).run(x_BMD, state)
 
