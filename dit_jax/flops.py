@@ -97,8 +97,8 @@ class StepWork(NamedTuple):
 
 
 class StepAt(NamedTuple):
-    """Which step of how many, from 0; whether it is the first of a stage; by a method's name, what was measured of a
-    run where the arithmetic does not tell it (the share of steps that a cache runs, in [0, 1]); the timestep."""
+    """Which step of how many, from 0; whether it is the first of a stage; by a method's name, what was measured of this
+    step of a run where the arithmetic does not tell it (`Measured`); the timestep."""
 
     step: int
     steps: int
@@ -174,20 +174,21 @@ def plan_cost(
     *,
     timesteps: Sequence[float] | None = None,
     begins: Sequence[int] = (0,),
-    measured: Mapping[str, float] | None = None,
+    measured: Mapping[str, Sequence[float]] | None = None,
     of_step: Callable[[Config, Shape, StepWork], Cost] = step_cost,
 ) -> Cost:
     """Cost of a whole run.
 
     methods    of a plan, in its order: each is asked `step_work(work, at)`
     timesteps  of the steps, in [0, 1000]; None spaces them evenly
-    begins    first steps of the stages
-    measured  see `StepAt`
-    of_step   `step_cost`, or `attention_cost`
+    begins     first steps of the stages
+    measured   by a method's name, what was measured of each step [S]
+    of_step    `step_cost`, or `attention_cost`
     """
     total, dense, known = Cost(), dense_work(config, shape), {}
     for index, t in enumerate(np.linspace(1000, 0, steps, endpoint=False) if timesteps is None else timesteps):
-        work, at = dense, StepAt(index, steps, index in begins, measured or {}, float(t))
+        known_of_step = {name: of_steps[index] for name, of_steps in (measured or {}).items()}
+        work, at = dense, StepAt(index, steps, index in begins, known_of_step, float(t))
         for method in methods:
             work = method.step_work(work, at)
         if work not in known:

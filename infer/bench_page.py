@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ QUALITIES = {
     "all": "prompts fully right",
     "psnr": "PSNR to the dense result (dB)",
     "ssim": "SSIM to the dense result",
+    "frechet": "Fréchet distance to real samples",
     "efficiency": "measured over predicted speed-up",
 }
 COLUMNS = {
@@ -30,7 +32,9 @@ COLUMNS = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
     "all": "fully right",
+    "frechet": "Fréchet distance",
 }
+MARKERS = "osD^vPX*<>"
 PAGE = """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -63,39 +67,57 @@ def check_plotting() -> None:
 
 def write_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Writes the PNG and, beside it, the page; returns both."""
-    quality = quality_of(rows)
-    _draw(path, rows, quality)
+    qualities = qualities_of(rows)
+    _draw(path, rows, qualities)
     page = path.with_suffix(".html")
-    page.write_text(_page(rows, quality, path.read_bytes()), encoding="utf-8")
+    page.write_text(_page(rows, qualities, path.read_bytes()), encoding="utf-8")
     return [path, page]
 
 
-def quality_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The first of QUALITIES that every row has."""
-    return next(name for name in QUALITIES if all(row.get(name) is not None for row in rows))
+def qualities_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those of QUALITIES that every row has; efficiency only where there is nothing else."""
+    found = [name for name in QUALITIES if all(row.get(name) is not None for row in rows)]
+    return [name for name in found if name != "efficiency"] or found
 
 
-def _draw(path: Path, rows: Sequence[Mapping[str, Any]], quality: str) -> None:
+def _draw(path: Path, rows: Sequence[Mapping[str, Any]], qualities: Sequence[str]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8 * len(qualities), 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    for panel, quality in zip(figure.subplots(1, len(qualities), squeeze=False)[0], qualities, strict=True):
+        _draw_quality(panel, rows, quality)
+    figure.suptitle(title(rows))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    figure.savefig(path, format="png")
+
+
+def _draw_quality(axes: Any, rows: Sequence[Mapping[str, Any]], quality: str) -> None:
+    """Each method's plans joined by a line, with the margins of their scores."""
     # The dense run is its own reference: its PSNR would flatten the others.
-    shown = [row for row in rows if not (quality in ("psnr", "ssim") and row is rows[0] and len(rows) > 1)]
-    for row in shown:
-        axes.plot(row["seconds"], row[quality], "o", color="C0")
-        axes.annotate(row["plan"], (row["seconds"], row[quality]), xytext=(5, 5), textcoords="offset points")
-    if len(shown) < len(rows):
-        axes.axvline(rows[0]["seconds"], color="C1", linestyle="--", label=rows[0]["plan"])
-        axes.legend()
+    is_reference = quality in ("psnr", "ssim") and len(rows) > 1
+    of_method: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows[1:] if is_reference else rows:
+        of_method.setdefault(re.split("[:+]", row["plan"])[0], []).append(row)
+    for index, (method, of_it) in enumerate(of_method.items()):
+        points = sorted(of_it, key=lambda row: row["seconds"])
+        seconds, values = ([row[name] for row in points] for name in ("seconds", quality))
+        margins = [(row.get("margins") or {}).get(quality, 0) for row in points]
+        style = {"marker": MARKERS[index % len(MARKERS)], "color": f"C{index}", "label": method}
+        axes.errorbar(seconds, values, yerr=margins, capsize=2, alpha=0.8, **style)
+        for row in points:
+            setting = row["plan"].removeprefix(method).lstrip(":")
+            axes.annotate(
+                setting, (row["seconds"], row[quality]), xytext=(4, 4), textcoords="offset points", fontsize=7
+            )
+    if is_reference:
+        axes.axvline(rows[0]["seconds"], color="0.5", linestyle="--", label=f"{rows[0]['plan']} (time)")
     axes.set_xlabel("seconds")
     axes.set_ylabel(QUALITIES[quality])
-    axes.set_title(title(rows))
-    axes.margins(0.15)
+    axes.margins(0.1)
     axes.grid(alpha=0.3)
-    figure.savefig(path, format="png")
 
 
 def title(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -105,24 +127,26 @@ def title(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{first['model']}, {width}x{height}x{first['frames']}, {first['tokens']} tokens"
 
 
-def _page(rows: Sequence[Mapping[str, Any]], quality: str, picture: bytes) -> str:
+def _page(rows: Sequence[Mapping[str, Any]], qualities: Sequence[str], picture: bytes) -> str:
     first, columns = rows[0], [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     setting = f"{first['device']}, jax {first['jax']}, {first['solver']} solver, {first['samples']} samples a plan"
-    lines = ["".join(f"<td>{html.escape(cell(name, row.get(name)))}</td>" for name in columns) for row in rows]
+    lines = ["".join(f"<td>{html.escape(cell(name, row))}</td>" for name in columns) for row in rows]
     return PAGE.format(
         title=html.escape(title(rows)),
         setting=html.escape(setting),
-        alt=html.escape(f"{QUALITIES[quality]} against seconds"),
+        alt=html.escape(f"{', '.join(QUALITIES[quality] for quality in qualities)} against seconds"),
         picture=base64.b64encode(picture).decode(),
         heads="".join(f"<th>{html.escape(COLUMNS[name])}</th>" for name in columns),
         lines="\n".join(f"<tr>{line}</tr>" for line in lines),
     )
 
 
-def cell(name: str, value: Any) -> str:
-    """A figure of a table."""
+def cell(name: str, row: Mapping[str, Any]) -> str:
+    """A figure of a table, with its margin if it has one."""
+    value, margin = row.get(name), (row.get("margins") or {}).get(name)
     if value is None:
         return ""
     if name == "peak_bytes":
         return f"{value / 2**30:.2f}"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    figure = f"{value:.3f}" if isinstance(value, float) else str(value)
+    return figure if margin is None else f"{figure} ± {margin:.3f}"

@@ -5,15 +5,16 @@ Shapes: T frames, S side of the frame in pixels, F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from infer.digit_grammar import Scene
-from infer.digit_reader import FEATURES, DigitReader, load_reader, read
+from infer.digit_reader import FEATURES, DigitReader, read
 from infer.digit_tracks import CROP, Track, find_tracks
-from infer.moving_digits import ClipSpec, load_digits, render
+from infer.moving_digits import load_digits, render
 
 _LOOKS = 5
 _REAL_SEED = 4711
@@ -88,36 +89,15 @@ def _keeps_relation(found: list[Track], scene: Scene) -> bool | None:
     return bool(first.boxes[:, axis + 2].mean() <= second.boxes[:, axis].mean())
 
 
-def score_clips(
-    clips: Iterable[np.ndarray],
-    scenes: Sequence[Scene],
-    reader: DigitReader | None = None,
-    reference: list[ClipReading] | None = None,
-) -> dict:
-    """Score clips uint8 [T, S, S, 3] against their scenes; the same clips and scenes always get the same scores.
+def summary(readings: Sequence[ClipReading], reference: Sequence[ClipReading]) -> dict[str, Any]:
+    """Scores of readings; the same clips and scenes always get the same ones.
 
     Shares of the prompts: `digit`, `colour`, `direction` (right for every digit of the prompt), `all` (the three
     together), `count` (as many digits as asked), `relation` (of prompts with two digits: they lie apart as asked).
     Shares of the digits: `digit_each`, `colour_each`, `direction_each`. `frechet` is the Fréchet distance (Heusel et
     al. 2017, eq. 6) between the classifier's features of the clips' glyphs, five frames of each digit, and those of
-    real clips of the same scenes, drawn with one half of the held-out glyphs; a missing digit is an empty glyph.
-    `reference` holds the readings of those clips (`read_reference`), to save the time of making them again.
+    the `reference`; a missing digit is an empty glyph.
     """
-    reader = reader or load_reader()
-    readings, form = [], ClipSpec()
-    for clip, scene in zip(clips, scenes, strict=True):
-        readings.append(read_clip(clip, scene, reader))
-        form = ClipSpec(frames=clip.shape[0], size=clip.shape[1])
-    return _summary(readings, reference or read_reference(scenes, reader, form))
-
-
-def read_reference(scenes: Sequence[Scene], reader: DigitReader, spec: ClipSpec | None = None) -> list[ClipReading]:
-    """What real clips of the scenes show, drawn with the second half of the held-out glyphs."""
-    clips = real_clips(scenes, 1, spec)
-    return [read_clip(clip, scene, reader) for clip, scene in zip(clips, scenes, strict=True)]
-
-
-def _summary(readings: list[ClipReading], reference: list[ClipReading]) -> dict:
     prompts = np.array([reading.right.all(0) for reading in readings])
     digits = np.concatenate([reading.right for reading in readings])
     relations = [reading.relation for reading in readings if reading.relation is not None]
@@ -133,13 +113,13 @@ def _summary(readings: list[ClipReading], reference: list[ClipReading]) -> dict:
     }
 
 
-def real_clips(scenes: Sequence[Scene], half: int, spec: ClipSpec | None = None) -> Iterator[np.ndarray]:
+def real_clips(scenes: Sequence[Scene], half: int) -> Iterator[np.ndarray]:
     """Real clips uint8 [T, S, S, 3] of the scenes, drawn with half 0 or 1 of the held-out glyphs; always the same."""
     digits = load_digits("held-out")
     for index, scene in enumerate(scenes):
         rng = np.random.default_rng([_REAL_SEED, half, index])
         glyphs = [digits.images[rng.choice(np.flatnonzero(digits.labels == d.value)[half::2])] for d in scene.digits]
-        yield render(scene, glyphs, rng, spec)
+        yield render(scene, glyphs, rng)
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

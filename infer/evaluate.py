@@ -6,32 +6,35 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
-from dit_jax.methods.plan import DENSE
+from dit_jax.methods.plan import DENSE, parse_plan
 from infer import media
 from infer.digit_grammar import GRAMMARS
+from infer.kept_samples import KeptSamples
+from infer.margins import margins
+from infer.suites import SUITES, Exam, Suite
 
-if TYPE_CHECKING:
-    from infer.suites import Suite
-
-_BATCH = 4
+TOLD = ("size", "frames", "steps", "guidance", "true_cfg", "solver", "seed", "plan")
 
 EPILOG = """\
-Prompts are drawn uniformly from the whole grammar of dit-generate --help, always the same ones; prompt i is generated
-from seed N + i. Suites: moving-digits (videos, for demo-wan) and digits (pictures, for demo-flux). Scores:
+Prompts are drawn uniformly from the whole grammar of dit-generate --help, always the same ones; prompt i of P is
+generated from seed N + i, and with --seeds once more from N + P + i and so on. Suites: moving-digits (videos, for
+demo-wan) and digits (pictures, for demo-flux). Scores:
   digit, colour, direction   share of the prompts in which it is right for every digit (direction: of videos)
   count, relation            share of the prompts with as many digits as asked; of those with two kinds, lying as asked
   all                        share of the prompts fully right: digits, colours and directions of a video; digits,
                              colours, count and relation of a picture
   digit_each, ...            digit, colour and direction as shares of the digits
   frechet                    Frechet distance to real samples of the same prompts, in the features of a digit classifier
+  margins                    half the width of a 95 % interval of each score (bootstrap over prompts)
   ceiling                    all of these for real samples (drawn with other handwritten digits than those in frechet)
 The classifier and the real samples use digits that the model was not trained on. The classifier is trained on the first
 run, in about a minute, and kept in ~/.cache/dit-jax.
@@ -39,6 +42,7 @@ run, in about a minute, and kept in ~/.cache/dit-jax.
 examples:
   dit-eval --model demo-wan --suite moving-digits --json
   dit-eval --model demo-flux --suite digits --samples 50
+  dit-eval --model demo-wan --plan hsa:50 --samples 64 --seeds 3 --keep runs/samples
   dit-eval --real --suite digits
 """
 
@@ -62,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
     add("--solver", metavar="S", help="unipc or euler (default: the model's)")
     add("--plan", metavar="PLAN", default=DENSE, help="methods that make it cheaper, joined by +, such as hsa:50")
     add("--seed", type=int, default=0, metavar="N", help="seed of the first prompt's starting noise (default 0)")
+    add("--seeds", type=int, default=1, metavar="N", help="samples of each prompt (default 1)")
+    add("--keep", metavar="FOLDER", help="keep the samples there; those that are there are not generated again")
     add("--real", action="store_true", help="score real samples alone; no model is loaded")
     add("--sheets", metavar="FOLDER", help="also write a contact sheet of every generated sample there")
     add("--json", action="store_true", help="print one JSON object as the last line")
@@ -89,27 +95,32 @@ def evaluate(options: argparse.Namespace, pipe: Any = None) -> dict[str, Any]:
         raise UserError(f"unknown suite {options.suite!r}: expected {' or '.join(GRAMMARS)}")
     if options.samples < 2:
         raise UserError(f"--samples is {options.samples}: expected at least 2, to compare distributions")
-    if options.sheets:
-        media.make_room(Path(options.sheets) / "000.png")
+    if options.seeds < 1:
+        raise UserError(f"--seeds is {options.seeds}: expected at least 1")
+    for folder in filter(None, (options.sheets, options.keep)):
+        media.make_room(Path(folder) / "000.png")
     # The model first: a wrong name should not wait for the classifier.
     pipe = None if options.real else pipe or _load(options.model)
     name = options.suite or (pipe and pipe.defaults.grammar) or "moving-digits"
 
-    from infer.digit_reader import load_reader
-    from infer.suites import SUITES
-
-    suite = SUITES[name]
-    settings = {} if pipe is None else _settings(pipe, suite, options)
-    scenes, captions = suite.prompts(options.samples)
-    reader = load_reader(_say)
-    reference = suite.read_reference(scenes, reader)
-    ceiling = suite.score(suite.real(scenes, 0), scenes, reader, reference)
-    report: dict[str, Any] = {"suite": name, "samples": options.samples}
+    settings = {} if pipe is None else _settings(pipe, SUITES[name], options)
+    exam = _exam(name, options.samples, options.seeds)
+    report: dict[str, Any] = {"suite": name, "samples": options.samples, "seeds": options.seeds}
     if pipe is not None:
-        samples = _generated(pipe, captions, settings, options)
         report |= {"model": options.model, "settings": settings}
-        report |= suite.score(samples, scenes, reader, reference)
-    return {**report, "ceiling": ceiling}
+        readings = exam.readings(_generated(pipe, exam.captions, settings, options))
+        report |= exam.summary(readings)
+        report["margins"] = margins(
+            lambda drawn: exam.summary([readings[i] for i in drawn]), options.samples, options.seeds
+        )
+    return {**report, "ceiling": exam.ceiling}
+
+
+@lru_cache(maxsize=1)
+def _exam(name: str, samples: int, seeds: int) -> Exam:
+    from infer.digit_reader import load_reader
+
+    return Exam(SUITES[name], samples, seeds, load_reader(_say))
 
 
 def _load(model: str):
@@ -129,8 +140,9 @@ def _settings(pipe, suite: Suite, options: argparse.Namespace) -> dict[str, Any]
         raise UserError(
             f"{options.model} makes {made}: expected {suite.noun}s for this suite; choose the other --suite"
         )
+    batch = _batch()
     asked = Request(
-        prompt=["a red 7"] * _BATCH * math.ceil(options.samples / _BATCH),
+        prompt=["a red 7"] * batch * math.ceil(options.samples * options.seeds / batch),
         size=(suite.size, suite.size),
         frames=suite.frames,
         steps=options.steps,
@@ -142,8 +154,24 @@ def _settings(pipe, suite: Suite, options: argparse.Namespace) -> dict[str, Any]
     )
     with warnings_in_lines():
         job = pipe.prepare(asked)
-    names = ("size", "frames", "steps", "guidance", "true_cfg", "solver", "seed", "plan")
-    return {name: getattr(job, name) for name in names}
+    return {name: getattr(job, name) for name in TOLD}
+
+
+def _batch() -> int:
+    """Samples that run together: one on a CPU, whose caches do not hold more."""
+    import jax
+
+    return 1 if jax.default_backend() == "cpu" else 4
+
+
+def kept_samples(pipe, settings: Mapping[str, Any], options: argparse.Namespace) -> KeptSamples | None:
+    """Where the samples of these settings are kept, if they are."""
+    if not options.keep:
+        return None
+    # A plan's text may name a file: what the plan says counts.
+    of_plan = repr(parse_plan(settings["plan"]))
+    decides = {**settings, "plan": of_plan, "checkpoint": pipe.hash, "prompts": options.samples}
+    return KeptSamples(Path(options.keep), f"{settings['plan']}-{settings['steps']}", decides)
 
 
 def _generated(
@@ -152,13 +180,20 @@ def _generated(
     from convert.progress import progress_bar
     from infer.contact_sheet import contact_sheet
 
+    kept, batch = kept_samples(pipe, settings, options), _batch()
     with progress_bar(total=len(captions), desc="generating", unit="sample") as bar:
-        for first in range(0, len(captions), _BATCH):
-            wanted = captions[first : first + _BATCH]
-            # The last batch is filled up, so that one program serves all of them.
-            batch = wanted + wanted[-1:] * (_BATCH - len(wanted))
-            frames = pipe(batch, **{**settings, "seed": settings["seed"] + first}).frames[: len(wanted)]
-            for number, (sample, text) in enumerate(zip(frames, wanted, strict=True), start=first):
+        for first in range(0, len(captions), batch):
+            wanted = captions[first : first + batch]
+            numbers = range(first, first + len(wanted))
+            samples = [kept.read(number) for number in numbers] if kept else [None]
+            if any(sample is None for sample in samples):
+                # The last batch is filled up, so that one program serves all of them.
+                filled = wanted + wanted[-1:] * (batch - len(wanted))
+                samples = list(pipe(filled, **{**settings, "seed": settings["seed"] + first}).frames[: len(wanted)])
+                for number, sample in zip(numbers, samples, strict=True):
+                    if kept:
+                        kept.write(number, sample)
+            for number, sample, text in zip(numbers, samples, wanted, strict=True):
                 if options.sheets:
                     frames_of_it = sample if sample.ndim == 4 else sample[None]
                     contact_sheet(frames_of_it, text, Path(options.sheets) / f"{number:03d}.png")
@@ -172,14 +207,17 @@ def _say(text: str) -> None:
 
 def _table(report: dict[str, Any]) -> str:
     """The scores in columns, for reading."""
-    lines = [f"{report['suite']}, {report['samples']} samples" + (f", {report['model']}" if "model" in report else "")]
+    seeds = f" x {report['seeds']} seeds" if report["seeds"] > 1 else ""
+    model = f", {report['model']}" if "model" in report else ""
+    lines = [f"{report['suite']}, {report['samples']} samples{seeds}{model}"]
     if "settings" in report:
         lines.append(", ".join(f"{name} {value}" for name, value in report["settings"].items()))
-    lines.append(f"{'':16}{'model' if 'model' in report else '':>9}{'real':>9}")
+    of_model = ("model", "+-") if "model" in report else ()
+    lines.append(f"{'':16}" + "".join(f"{head:>9}" for head in (*of_model, "real")))
     for name, real in report["ceiling"].items():
         if name not in ("videos", "pictures"):
-            figures = ([report[name]] if "model" in report else [""]) + [real]
-            lines.append(f"{name:16}" + "".join(f"{'' if f in ('', None) else format(f, '.3f'):>9}" for f in figures))
+            figures = [report[name], report["margins"].get(name), real] if "model" in report else [real]
+            lines.append(f"{name:16}" + "".join(f"{'' if f is None else format(f, '.3f'):>9}" for f in figures))
     return "\n".join(lines)
 
 

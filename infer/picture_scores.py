@@ -5,8 +5,9 @@ Shapes: S side of the picture in pixels, F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -81,17 +82,14 @@ def _lie_as_asked(found: list[Track], scene: Scene) -> bool | None:
     return bool(before[:, axis + 2].max() <= after[:, axis].min())
 
 
-def score_pictures(
-    pictures: Iterable[np.ndarray], scenes: Sequence[Scene], reader: DigitReader, reference: list[PictureReading]
-) -> dict:
-    """Scores pictures uint8 [S, S, 3] against their scenes; the same pictures always get the same scores.
+def summary(readings: Sequence[PictureReading], reference: Sequence[PictureReading]) -> dict[str, Any]:
+    """Scores of readings; the same pictures always get the same ones.
 
     Shares of the prompts: `all` (everything said of the digits is right), `digit` and `colour` (right for every digit),
     `count` (as many digits as asked), `relation` (of prompts with two kinds: they lie apart as asked). Shares of the
     digits: `digit_each`, `colour_each`. `frechet` is the Fréchet distance (Heusel et al. 2017, eq. 6) between the
-    classifier's features of the glyphs and those of `reference` (`read_reference`); a missing digit is an empty glyph.
+    classifier's features of the glyphs and those of `reference`; a missing digit is an empty glyph.
     """
-    readings = [read_picture(picture, scene, reader) for picture, scene in zip(pictures, scenes, strict=True)]
     prompts = np.array([reading.right.all(0) for reading in readings])
     digits = np.concatenate([reading.right for reading in readings])
     relations = [reading.relation for reading in readings if reading.relation is not None]
@@ -107,12 +105,6 @@ def score_pictures(
         "colour_each": float(digits[:, 1].mean()),
         "pictures": len(readings),
     }
-
-
-def read_reference(scenes: Sequence[Scene], reader: DigitReader) -> list[PictureReading]:
-    """What real pictures of the scenes show, drawn with the second half of the held-out glyphs."""
-    pictures = real_pictures(scenes, 1)
-    return [read_picture(picture, scene, reader) for picture, scene in zip(pictures, scenes, strict=True)]
 
 
 def real_pictures(scenes: Sequence[Scene], half: int) -> Iterator[np.ndarray]:

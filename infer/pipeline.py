@@ -25,7 +25,7 @@ from convert.method_parts import read_parts, transformers
 from dit_jax.config import UserError
 from dit_jax.flops import Cost, Shape, plan_cost, step_cost
 from dit_jax.lora import Lora, merged_leaf, of_leaf
-from dit_jax.methods.method import Part, Run
+from dit_jax.methods.method import Measured, Part, Run, RunRecord
 from dit_jax.methods.plan import Plan, parse_plan
 from dit_jax.models.network import grid
 from dit_jax.parameters import with_leaves
@@ -47,7 +47,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 class Watch(Protocol):
-    """What looks into a run: it puts a denoiser around each stage's, and is shown that denoiser's last state.
+    """What looks into a run: it puts a denoiser around each that runs, and is shown that denoiser's last state.
 
     component  the transformer that the stage ran
     """
@@ -273,6 +273,8 @@ class Pipeline(ABC):
                     steps(self.programs.compiled, denoiser, *self._started(denoiser, carry, None), stage.first)
                 for span in cut([stage], breaks):
                     if variants.choose(span.first, carry.latents):
+                        if watch is not None and span.first > stage.first:
+                            watch.finished(stage.component, carry.denoiser)
                         # What a variant keeps is of its own shape: the next begins anew.
                         before = None if plan.chooser else carry.denoiser
                         carry, pinned = self._started(variants.denoiser, carry, before)
@@ -292,17 +294,19 @@ class Pipeline(ABC):
     def _cost_of_step(self) -> Callable[..., Cost]:
         return step_cost
 
-    def cost(self, job: Job) -> Cost:
-        """What denoising a job costs by arithmetic."""
+    def cost(self, job: Job, record: RunRecord | None = None) -> Cost:
+        """What denoising a job costs by arithmetic, and by what a run of it has shown where that decides."""
         with self._on_mesh():
             schedule = self.schedule(job)
             stages = self._stages(job, schedule)
             shape = Shape.of(stages[0].denoiser(), (len(job.prompts), *self.latents_shape(job.size, job.frames)))
         begins = [stage.first for stage in stages]
         methods = parse_plan(job.plan).methods
+        measured = {m.name: m.measured(record) for m in methods if isinstance(m, Measured)} if record else {}
         return plan_cost(
             self.transformer_config, shape, methods, job.steps,
-            timesteps=list(map(float, schedule.timesteps)), begins=begins, of_step=self._cost_of_step,
+            timesteps=list(map(float, schedule.timesteps)), begins=begins, measured=measured,
+            of_step=self._cost_of_step,
         )  # fmt: skip
 
     def _run_of(self, job: Job, stage: Stage, schedule: Schedule) -> Run:

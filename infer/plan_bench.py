@@ -8,40 +8,37 @@ import json
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
-from dit_jax.methods.plan import DENSE, Plan, parse_plan
+from dit_jax.methods.ddit import Ddit
+from dit_jax.methods.plan import DENSE
+from dit_jax.methods.pruning import check_ratio
 from infer import bench_page, media
+from infer.bench_entries import Entry, parse_entries
 
 if TYPE_CHECKING:
     from infer.pipeline import Pipeline
+    from infer.plan_runs import PlanJobs
     from infer.request import Job
 
 PROMPTS = {"moving-digits": "a red 7 moving left", "digits": "a red 7", None: "a cat surfing at dusk"}
 
 EPILOG = """\
 All plans run with one solver: the one that a plan needs, if there is one, so that they differ in nothing else. Plans
-with a number of steps of their own keep it; dense:20 is the plain model with 20 steps. docs/benchmarks.md says what the
-figures mean.
+with a number of steps of their own keep it; dense:20 is the plain model with 20 steps, pruned:FOLDER the plain model
+of a pruned checkpoint (pruned:0.3 of random weights, with 30 % of heads and neurons pruned), pruned:FOLDER+hsa:50 a
+plan on it. docs/benchmarks.md says what the figures mean.
 
 examples:
   dit-bench --model demo-wan --plans dense,dense:20,hsa:50,hsa:25 --seeds 3 --json out.json --plot out.png
-  dit-bench --random 768x12x4096 --steps 8 --plans dense,hsa:groups=16@8/84@2:window=0.5
+  dit-bench --model demo-wan --plans dense:20,hsa:50 --suite moving-digits --samples 64 --seeds 3 --keep runs/samples
+  dit-bench --random 768x12x4096 --steps 8 --plans dense,hsa:groups=16@8/84@2:window=0.5,routing,pruned:0.3
   dit-bench --preset wan2.1-t2v-1.3b --shape 832x480x81 --plans dense,hsa:50 --guidance 5
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A plan of the list under its name there, with its number of steps (None: the request's)."""
-
-    name: str
-    plan: Plan
-    steps: int | None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     add("--image", metavar="FILE", help="the first frame, for an image-to-video model")
     add("--seeds", type=int, default=1, metavar="N", help="samples of each prompt, with seeds 0 to N - 1 (default 1)")
     add("--suite", metavar="NAME", help="also score every plan as dit-eval does: moving-digits or digits")
-    add("--samples", type=int, default=64, metavar="N", help="prompts of --suite (default 64)")
+    add("--samples", type=int, default=64, metavar="N", help="prompts of --suite, each with --seeds (default 64)")
+    add("--keep", metavar="FOLDER", help="keep the suite's samples there; those that are there are not generated again")
     add("--json", metavar="FILE", help="write the rows there")
     add("--plot", metavar="FILE", help="draw quality against time: a .png, and a page beside it")
     return options
@@ -90,20 +88,20 @@ def main(arguments: list[str] | None = None) -> int:
 def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs the parsed command; returns the rows of `--json`."""
     entries = parse_entries(options.plans)
-    _check(options)
-    pipe = _subject(options)
-    jobs = _jobs(pipe, entries, options)
+    _check(entries, options)
+    plans = _plans(entries, options)
 
     from infer.plan_runs import rows as rows_of
     from infer.plan_runs import run_plans
 
-    runs = run_plans(pipe, jobs, options.rounds, _say)
-    setting = _setting(pipe, next(iter(jobs.values())), options)
-    rows = [row | setting for row in rows_of(runs, jobs)]
+    setting = _setting(plans[DENSE], options)
+    rows = [row | setting for row in rows_of(run_plans(plans, options.rounds, _say), plans)]
     if options.attention:
         rows = [row | of_plan for row, of_plan in zip(rows, _attention(entries, options), strict=True)]
     if options.suite:
-        rows = [row | _scores(pipe, jobs[row["plan"]][0], options) for row in rows]
+        from infer.plan_scores import plan_scores
+
+        rows = [row | scores for row, scores in zip(rows, plan_scores(plans, options, _say), strict=True)]
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if options.plot:
@@ -116,40 +114,26 @@ def _attention(entries: list[Entry], options: argparse.Namespace) -> list[dict[s
     from infer.plan_runs import rows, run_plans
 
     _say("self-attention alone:")
-    pipe = _subject(options, attention_only=True)
-    jobs = _jobs(pipe, entries, options)
+    plans = _plans(entries, options, attention_only=True)
     told = ("seconds", "predicted_speedup", "measured_speedup", "efficiency")
-    found = rows(run_plans(pipe, jobs, options.rounds, _say), jobs)
+    found = rows(run_plans(plans, options.rounds, _say), plans)
     return [{f"attention_{name}": row[name] for name in told} for row in found]
 
 
-def parse_entries(text: str) -> list[Entry]:
-    """The plans of a list, dense first; UserError for one that is none or comes twice."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    entries = [_entry(name) for name in dict.fromkeys([DENSE, *names])]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UserError(f"--plans names {twice[0]} twice: expected each plan once; remove one")
-    return entries
-
-
-def _entry(name: str) -> Entry:
-    plain, _, steps = name.partition(":")
-    if plain == DENSE and steps.isdigit():
-        return Entry(name=name, plan=Plan(), steps=int(steps))
-    plan = parse_plan(name)
-    return Entry(name=name, plan=plan, steps=plan.steps)
-
-
-def _check(options: argparse.Namespace) -> None:
+def _check(entries: list[Entry], options: argparse.Namespace) -> None:
     for name in ("rounds", "seeds"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}: expected at least 1")
     random = options.random or options.preset
     if random and (options.prompts or options.image or options.suite):
         raise UserError("random weights make no pictures: expected no --prompts, --image or --suite; leave them out")
+    if options.keep and not options.suite:
+        raise UserError("--keep is for a suite's samples: expected --suite; name one")
     if options.attention and not random:
         raise UserError("--attention is for random weights: expected --random or --preset; add one")
+    changed = [entry.name for entry in entries if any(isinstance(method, Ddit) for method in entry.plan.methods)]
+    if options.attention and changed:
+        raise UserError(f"--attention has blocks without MLPs, which {changed[0]} adapts: leave out one of them")
     if options.plot:
         if Path(options.plot).suffix.lower() != ".png":
             raise UserError(f"cannot draw {options.plot!r}: expected a name that ends in .png")
@@ -158,20 +142,47 @@ def _check(options: argparse.Namespace) -> None:
         media.make_room(path)
 
 
-def _subject(options: argparse.Namespace, attention_only: bool = False) -> Pipeline:
-    from infer.loading import load_pipeline
-    from infer.random_pipeline import preset_pipeline, sized_pipeline
+def _plans(entries: list[Entry], options: argparse.Namespace, attention_only: bool = False) -> dict[str, PlanJobs]:
+    """By entry, its pipeline and jobs; UserError for what a model cannot serve, before anything compiles."""
+    from infer.plan_runs import PlanJobs
 
-    if options.random:
-        return sized_pipeline(options.random, attention_only)
-    if options.preset:
-        return preset_pipeline(options.preset, attention_only)
+    pipes: dict[str | None, Pipeline] = {}
+    for model in dict.fromkeys([None, *(entry.pruned for entry in entries)]):
+        pipes[model] = _subject(model, options, attention_only)
+    of_entry = _job_maker(pipes[None], entries, options)
     with warnings_in_lines():
-        return load_pipeline(options.model or "demo-wan")
+        return {
+            entry.name: PlanJobs(pipe=pipes[entry.pruned], jobs=of_entry(pipes[entry.pruned], entry))
+            for entry in entries
+        }
 
 
-def _jobs(pipe: Pipeline, entries: list[Entry], options: argparse.Namespace) -> dict[str, list[Job]]:
-    """By plan, a job for every prompt and seed; UserError for what the model cannot serve, before anything compiles."""
+def _subject(pruned: str | None, options: argparse.Namespace, attention_only: bool) -> Pipeline:
+    from infer.loading import load_pipeline
+    from infer.random_pipeline import RandomKind, preset_pipeline, sized_pipeline
+
+    if options.random or options.preset:
+        kind = RandomKind(attention_only=attention_only, pruned=_share(pruned))
+        return sized_pipeline(options.random, kind) if options.random else preset_pipeline(options.preset, kind)
+    with warnings_in_lines():
+        return load_pipeline(pruned or options.model or "demo-wan")
+
+
+def _share(pruned: str | None) -> float:
+    try:
+        share = float(pruned or 0)
+    except ValueError:
+        raise UserError(
+            f"pruned:{pruned}: random weights are pruned by a share such as 0.3; write pruned:0.3"
+        ) from None
+    check_ratio("the share of pruned:", share)
+    return share
+
+
+def _job_maker(
+    pipe: Pipeline, entries: list[Entry], options: argparse.Namespace
+) -> Callable[[Pipeline, Entry], list[Job]]:
+    """What makes an entry's jobs on a pipeline, one for every prompt and seed, all with one solver."""
     from infer.request import Request, parse_guidance
 
     needed = {entry.plan.solver for entry in entries if entry.plan.solver}
@@ -180,7 +191,7 @@ def _jobs(pipe: Pipeline, entries: list[Entry], options: argparse.Namespace) -> 
     image = media.open_image(options.image) if options.image else None
     guidance = parse_guidance(options.guidance) if options.guidance else None
 
-    def job(entry: Entry, prompt: str, seed: int) -> Job:
+    def job(pipe: Pipeline, entry: Entry, prompt: str, seed: int) -> Job:
         return pipe.prepare(
             Request(
                 prompt=prompt,
@@ -196,9 +207,10 @@ def _jobs(pipe: Pipeline, entries: list[Entry], options: argparse.Namespace) -> 
             )
         )
 
-    samples = [(prompt, seed) for prompt in _prompts(pipe, options) for seed in range(options.seeds)]
-    with warnings_in_lines():
-        return {entry.name: [job(entry, *sample) for sample in samples] for entry in entries}
+    # A suite's samples are its own: beside it one sample is timed.
+    seeds = 1 if options.suite else options.seeds
+    samples = [(prompt, seed) for prompt in _prompts(pipe, options) for seed in range(seeds)]
+    return lambda pipe, entry: [job(pipe, entry, *sample) for sample in samples]
 
 
 def _shape(text: str) -> tuple[tuple[int, int], int | None]:
@@ -223,14 +235,14 @@ def _prompts(pipe: Pipeline, options: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _setting(pipe: Pipeline, jobs: list[Job], options: argparse.Namespace) -> dict[str, Any]:
+def _setting(dense: PlanJobs, options: argparse.Namespace) -> dict[str, Any]:
     """What all rows share."""
     import jax
 
     device = jax.devices()[0]
     kind = f"{device.device_kind} x {jax.device_count()}"
     on_cpu = f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
-    job = jobs[0]
+    pipe, job = dense.pipe, dense.jobs[0]
     return {
         "model": pipe.name,
         "size": list(job.size),
@@ -240,24 +252,10 @@ def _setting(pipe: Pipeline, jobs: list[Job], options: argparse.Namespace) -> di
         "true_cfg": job.true_cfg,
         "solver": job.solver,
         "rounds": options.rounds,
-        "samples": len(jobs),
+        "samples": options.samples * options.seeds if options.suite else len(dense.jobs),
         "device": on_cpu if device.platform == "cpu" else kind,
         "jax": jax.__version__,
     }
-
-
-def _scores(pipe: Pipeline, job: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """The scores of `dit-eval` of a plan."""
-    from infer import evaluate
-
-    _say(f"{job.plan} with {job.steps} steps: scoring {options.samples} samples")
-    words = ["--model", pipe.name, "--suite", options.suite, "--samples", str(options.samples)]
-    words += ["--steps", str(job.steps), "--solver", job.solver, "--plan", job.plan]
-    if options.guidance:
-        words += ["--guidance", options.guidance]
-    report = evaluate.evaluate(evaluate.parser().parse_args(words), pipe)
-    told = ("suite", "samples", "model", "settings", "ceiling")
-    return {name: value for name, value in report.items() if name not in told} | {"suite": options.suite}
 
 
 def _say(text: str) -> None:
@@ -268,7 +266,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     """The rows in columns, for reading."""
     columns = [name for name in bench_page.COLUMNS if any(row.get(name) is not None for row in rows)]
     cells = [[bench_page.COLUMNS[name] for name in columns]]
-    cells += [[bench_page.cell(name, row.get(name)) for name in columns] for row in rows]
+    cells += [[bench_page.cell(name, row) for name in columns] for row in rows]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     lines = [
         "  ".join(text.ljust(width) if index == 0 else text.rjust(width) for index, (text, width) in enumerate(pairs))

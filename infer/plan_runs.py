@@ -13,12 +13,37 @@ import jax
 import numpy as np
 
 from dit_jax.flops import Cost
+from dit_jax.methods.method import Run, RunRecord
 from infer.pipeline import Pipeline
 from infer.random_pipeline import RandomPipeline
 from infer.request import Job
 from infer.similarity import psnr, ssim
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanJobs:
+    """What a plan is run with: a pipeline, and a job for every sample."""
+
+    pipe: Pipeline
+    jobs: Sequence[Job]
+
+
+class Recorder:
+    """Records a run, as a `Watch` of its denoisers and as what is told of variants."""
+
+    def __init__(self, steps: int):
+        self.record = RunRecord(steps, [], [])
+
+    def around(self, denoiser: Any, run: Run) -> Any:
+        return denoiser
+
+    def finished(self, component: str, state: Any) -> None:
+        self.record.states.append(state)
+
+    def chosen(self, step: int, variant: int, value: np.ndarray | None) -> None:
+        self.record.variants.append(variant)
 
 
 @dataclass(kw_only=True)
@@ -44,23 +69,23 @@ class PlanRuns:
     ssim: list[float] = field(default_factory=list)
 
 
-def run_plans(pipe: Pipeline, jobs: Mapping[str, Sequence[Job]], rounds: int, say: Say) -> dict[str, PlanRuns]:
-    """All runs of every plan, told its jobs, one a sample; the first plan is what the others' pictures are compared to.
+def run_plans(plans: Mapping[str, PlanJobs], rounds: int, say: Say) -> dict[str, PlanRuns]:
+    """All runs of every plan; the first plan is what the others' pictures are compared to.
 
     First each runs cold, on the first sample; then, warm, `rounds` times on that one and once on every other, the plans
     taking turns.
     """
     runs: dict[str, PlanRuns] = {}
     reference: dict[int, np.ndarray] = {}
-    for name, of_samples in jobs.items():
-        runs[name], latents = _cold(pipe, of_samples[0])
-        _compare(runs[name], reference, 0, _decoded(pipe, of_samples[0], latents)[0])
+    for name, plan in plans.items():
+        runs[name], latents = _cold(plan.pipe, plan.jobs[0])
+        _compare(runs[name], reference, 0, _decoded(plan.pipe, plan.jobs[0], latents)[0])
         say(f"{name}: first run {runs[name].cold:.2f} s, {runs[name].compiling:.2f} s of them compiling")
-    turns = [0] * rounds + list(range(1, len(next(iter(jobs.values())))))
+    turns = [0] * rounds + list(range(1, len(next(iter(plans.values())).jobs)))
     for number, sample in enumerate(turns, start=1):
-        for name, of_samples in jobs.items():
-            latents, seconds = _timed(pipe, of_samples[sample])
-            frames, decoding = _decoded(pipe, of_samples[sample], latents)
+        for name, plan in plans.items():
+            latents, seconds = _timed(plan.pipe, plan.jobs[sample])
+            frames, decoding = _decoded(plan.pipe, plan.jobs[sample], latents)
             runs[name].seconds.append(seconds)
             if frames is not None:
                 runs[name].end_to_end.append(seconds + decoding)
@@ -70,10 +95,10 @@ def run_plans(pipe: Pipeline, jobs: Mapping[str, Sequence[Job]], rounds: int, sa
     return runs
 
 
-def rows(runs: Mapping[str, PlanRuns], jobs: Mapping[str, Sequence[Job]]) -> list[dict[str, Any]]:
+def rows(runs: Mapping[str, PlanRuns], plans: Mapping[str, PlanJobs]) -> list[dict[str, Any]]:
     """A row a plan, as `--json` has them (docs/benchmarks.md); speed-ups are over the first plan."""
     dense = next(iter(runs.values()))
-    return [_row(name, jobs[name][0], of_plan, dense) for name, of_plan in runs.items()]
+    return [_row(name, plans[name].jobs[0], of_plan, dense) for name, of_plan in runs.items()]
 
 
 def _row(name: str, job: Job, runs: PlanRuns, dense: PlanRuns) -> dict[str, Any]:
@@ -112,9 +137,10 @@ def _mean(values: Sequence[float]) -> float | None:
 def _cold(pipe: Pipeline, job: Job) -> tuple[PlanRuns, np.ndarray]:
     compiled = pipe.programs.seconds
     pipe.programs.used.clear()
-    latents, seconds = _timed(pipe, job)
+    recorder = Recorder(job.steps)
+    latents, seconds = _timed(pipe, job, recorder)
     runs = PlanRuns(
-        cost=pipe.cost(job),
+        cost=pipe.cost(job, recorder.record),
         cold=seconds,
         compiling=pipe.programs.seconds - compiled,
         peak_bytes=pipe.programs.peak_bytes(),
@@ -123,9 +149,9 @@ def _cold(pipe: Pipeline, job: Job) -> tuple[PlanRuns, np.ndarray]:
     return runs, latents
 
 
-def _timed(pipe: Pipeline, job: Job) -> tuple[np.ndarray, float]:
+def _timed(pipe: Pipeline, job: Job, recorder: Recorder | None = None) -> tuple[np.ndarray, float]:
     began = time.perf_counter()
-    latents = pipe.denoise(job)
+    latents = pipe.denoise(job, watch=recorder, chosen=recorder and recorder.chosen)
     return latents, time.perf_counter() - began
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,19 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint
 from convert.components import Component
+from convert.leaves import Leaf
 from dit_jax.config import UserError
 from dit_jax.flops import Config, Cost, attention_cost, step_cost
+from dit_jax.methods.method import Part
+from dit_jax.methods.pruning import heads_to_keep, neurons_to_keep
 from dit_jax.models import flux, wan
 from dit_jax.models.flux import Flux, FluxConfig
 from dit_jax.models.network import Conditioning
 from dit_jax.models.wan import Wan
-from dit_jax.parameters import Precision, cast, leaf_name
+from dit_jax.parameters import Precision, cast, leaf_name, named_leaves
 from dit_jax.sampling.sampler import Guided
 from dit_jax.sampling.schedules import Schedule, Shift
+from infer.adapt import KINDS
 from infer.attention_only import AttentionFlux, AttentionWan
 from infer.flux_pipeline import USUAL as FLUX_USUAL
 from infer.pipeline import Pipeline
@@ -39,20 +43,39 @@ IMAGE_TOKENS = 257  # of the image encoder
 PRESETS: dict[str, Config] = {**wan.PRESETS, **flux.PRESETS}
 
 
-class RandomPipeline(Pipeline):
-    """A pipeline that denoises; it has neither text encoders nor a VAE, and cannot `decode`.
+@dataclass(frozen=True, kw_only=True)
+class RandomKind:
+    """What a random model is made of.
 
     attention_only  its blocks are self-attention and nothing else (`infer/attention_only.py`)
+    pruned          share of the heads and neurons that it lacks
+    """
+
+    attention_only: bool = False
+    pruned: float = 0.0
+
+
+class RandomPipeline(Pipeline):
+    """A pipeline that denoises; it has neither text encoders nor a VAE, and cannot `decode`. It has an untrained router
+    and untrained adapters of larger patches.
+
     A picture's size in pixels is that of a VAE of 8 x 8 pixels and 4 frames a latent (16 x 16 for Wan2.2-TI2V-5B).
     """
 
     def __init__(
-        self, name: str, config: Config, defaults: Defaults, dtype: Any = jnp.float32, attention_only: bool = False
+        self, name: str, config: Config, defaults: Defaults, dtype: Any = jnp.float32, kind: RandomKind = RandomKind()
     ):
-        self.is_flux, self.attention_only = isinstance(config, FluxConfig), attention_only
+        self.is_flux, self.attention_only = isinstance(config, FluxConfig), kind.attention_only
+        if kind.pruned:
+            config = replace(
+                config,
+                heads=heads_to_keep(config.heads, kind.pruned),
+                mlp_width=neurons_to_keep(config.mlp_width, kind.pruned),
+                **({} if self.is_flux else {"norm_counts_pruned": True}),
+            )
         models: dict[bool, Callable[..., Any]] = {False: Flux if self.is_flux else Wan}
         models[True] = AttentionFlux if self.is_flux else AttentionWan
-        model = models[attention_only]
+        model = models[kind.attention_only]
         component = Component(
             class_name=model.__name__,
             config=config,
@@ -70,9 +93,13 @@ class RandomPipeline(Pipeline):
         )
         self.name, self.defaults, self.mesh, self.programs = name, defaults, None, Programs()
         self.shift = Shift(dynamic=True, to_last_step=True) if self.is_flux else Shift(constant=3.0)
-        self.parts = {"transformer": {}}
         self._drawn: dict[tuple[int, ...], jax.Array] = {}
         self._load_models(dtype, False)
+        self.parts = {"transformer": {name: self._untrained(make) for name, make in KINDS.items()}}
+
+    def _untrained(self, make: Callable[..., Part]) -> Part:
+        part = make(self.checkpoint.component("transformer"), dict(map(_as_leaf, named_leaves(self.transformer))), 0)
+        return part._replace(leaves=jax.tree.map(self._replicated, part.leaves))
 
     def _load_models(self, dtype: Any, offload_expert: bool) -> None:
         component = self.checkpoint.component("transformer")
@@ -130,17 +157,22 @@ class RandomPipeline(Pipeline):
         return self._drawn[shape]
 
 
-def preset_pipeline(name: str, attention_only: bool = False) -> RandomPipeline:
+def _as_leaf(named: tuple[str, jax.Array]) -> tuple[str, Leaf]:
+    name, values = named
+    return name, Leaf(values.shape, values.dtype, stacked=False, read=lambda _: np.asarray(values))
+
+
+def preset_pipeline(name: str, kind: RandomKind = RandomKind()) -> RandomPipeline:
     """The random model of a preset's sizes: bf16 on an accelerator, fp32 on a CPU."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     config = PRESETS[name]
     defaults = FLUX_USUAL if isinstance(config, FluxConfig) else Defaults()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return RandomPipeline(name, config, defaults, dtype, attention_only)
+    return RandomPipeline(name, config, defaults, dtype, kind)
 
 
-def sized_pipeline(text: str, attention_only: bool = False) -> RandomPipeline:
+def sized_pipeline(text: str, kind: RandomKind = RandomKind()) -> RandomPipeline:
     """`768x12x4096`: a Wan of this width, number of blocks and tokens, without guidance unless it is asked for."""
     width, blocks, tokens = _sizes(text)
     head_width = 64 if width % 64 == 0 else 16
@@ -149,7 +181,7 @@ def sized_pipeline(text: str, attention_only: bool = False) -> RandomPipeline:
     )
     t, y, x = token_grid(tokens)
     defaults = Defaults(size=(16 * x, 16 * y), frames=4 * t - 3, steps=40, guidance=1.0, solver="euler")
-    return RandomPipeline(text, config, defaults, attention_only=attention_only)
+    return RandomPipeline(text, config, defaults, kind=kind)
 
 
 def _sizes(text: str) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from dit_jax.config import UserError
 from dit_jax.flops import Config, Shape, StepAt, StepWork
-from dit_jax.methods.method import Part, Run, Words
+from dit_jax.methods.method import Part, Run, RunRecord, Words
 from dit_jax.methods.patch_adapters import AdapterSettings, adapted, adapters_from, scales_of, size_name
 from dit_jax.models.network import Patch, grid
 from dit_jax.sampling.sampler import Guided
@@ -177,9 +177,14 @@ class Ddit:
                 "untrained ones with `dit-adapt --add ddit`, or name a model that has them"
             )
 
+    def measured(self, record: RunRecord) -> list[float]:
+        """The share of the base size's tokens that each step had."""
+        scales = record.variants if self.by_latents else map(self.scheduled, range(record.steps))
+        return [scale**-2 for scale in scales]
+
     def step_work(self, work: StepWork, at: StepAt) -> StepWork:
-        """Fewer tokens of more cells, at the sizes that are known beforehand; where latents choose, what was measured:
-        the mean share of the base size's tokens (all of them, if nothing was). Adapters are not counted."""
+        """Fewer tokens of more cells, at the sizes that are known beforehand or, where latents choose, were measured
+        (all tokens, if nothing was). Adapters are not counted."""
         share = at.measured.get(self.name, 1.0) if self.by_latents else self.scheduled(at.step) ** -2
         fewer = work.in_blocks(
             lambda block: block._replace(

@@ -41,6 +41,19 @@ class Run:
     variant: int = 1
 
 
+class RunRecord(NamedTuple):
+    """What a run has shown.
+
+    steps     of the sampler
+    states    the last state of each denoiser that ran, in order
+    variants  of every step, where latents choose them
+    """
+
+    steps: int
+    states: list[Any]
+    variants: list[int]
+
+
 class Method(Protocol):
     """One method of a plan with its settings: a frozen, hashable dataclass.
 
@@ -71,6 +84,13 @@ class Choosy(Protocol):
     its checkpoint holds for methods, before anything runs."""
 
     def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None: ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A method whose cost only a run tells: `measured(record)` is what `step_work` is told of each step [S]."""
+
+    def measured(self, record: RunRecord) -> Sequence[float]: ...
 
 
 class Scheduler(Protocol):

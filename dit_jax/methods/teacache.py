@@ -21,7 +21,7 @@ import numpy as np
 
 from dit_jax.config import UserError
 from dit_jax.flops import Config, Shape, StepAt, StepWork, residual_bytes
-from dit_jax.methods.method import Part, Run, Words
+from dit_jax.methods.method import Part, Run, RunRecord, Words
 from dit_jax.methods.residual import Residual, no_residual, run_or_reuse
 from dit_jax.models.network import Aux, State, Trunk
 from dit_jax.ops import mesh as meshes
@@ -161,8 +161,13 @@ class TeaCache:
                 f"{', '.join(known) or 'none with ret'}; change model= or leave it out"
             )
 
+    def measured(self, record: RunRecord) -> list[float]:
+        """The share of the steps that ran the blocks: which ones they were is not kept."""
+        ran = sum(int(state.cache.residual.runs) for state in record.states)
+        return [ran / record.steps] * record.steps
+
     def step_work(self, work: StepWork, at: StepAt) -> StepWork:
-        """The share of steps that was measured to run the blocks; all of them, if nothing was."""
+        """The blocks, by the share of steps that was measured to run them; in every step, if nothing was."""
         share = at.measured.get(self.name, 1.0)
         return work.in_blocks(lambda block: block._replace(share=block.share * share))
 

@@ -202,10 +202,12 @@ def test_what_was_measured_reaches_a_method():
             return work.in_blocks(lambda block: block._replace(share=run))
 
     shape = Shape(tokens=45, text=7)
-    full = plan_cost(WAN, shape, (Cached(),), 5, measured={"cached": 1.0}).flops
-    half = plan_cost(WAN, shape, (Cached(),), 5, measured={"cached": 0.5}).flops
-    none = plan_cost(WAN, shape, (Cached(),), 5, measured={"cached": 0.0}).flops
-    assert half == pytest.approx((full + none) / 2) and none < full == plan_cost(WAN, shape, (), 5).flops
+
+    def cost(*shares):
+        return plan_cost(WAN, shape, (Cached(),), 4, measured={"cached": shares}).flops
+
+    full, half, none = cost(1.0, 1.0, 1.0, 1.0), cost(1.0, 0.0, 0.5, 0.5), cost(0.0, 0.0, 0.0, 0.0)
+    assert half == pytest.approx((full + none) / 2) and none < full == plan_cost(WAN, shape, (), 4).flops
 
 
 @pytest.mark.parametrize(("name", "config"), [("wan", WAN), ("flux", FLUX)])

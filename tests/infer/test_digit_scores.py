@@ -9,9 +9,9 @@ from scipy import linalg
 from infer import digit_reader
 from infer.digit_grammar import Digit, Scene
 from infer.digit_reader import DigitReader, load_reader, read, train_reader
-from infer.digit_scores import frechet_distance, read_clip, read_reference, real_clips, score_clips
+from infer.digit_scores import frechet_distance, read_clip, real_clips, summary
 from infer.moving_digits import load_digits
-from infer.suites import SUITES
+from infer.suites import SUITES, Exam
 
 
 @pytest.fixture(scope="session")
@@ -32,12 +32,20 @@ def real(scenes):
 
 @pytest.fixture(scope="module")
 def reference(scenes, reader):
-    return read_reference(scenes, reader)
+    return _readings(real_clips(scenes, 1), scenes, reader)
+
+
+def _readings(clips, scenes, reader):
+    return [read_clip(clip, scene, reader) for clip, scene in zip(clips, scenes, strict=True)]
+
+
+def _scores(clips, scenes, reader, reference):
+    return summary(_readings(clips, scenes, reader), reference)
 
 
 @pytest.fixture(scope="module")
 def ceiling(real, scenes, reader, reference):
-    return score_clips(real, scenes, reader, reference)
+    return _scores(real, scenes, reader, reference)
 
 
 def test_real_clips_score_high(ceiling):
@@ -46,8 +54,19 @@ def test_real_clips_score_high(ceiling):
     assert ceiling["videos"] == 16
 
 
-def test_scores_make_their_own_reference_and_are_reproducible(real, scenes, reader, ceiling):
-    assert score_clips(iter(real), scenes, reader) == ceiling
+def test_an_exam_makes_its_own_reference_and_is_reproducible(real, scenes, reader, ceiling):
+    exam = Exam(SUITES["moving-digits"], 16, 1, reader)
+    assert exam.ceiling == exam.summary(exam.readings(iter(real))) == ceiling
+    with pytest.raises(ValueError, match="zip"):
+        exam.readings(real[:3])
+
+
+def test_an_exam_asks_every_prompt_once_for_each_seed(reader):
+    once, thrice = (Exam(SUITES["moving-digits"], 2, seeds, reader) for seeds in (1, 3))
+    assert thrice.captions == once.captions * 3 and len(thrice.reference) == 6
+    assert thrice.ceiling["videos"] == 6
+    features = [reading.features for reading in thrice.reference]
+    assert not np.array_equal(features[0], features[2]), "other glyphs for every seed"
 
 
 def _changed(scene, **fault):
@@ -66,7 +85,7 @@ def test_a_fault_shows_in_its_own_score(real, scenes, reader, reference, ceiling
     wrong = {"value": lambda v: (v + 3) % 10, "colour": lambda c: "red" if c != "red" else "blue"}
     wrong["motion"] = lambda m: "moving left" if m != "moving left" else "standing still"
     told = [_changed(scene, **{field: wrong[field](getattr(scene.digits[0], field))}) for scene in scenes]
-    scores = score_clips(real, told, reader, reference)
+    scores = _scores(real, told, reader, reference)
     assert scores[score] <= 0.1
     for other in others:
         assert scores[other] == ceiling[other]
@@ -94,19 +113,14 @@ def test_missing_and_surplus_digits(reader):
 
 
 def test_blank_clips_score_nothing(scenes, real, reader, reference, ceiling):
-    scores = score_clips([np.full_like(clip, 40) for clip in real], scenes, reader, reference)
+    scores = _scores([np.full_like(clip, 40) for clip in real], scenes, reader, reference)
     assert scores["digit"] == scores["colour"] == scores["direction"] == scores["count"] == scores["all"] == 0
     assert scores["frechet"] > 10 * ceiling["frechet"]
 
 
 def test_worse_looking_digits_are_further_from_real(scenes, real, reader, reference, ceiling):
     smeared = [np.maximum(clip, np.maximum(np.roll(clip, 5, 2), np.roll(clip, -5, 1))) for clip in real]
-    assert score_clips(smeared, scenes, reader, reference)["frechet"] > 1.5 * ceiling["frechet"]
-
-
-def test_number_of_clips_must_agree(scenes, real, reader):
-    with pytest.raises(ValueError, match="zip"):
-        score_clips(real[:3], scenes, reader)
+    assert _scores(smeared, scenes, reader, reference)["frechet"] > 1.5 * ceiling["frechet"]
 
 
 def test_halves_of_the_held_out_glyphs_are_disjoint(scenes, monkeypatch):
@@ -114,7 +128,7 @@ def test_halves_of_the_held_out_glyphs_are_disjoint(scenes, monkeypatch):
 
     seen = {0: set(), 1: set()}
     for half in seen:
-        keep = lambda scene, glyphs, rng, spec, half=half: seen[half].update(glyph.tobytes() for glyph in glyphs)  # noqa: E731
+        keep = lambda scene, glyphs, rng, half=half: seen[half].update(glyph.tobytes() for glyph in glyphs)  # noqa: E731
         monkeypatch.setattr(digit_scores, "render", keep)
         list(real_clips(scenes * 4, half))
     held_out = {image.tobytes() for image in load_digits("held-out").images}
@@ -162,9 +176,7 @@ def test_classifier_is_trained_once_and_kept(reader, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_real_clips_score_near_one_with_the_whole_classifier():
-    scenes, _ = SUITES["moving-digits"].prompts(200)
-    reader = load_reader()
-    ceiling = score_clips(real_clips(scenes, 0), scenes, reader)
+    ceiling = Exam(SUITES["moving-digits"], 200, 1, load_reader()).ceiling
     print(ceiling)
     assert ceiling["digit"] >= 0.95 and ceiling["colour"] >= 0.99 and ceiling["direction"] >= 0.98
     assert ceiling["count"] >= 0.99 and ceiling["relation"] >= 0.99

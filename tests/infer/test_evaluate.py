@@ -20,7 +20,7 @@ FOUR = {"digit", "colour", "direction", "frechet"}
 class Drawer:
     """Stands in for a pipeline: draws the prompts in real glyphs, at will with a fault."""
 
-    real, defaults = staticmethod(real_clips), Defaults(steps=12, guidance=4.0)
+    real, defaults, hash = staticmethod(real_clips), Defaults(steps=12, guidance=4.0), "drawn"
 
     def __init__(self, fault=lambda clip: clip):
         self.calls, self.fault = [], fault
@@ -73,19 +73,53 @@ def test_report_of_a_model(monkeypatch, capsys, tmp_path):
     settings = {"size": [128, 128], "frames": 17, "steps": 12, "guidance": 2.5, "true_cfg": 1.0}
     settings |= {"solver": "unipc", "seed": 30, "plan": "dense"}
     assert report["settings"] == settings
-    # Batches of four, the last filled up; every prompt has a seed of its own.
-    assert [len(prompts) for prompts, _ in pipe.calls] == [4, 4]
-    assert [settings["seed"] for _, settings in pipe.calls] == [30, 34]
-    prompts = pipe.calls[0][0] + pipe.calls[1][0][:2]
+    # On a CPU one by one; every prompt has a seed of its own.
+    assert [settings["seed"] for _, settings in pipe.calls] == [30, 31, 32, 33, 34, 35]
+    prompts = [prompt for prompts, _ in pipe.calls for prompt in prompts]
     assert prompts == SUITES["moving-digits"].prompts(6)[1] == SUITES["moving-digits"].prompts(200)[1][:6]
     assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+def test_margins_are_of_every_score(monkeypatch, capsys):
+    report = _run(monkeypatch, capsys, Drawer(), "--samples", "6")
+    assert report["margins"].keys() == report["ceiling"].keys() - {"videos"}
+    assert report["margins"]["colour"] == 0 < report["margins"]["frechet"]
+
+
+def test_batches_elsewhere_are_filled_up(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "_batch", lambda: 4)
+    pipe = Drawer()
+    _run(monkeypatch, capsys, pipe, "--samples", "6", "--seed", "30")
+    assert [len(prompts) for prompts, _ in pipe.calls] == [4, 4]
+    assert [settings["seed"] for _, settings in pipe.calls] == [30, 34]
+
+
+def test_every_prompt_has_a_seed_of_its_own_for_each_of_the_seeds(monkeypatch, capsys):
+    pipe = Drawer()
+    report = _run(monkeypatch, capsys, pipe, "--samples", "2", "--seeds", "3", "--seed", "7")
+    assert report["videos"] == 6 and report["seeds"] == 3
+    asked = [(prompts[0], settings["seed"]) for prompts, settings in pipe.calls]
+    prompts = SUITES["moving-digits"].prompts(2)[1]
+    assert asked == list(zip(prompts * 3, range(7, 13), strict=True))
+
+
+def test_kept_samples_are_not_made_again(monkeypatch, capsys, tmp_path):
+    words = ("--samples", "3", "--keep", str(tmp_path))
+    first, again, other = Drawer(), Drawer(), Drawer()
+    report = _run(monkeypatch, capsys, first, *words)
+    next(tmp_path.rglob("00001.npy")).unlink()  # as if stopped there
+    assert _run(monkeypatch, capsys, again, *words) == report
+    assert len(first.calls) == 3 and [settings["seed"] for _, settings in again.calls] == [1]
+    _run(monkeypatch, capsys, other, *words, "--steps", "5")
+    assert len(other.calls) == 3, "samples of other settings are others"
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_plan_reaches_every_generation(monkeypatch, capsys):
     pipe = Drawer()
     report = _run(monkeypatch, capsys, pipe, "--videos", "2", "--plan", "hsa:25")
     assert report["settings"]["plan"] == "hsa:25" and report["settings"]["steps"] == 20
-    assert [settings["plan"] for _, settings in pipe.calls] == ["hsa:25"]
+    assert [settings["plan"] for _, settings in pipe.calls] == ["hsa:25"] * 2
     assert evaluate.main(["--plan", "hsa:26"]) == 2
 
 
@@ -129,7 +163,7 @@ def test_table_for_reading(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "_load", lambda model: Drawer())
     assert evaluate.main(["--videos", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split() == ["colour", "1.000", "1.000"] for line in lines)
+    assert any(line.split() == ["colour", "1.000", "0.000", "1.000"] for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +171,8 @@ def test_table_for_reading(monkeypatch, capsys):
     [
         (["--suite", "moving-cats"], "moving-cats"),
         (["--samples", "0"], "--samples is 0"),
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--keep", f"{__file__}/kept"], "kept"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--sheets", f"{__file__}/sheets"], "sheets"),
     ],
@@ -170,8 +206,8 @@ def test_every_prompt_needs_a_seed(monkeypatch, capsys):
             return super().prepare(request)
 
     monkeypatch.setattr(evaluate, "_load", lambda model: Refusing())
-    assert evaluate.main(["--videos", "6", "--solver", "magic"]) == 2
-    assert len(asked[0]) == 8
+    assert evaluate.main(["--videos", "6", "--seeds", "2", "--solver", "magic"]) == 2
+    assert len(asked[0]) == 12
 
 
 def test_a_failing_disk_is_one_sentence(monkeypatch, capsys):

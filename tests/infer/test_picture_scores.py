@@ -8,7 +8,7 @@ import pytest
 
 from infer import digit_reader
 from infer.digit_grammar import Digit, Scene, random_picture
-from infer.picture_scores import read_picture, read_reference, real_pictures, score_pictures
+from infer.picture_scores import read_picture, real_pictures, summary
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,20 @@ def real(scenes):
 
 @pytest.fixture(scope="module")
 def reference(scenes, reader):
-    return read_reference(scenes, reader)
+    return _readings(real_pictures(scenes, 1), scenes, reader)
+
+
+def _readings(pictures, scenes, reader):
+    return [read_picture(picture, scene, reader) for picture, scene in zip(pictures, scenes, strict=True)]
+
+
+def _scores(pictures, scenes, reader, reference):
+    return summary(_readings(pictures, scenes, reader), reference)
 
 
 @pytest.fixture(scope="module")
 def ceiling(real, scenes, reader, reference):
-    return score_pictures(real, scenes, reader, reference)
+    return _scores(real, scenes, reader, reference)
 
 
 def test_real_pictures_score_high(ceiling):
@@ -54,7 +62,7 @@ def _with_fault(scene, field):
 @pytest.mark.parametrize(("score", "field"), [("digit", "value"), ("colour", "colour"), ("count", "count")])
 def test_a_fault_shows_in_its_own_score(real, scenes, reader, reference, ceiling, score, field):
     told = [_with_fault(scene, field) for scene in scenes]
-    scores = score_pictures(real, told, reader, reference)
+    scores = _scores(real, told, reader, reference)
     assert scores[score] <= 0.1 and scores["all"] == 0
     kept = {"digit", "colour", "count", "relation"} - {score}
     if score != "count":
@@ -72,6 +80,6 @@ def test_kinds_in_each_other_s_place_are_no_relation(reader):
 
 
 def test_blank_pictures_score_nothing(scenes, real, reader, reference, ceiling):
-    scores = score_pictures([np.full_like(picture, 40) for picture in real], scenes, reader, reference)
+    scores = _scores([np.full_like(picture, 40) for picture in real], scenes, reader, reference)
     assert scores["all"] == scores["digit"] == scores["colour"] == scores["count"] == scores["relation"] == 0
     assert scores["frechet"] > 5 * ceiling["frechet"]

@@ -11,12 +11,16 @@ import pytest
 from PIL import Image
 
 from dit_jax.config import UserError
-from dit_jax.flops import Shape, plan_cost
+from dit_jax.flops import Shape, dense_work, plan_cost, step_cost
+from dit_jax.methods.method import RunRecord
+from dit_jax.methods.plan import parse_plan
 from dit_jax.models.flux import FLUX_DEV
 from dit_jax.models.wan import WAN_1_3B
 from infer import plan_bench, random_pipeline
-from infer.bench_page import quality_of
-from infer.random_pipeline import RandomPipeline, sized_pipeline, token_grid
+from infer.bench_entries import parse_entries
+from infer.bench_page import qualities_of
+from infer.plan_runs import PlanJobs, rows, run_plans
+from infer.random_pipeline import RandomKind, RandomPipeline, sized_pipeline, token_grid
 from infer.request import Defaults, Request
 
 HSA = "hsa:groups=25@4/75@2:window=0.5:ranking=random"
@@ -59,7 +63,7 @@ def random_model():
 def test_predictions_are_of_what_the_pipeline_runs(random_model):
     pipe = random_model
     job = pipe.prepare(Request(prompt="a", steps=4, guidance=3.0, plan=HSA))
-    [method] = plan_bench.parse_plan(HSA).methods
+    [method] = parse_plan(HSA).methods
     shape = Shape(tokens=64, text=512, branches=2)
     assert pipe.cost(job) == plan_cost(pipe.transformer_config, shape, (method,), 4)
 
@@ -85,7 +89,7 @@ def test_a_random_model_of_each_backbone_denoises_to_ordinary_numbers(backbone):
     if "flux" in backbone:
         config = replace(FLUX_DEV, double_blocks=1, single_blocks=1, rope_widths=(4, 6, 6), pooled_width=6, **small)
         defaults = replace(defaults, frames=1, solver="euler", video=False)
-    pipe = RandomPipeline(backbone, config, defaults, attention_only="alone" in backbone)
+    pipe = RandomPipeline(backbone, config, defaults, kind=RandomKind(attention_only="alone" in backbone))
     job = pipe.prepare(Request(prompt="a"))
     latents = pipe.denoise(job)
     assert 0.1 < np.std(latents) < 30 and latents.shape[-1] == 16
@@ -105,14 +109,70 @@ def test_plans_run_with_the_solver_that_one_needs(random_model, monkeypatch):
     monkeypatch.setattr(random_model, "defaults", replace(random_model.defaults, solver="unipc"))
     options = plan_bench.parser().parse_args(["--steps", "4"])
     for plans, solver in (("dense", "unipc"), (f"dense,{HSA}", "euler")):
-        jobs = plan_bench._jobs(random_model, plan_bench.parse_entries(plans), options)
-        assert {job.solver for of_plan in jobs.values() for job in of_plan} == {solver}
+        entries = parse_entries(plans)
+        jobs_of = plan_bench._job_maker(random_model, entries, options)
+        assert {job.solver for entry in entries for job in jobs_of(random_model, entry)} == {solver}
 
 
-def test_what_is_drawn_is_the_best_measure_that_all_have():
+def test_what_is_drawn_are_the_measures_that_all_have():
     rows = [{"efficiency": 1.0, "psnr": 30.0}, {"efficiency": 0.9, "psnr": None}]
-    assert quality_of(rows) == "efficiency"
-    assert quality_of([row | {"psnr": 30.0} for row in rows]) == "psnr"
+    assert qualities_of(rows) == ["efficiency"]
+    assert qualities_of([row | {"psnr": 30.0, "frechet": 2.0} for row in rows]) == ["psnr", "frechet"]
+
+
+def test_random_models_serve_routing_patches_and_pruned_widths(tmp_path):
+    out = tmp_path / "out.json"
+    plans = "dense,routing:min=2:max=2,ddit:2p@1-3,pruned:0.5,pruned:0.5+routing:min=2:max=2"
+    words = ["--random", "64x4x64", "--steps", "4", "--rounds", "1", "--plans", plans, "--json", str(out)]
+    assert plan_bench.main(words) == 0
+    dense, routed, patched, pruned, both = json.loads(out.read_text())
+    two_blocks = _blocks_of_a_step(sized_pipeline("64x4x64")) / 2
+    assert dense["flops"] - routed["flops"] == pytest.approx(4 * two_blocks)
+    assert patched["predicted_speedup"] > 1 and pruned["predicted_speedup"] > 1
+    assert both["flops"] < min(routed["flops"], pruned["flops"]) < dense["flops"]
+    assert pruned["peak_bytes"] < dense["peak_bytes"]
+
+
+class _CountedCache:
+    """What TeaCache's run leaves: it says how often the blocks have run."""
+
+    def __init__(self, runs):
+        self.cache = type("Cache", (), {"residual": type("Residual", (), {"runs": np.int32(runs)})})
+
+
+def test_what_only_a_run_tells_is_predicted_from_that_run(random_model):
+    def cost(plan, record=None):
+        return random_model.cost(random_model.prepare(Request(prompt="a", steps=4, plan=plan)), record).flops
+
+    record = RunRecord(4, [_CountedCache(1), _CountedCache(1)], [1, 1, 2, 4])
+    plan = "teacache:0.1:model=wan2.1-t2v-1.3b"
+    assert cost(plan) == cost("dense") > cost(plan, record) > cost("dense") / 2
+    assert cost("ddit") == cost("dense")
+    assert cost("ddit", record) == pytest.approx(cost("ddit:2p@2-2/4p@3-3"), rel=1e-12)
+
+
+def test_the_steps_that_a_cache_runs_are_counted(random_model):
+    plan = "teacache:1e9:model=wan2.1-t2v-1.3b"
+    plans = {
+        name: PlanJobs(pipe=random_model, jobs=[random_model.prepare(Request(prompt="a", steps=4, plan=text))])
+        for name, text in (("dense", "dense"), ("first and last", plan))
+    }
+    dense, cached = rows(run_plans(plans, 1, print), plans)
+    saved = 2 * _blocks_of_a_step(random_model)
+    assert 0 < saved < dense["flops"] and cached["flops"] == pytest.approx(dense["flops"] - saved)
+
+
+def _blocks_of_a_step(pipe):
+    shape, config = Shape(tokens=64, text=512), pipe.transformer_config
+    whole = dense_work(config, shape)
+    without = whole.in_blocks(lambda block: block._replace(share=0))
+    return step_cost(config, shape, whole).flops - step_cost(config, shape, without).flops
+
+
+def test_entries_on_pruned_models():
+    pruned, both = parse_entries("pruned:some/folder,pruned:0.3+hsa:25")[1:]
+    assert (pruned.pruned, str(pruned.plan), pruned.steps) == ("some/folder", "dense", None)
+    assert (both.pruned, str(both.plan), both.steps) == ("0.3", "hsa:25", 20)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +190,11 @@ def test_what_is_drawn_is_the_best_measure_that_all_have():
         (["--random", "32x1x64", "--shape", "64x63x5"], "16 divides"),
         (["--random", "32x1x64", "--plans", HSA, "--solver", "unipc"], "euler solver alone"),
         (["--attention"], "expected --random or --preset"),
+        (["--random", "32x1x64", "--attention", "--plans", "ddit:2p@0-1"], "blocks without MLPs"),
+        (["--random", "32x1x64", "--plans", "pruned:1.5"], "expected a share from 0"),
+        (["--random", "32x1x64", "--plans", "pruned:narrow"], "random weights are pruned by a share"),
+        (["--plans", "pruned:"], "expected a model behind pruned:"),
+        (["--keep", "kept"], "--keep is for a suite's samples"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--json", f"{__file__}/out.json"], "cannot write"),
     ],
