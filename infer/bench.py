@@ -1,4 +1,4 @@
-"""Speed beside PyTorch on this machine: `python -m infer.bench dit|vae|compile [--rounds N] [--json]`.
+"""Speed beside PyTorch on this machine: `python -m infer.bench dit|vae|compile [--rounds N] [--random SIZES] [--json]`.
 
 Every figure is a ratio of two programs timed in turn in one process, by their medians, warm. Needs the `dev` extra
 (torch, diffusers).
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,9 +22,10 @@ from flax import nnx
 
 from convert.tables import assign
 from dit_jax.models.network import Conditioning, NetworkCall, layout, network
-from dit_jax.models.wan import WAN_1_3B, Wan
+from dit_jax.models.wan import WAN_1_3B, Wan, WanConfig
+from infer.random_pipeline import sized_model
 
-DIT_LATENTS = (1, 4, 32, 64, 16)  # 4 x 16 x 32 = 2,048 tokens
+DIT = replace(WAN_1_3B, blocks=6), (4, 16, 32)  # a transformer, and its tokens
 VAE_LATENTS = (1, 3, 16, 16, 16)  # 9 frames of 128 x 128
 TEXT = (1, 512, 4096)
 
@@ -41,14 +43,14 @@ def alternate(programs: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def bench_dit(rounds: int) -> dict[str, float]:
-    """One step of a 6-block Wan of the 1.3B's width at 2,048 tokens, fp32: ours against diffusers in torch eager."""
+def bench_dit(rounds: int, model: tuple[WanConfig, tuple[int, int, int]] = DIT) -> dict[str, float]:
+    """One step of a Wan on a grid of tokens, fp32: ours against diffusers in torch eager."""
     import torch
     from diffusers import WanTransformer3DModel
 
     from convert.wan import wan_rows, wan_settings
 
-    config = replace(WAN_1_3B, blocks=6)
+    config, (t, y, x) = model
     settings = {k: v for k, v in wan_settings(config).items() if k != "_class_name"}
     theirs: Any = WanTransformer3DModel(**settings)
     ours = assign(
@@ -56,20 +58,21 @@ def bench_dit(rounds: int) -> dict[str, float]:
         wan_rows(config),
         {k: v.numpy() for k, v in theirs.state_dict().items()},
     )
-    latents, text = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in (DIT_LATENTS, TEXT))
-    t = np.array([500.0], np.float32)
+    seen = (1, t, 2 * y, 2 * x, config.in_channels)
+    latents, text = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in (seen, TEXT))
+    times = np.array([500.0], np.float32)
 
     @jax.jit
     def step(model, latents, t, text):
         return network(model, NetworkCall(), layout(latents, config.patch), t, Conditioning(text))[0]
 
-    torch_inputs = torch.tensor(latents).permute(0, 4, 1, 2, 3), torch.tensor(t), torch.tensor(text)
+    torch_inputs = torch.tensor(latents).permute(0, 4, 1, 2, 3), torch.tensor(times), torch.tensor(text)
 
     def run_theirs() -> None:
         with torch.inference_mode():
             theirs(*torch_inputs)
 
-    arguments = [jax.tree.map(jnp.asarray, value) for value in (ours, latents, t, text)]
+    arguments = [jax.tree.map(jnp.asarray, value) for value in (ours, latents, times, text)]
     return alternate({"ours": lambda: jax.block_until_ready(step(*arguments)), "torch": run_theirs}, rounds)
 
 
@@ -129,10 +132,14 @@ def main() -> None:
     options = argparse.ArgumentParser(prog="python -m infer.bench", description=__doc__)
     options.add_argument("what", nargs="*", choices=list(BENCHES), help="which to run (default: all)")
     options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--random", metavar="WIDTHxBLOCKSxTOKENS", help="sizes of dit (default: 6 blocks of the 1.3B)")
     options.add_argument("--json", action="store_true")
     chosen = options.parse_args()
-    for name in chosen.what or BENCHES:
-        seconds = BENCHES[name](chosen.rounds)
+    benches = BENCHES
+    if chosen.random:
+        benches = BENCHES | {"dit": partial(bench_dit, model=sized_model(chosen.random))}
+    for name in chosen.what or benches:
+        seconds = benches[name](chosen.rounds)
         measured, reference = seconds.values()
         ratio = measured / reference
         if chosen.json:

@@ -26,7 +26,7 @@ from dit_jax.methods.pruning import heads_to_keep, neurons_to_keep
 from dit_jax.models import flux, wan
 from dit_jax.models.flux import Flux, FluxConfig
 from dit_jax.models.network import Conditioning
-from dit_jax.models.wan import Wan
+from dit_jax.models.wan import Wan, WanConfig
 from dit_jax.parameters import Precision, cast, leaf_name, named_leaves
 from dit_jax.sampling.sampler import Guided
 from dit_jax.sampling.schedules import Schedule, Shift
@@ -174,14 +174,19 @@ def preset_pipeline(name: str, kind: RandomKind = RandomKind()) -> RandomPipelin
 
 def sized_pipeline(text: str, kind: RandomKind = RandomKind()) -> RandomPipeline:
     """`768x12x4096`: a Wan of this width, number of blocks and tokens, without guidance unless it is asked for."""
+    config, (t, y, x) = sized_model(text)
+    defaults = Defaults(size=(16 * x, 16 * y), frames=4 * t - 3, steps=40, guidance=1.0, solver="euler")
+    return RandomPipeline(text, config, defaults, kind=kind)
+
+
+def sized_model(text: str) -> tuple[WanConfig, tuple[int, int, int]]:
+    """The config of `768x12x4096`, and its token grid."""
     width, blocks, tokens = _sizes(text)
     head_width = 64 if width % 64 == 0 else 16
     config = replace(
         wan.WAN_1_3B, width=width, blocks=blocks, heads=width // head_width, head_width=head_width, mlp_width=4 * width
     )
-    t, y, x = token_grid(tokens)
-    defaults = Defaults(size=(16 * x, 16 * y), frames=4 * t - 3, steps=40, guidance=1.0, solver="euler")
-    return RandomPipeline(text, config, defaults, kind=kind)
+    return config, token_grid(tokens)
 
 
 def _sizes(text: str) -> tuple[int, int, int]:
