@@ -272,6 +272,7 @@ def test_words_are_understood():
     assert fixed == Ddit(spans=(Span(2, 0, 18), Span(4, 20, 29)))
     assert fixed.breaks(30) == (0, 19, 20) and fixed.breaks(40) == (0, 19, 20, 30)
     assert [fixed.scheduled(step) for step in (0, 18, 19, 20, 29, 30)] == [2, 2, 1, 4, 4, 1]
+    assert parse_plan("ddit+coredit:0.3").pointless(8) == ["ddit"] and not parse_plan("ddit").pointless(9)
     assert fixed.variants == (1, 2, 4) and Ddit(spans=(Span(4, 0, 1),)).variants == (1, 4)
     with pytest.raises(UserError, match="4p is to run until step 29, the last of 20 steps is 19"):
         fixed.breaks(20)
