@@ -296,6 +296,36 @@ def test_words_that_are_none_are_refused(text, told):
         parse_plan(text)
 
 
+def test_a_calibrated_threshold_is_read(tmp_path):
+    file = tmp_path / "ddit.json"
+    file.write_text('{"tau": 0.02, "rho": 0.5, "steps": 30}')
+    plan = parse_plan(f"ddit:{file}")
+    assert plan.methods == (Ddit(threshold=0.02, quantile=0.5, calibrated_for=30),)
+    assert plan.steps == 30 and plan.methods[0].by_latents
+    with pytest.raises(UserError, match="'tau', which ddit does not know"):
+        parse_plan(f"ddit:{file}:tau=1")
+    with pytest.raises(UserError, match=r"gone\.json: expected a file with DDiT's threshold, found No such file"):
+        parse_plan(f"ddit:{tmp_path}/gone.json")
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        "no JSON",
+        "[1]",
+        '{"rho": 0.4, "steps": 30}',
+        '{"tau": -1, "rho": 0.4, "steps": 30}',
+        '{"tau": 1, "rho": 2, "steps": 30}',
+        '{"tau": NaN, "rho": 0.4, "steps": 30}',
+        '{"tau": 1, "rho": 0.4, "steps": 0}',
+    ],
+)
+def test_files_that_hold_no_threshold_are_refused(held, tmp_path):
+    (tmp_path / "ddit.json").write_text(held)
+    with pytest.raises(UserError, match=r"ddit\.json: expected .* `dit-calibrate ddit`"):
+        parse_plan(f"ddit:{tmp_path}/ddit.json")
+
+
 def test_a_model_without_adapters_is_refused():
     plan = parse_plan("ddit:2p@0-3")
     with pytest.raises(UserError, match=r"adapters for patches of 2p, which this model has not.*dit-adapt"):
