@@ -128,6 +128,6 @@ def _check_reach(wanted: float, values: np.ndarray, tokens: np.ndarray, steps: i
     least = mean_tokens(values, tokens, math.inf) / tokens[0]
     if not least <= wanted < 1:
         raise UserError(
-            f"--tokens is {wanted:g}: expected at least {math.ceil(1000 * least) / 1000:g}, where the largest patches run "
-            f"in all of {steps} steps but the first three, and less than 1; change it, or ask for more --steps"
+            f"--tokens is {wanted:g}: expected at least {math.ceil(1000 * least) / 1000:g}, where the largest patches "
+            f"run in all of {steps} steps but the first three, and less than 1; change it, or ask for more --steps"
         )

@@ -16,14 +16,6 @@ def run(*arguments) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
-@pytest.fixture(autouse=True)
-def keep_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def test_there_and_back(text_pipeline, tmp_path, capsys):
     assert run("to-jax", text_pipeline, tmp_path / "native") == 0
     assert "native layout" in capsys.readouterr().out
@@ -156,3 +148,4 @@ def test_a_second_signal_does_not_stop_the_cleaning_up(text_pipeline, tmp_path, 
         run("to-torch", text_pipeline / "vae", tmp_path / "out")
     assert caught.value.code == 128 + signal.SIGINT
     assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
