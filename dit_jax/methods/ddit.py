@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import einops
 import jax
@@ -258,10 +258,10 @@ def read_threshold(path: Path) -> Ddit:
     tau, rho, steps = (told.get(name) for name in ("tau", "rho", "steps"))
     if not _is_number(tau, math.inf) or not _is_number(rho, 1) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"{path}: expected `tau` from 0, `rho` from 0 to 1 and a number of `steps`; {remedy}")
-    return Ddit(threshold=float(tau), quantile=float(rho), calibrated_for=steps)
+    return Ddit(threshold=tau, quantile=rho, calibrated_for=steps)
 
 
-def _is_number(value: Any, most: float) -> bool:
+def _is_number(value: Any, most: float) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
