@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dit_jax.config import UserError
+from infer import media
 from infer.video_names import prompts_by_name, video_paths
 
 LONG = "A tranquil tableau, " * 10  # 200 characters
@@ -47,6 +49,8 @@ def test_what_no_file_can_be_named_after_is_refused(kind, titles, prompts, told)
 
 def test_the_longest_name_fits_the_file_system(tmp_path):
     [name] = prompts_by_name("vbench", ["x" * 249], ["x" * 249], 5)
-    video_paths(tmp_path, [name], 1)[0].touch()
+    [path] = video_paths(tmp_path, [name], 1)
+    media.save(path, np.zeros((1, 16, 16, 3), np.uint8), 8, {})
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
     with pytest.raises(UserError, match="at most 255 bytes"):
         prompts_by_name("vbench", ["x" * 249], ["x" * 249], 11)
