@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from convert.checkpoint import CheckpointLayout, open_checkpoint
 from convert.lora_backbones import is_lora
@@ -16,13 +14,13 @@ from convert.lora_export import convert_lora
 from convert.lora_summary import summarise_lora
 from convert.progress import progress_bar
 from convert.sizes import parse_bytes
+from convert.stopping import cleaned_up_when_stopped
 from convert.summary import summarise
 from convert.transfer import MAX_SHARD_BYTES, convert
 from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
 
 _SOURCE = "folder, file of weights or of a LoRA, hub id org/name[@revision], demo-wan or demo-flux"
-_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,13 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     An interrupt or a polite kill raises SystemExit with 128 and the signal's number, once everything is cleaned up.
     """
     arguments = _parser().parse_args(argv)
-    for number in _STOPS:
-        signal.signal(number, _stop)
     try:
-        if arguments.command == "inspect":
-            _inspect(arguments.source, arguments.json)
-        else:
-            _convert(arguments)
+        with cleaned_up_when_stopped():
+            if arguments.command == "inspect":
+                _inspect(arguments.source, arguments.json)
+            else:
+                _convert(arguments)
     except UserError as error:
         print(f"dit-convert: {error}", file=sys.stderr)
         return 2
@@ -47,13 +44,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dit-convert: {place}: {error.strerror or error}.", file=sys.stderr)
         return 2
     return 0
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    # The impatient press Ctrl-C again: that must not stop the cleaning up.
-    for other in _STOPS:
-        signal.signal(other, signal.SIG_IGN)
-    sys.exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:

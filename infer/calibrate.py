@@ -19,6 +19,7 @@ from dit_jax.methods.coredit import Coredit
 from dit_jax.methods.coredit_ratios import CAP, Recording, allocate, ratios_file
 from dit_jax.methods.magcache import ratios_of, recording, write_ratios
 from dit_jax.methods.method import Run
+from infer.ddit_calibration import ddit, ddit_options
 from infer.prompts_file import read_prompts
 
 BATCH = 4  # prompts that run together
@@ -27,20 +28,25 @@ EPILOG = """\
 coredit gives every block of a model its share of --ratio: tokens are given, a few at a time, to the block whose next
 ones are the most alike, no block more than 60 %. It runs the model on the prompts in a few steps (--steps, 8), which
 sees as many noise levels. magcache measures how the trunk's residual grows from step to step: give it the --steps that
-will be used.
+will be used. ddit searches the threshold at which runs have --tokens of the base size's tokens on average; it runs the
+model's own number of steps unless --steps says otherwise, once for each prompt and round (up to 7).
 
 examples:
   dit-calibrate coredit --model demo-flux --prompts prompts.txt --ratio 0.45 --out ratios.json
   dit-generate --model demo-flux --plan coredit:ratios.json --prompt "a red 7 above a blue 2" --out digits.png
+  dit-calibrate ddit --model adapted --prompts prompts.txt --tokens 0.5 --out ddit.json
+  dit-generate --model adapted --plan ddit:ddit.json --prompt "a red 7 moving left" --out seven.mp4
 """
 
 
 class Kind(NamedTuple):
-    """One subcommand: its help, its own options, and what it does with a pipeline to make the report."""
+    """One subcommand: its help, its own options, what it does with a pipeline to make the report, and how many steps it
+    runs by itself (None: the model's)."""
 
     help: str
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[Any, argparse.Namespace], dict[str, Any]]
+    steps: int | None = 8
 
 
 class CoherenceWatch:
@@ -148,6 +154,7 @@ def magcache(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
 KINDS = {
     "coredit": Kind("how much each block may skip (plan coredit:FILE)", coredit_options, coredit),
     "magcache": Kind("how steps' residuals grow (plan magcache:T:ratios=FILE)", no_options, magcache),
+    "ddit": Kind("the threshold of a wanted mean token count (plan ddit:FILE)", ddit_options, ddit, steps=None),
 }
 
 
@@ -190,7 +197,8 @@ def parser() -> argparse.ArgumentParser:
         add("--out", required=True, type=Path, metavar="FILE", help="JSON to write")
         add("--size", metavar="WxH", help="pixels, such as 832x480 (default: the model's)")
         add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
-        add("--steps", type=int, default=8, metavar="N", help="denoising steps (default 8)")
+        usual = kind.steps or "the model's"
+        add("--steps", type=int, default=kind.steps, metavar="N", help=f"denoising steps (default: {usual})")
         add("--seed", type=int, default=0, metavar="N", help="of the first prompt's noise; prompt i has N + i")
         add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")
         add("--json", action="store_true", help="print one JSON object as the last line")

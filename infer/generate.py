@@ -6,15 +6,18 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from convert.sizes import parse_bytes
+from convert.stopping import cleaned_up_when_stopped
 from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
 from dit_jax.methods.plan import DENSE, JOINT
 from infer.digit_grammar import GRAMMARS, MOVING, PICTURES, Grammar, unknown_words
 from infer.prompts_file import read_prompts
+from infer.video_names import NAMES, prompts_by_name, video_paths
 
 EPILOG = f"""\
 The shipped models know only a few words. demo-wan makes videos of moving handwritten digits:
@@ -31,6 +34,7 @@ examples:
   dit-generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat surfing at dusk" --mesh context=8 --out cat.mp4
   dit-generate --model black-forest-labs/FLUX.1-schnell --prompt "a cat" --steps 4 --out cat.png
   dit-generate --model black-forest-labs/FLUX.1-dev --lora style.safetensors:0.8 --prompt "a cat" --out cat.png
+  dit-generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --seeds 5 --names vbench --out vids
 """
 
 
@@ -50,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     add("--negative-prompt", metavar="T", default="", help="what it should not show")
     add("--out", required=True, metavar="FILE", help="output: .mp4 .mov .webm .gif .webp, or .png for one frame")
     add(
+        "--names", choices=list(NAMES),
+        help="--out is a folder of videos named as VBench or VBench-2.0 reads them; those that are there are skipped",
+    )  # fmt: skip
+    add("--names-from", metavar="FILE", help="with --names: prompts to name the videos after, a line for each prompt")
+    add(
         "--lora",
         action="append",
         default=[],
@@ -68,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance against --negative-prompt; 1 is off")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="samples of each prompt; outputs are numbered")
+    add("--seeds", type=int, metavar="N", help="samples of each prompt; sample i of every prompt has seed --seed + i")
     add("--solver", metavar="S", help="unipc or euler (default: the model's)")
     add(
         "--plan", "--method", action="append", default=[], metavar="PLAN",
@@ -88,7 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; exit code 2 and one sentence for bad input."""
     options = parser().parse_args(arguments)
     try:
-        report = generate(options)
+        with cleaned_up_when_stopped():
+            report = generate(options)
     except UserError as error:
         print(f"dit-generate: {error}", file=sys.stderr)
         return 2
@@ -100,6 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         for path in report["out"]:
             print(f"{path}: {report['steps']} steps of {report['tokens']} tokens")
+        if "made" in report:
+            print(f"{report['made']} videos made, {report['there']} were there")
         print(f"compiled in {report['compile_seconds']:.1f} s, ran in {report['run_seconds']:.1f} s")
     return 0
 
@@ -107,13 +120,48 @@ def main(arguments: list[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the parsed command; returns what `--json` prints."""
     from infer import media
-    from infer.request import Request, parse_guidance, parse_size
 
     prompts = _prompts(options)
-    media.check_output(options.out)
-    if options.sheet and Path(options.sheet).suffix.lower() != ".png":
-        raise UserError(f"cannot write the sheet {options.sheet!r}: expected a PNG; name a file that ends in .png")
-    request = Request(
+    _check_together(options)
+    paths: list[Path] = []
+    if options.names:
+        titles = read_prompts(options.names_from) if options.names_from else prompts
+        named = prompts_by_name(options.names, titles, prompts, options.seeds or 1)
+        prompts, paths = list(named.values()), video_paths(Path(options.out), list(named), options.seeds or 1)
+    else:
+        media.check_output(options.out)
+    request = _request(options, prompts)
+    for path in filter(None, (paths[0] if paths else options.out, options.sheet)):
+        media.make_room(path)
+    pipe = _load(options)
+    if options.from_latents:
+        return _from_latents(pipe, options)
+    if options.names and not pipe.defaults.video:
+        raise UserError(f"--names {options.names} is for videos, {options.model} makes pictures: choose another model")
+    if pipe.defaults.grammar:
+        _warn_of_unknown_words(options.model, prompts, GRAMMARS[pipe.defaults.grammar])
+    with warnings_in_lines():
+        job = pipe.prepare(request)
+    began, samples = time.perf_counter(), _samples(job, options)
+    if paths:
+        from infer.video_series import make_series
+
+        made, there = make_series(pipe, paths, samples)
+        return _report(pipe, job, began, [Path(options.out)]) | {"made": made, "there": there}
+    media.check_output(options.out, job.frames)
+    outputs: list[Path] = []
+    count = len(samples)
+    sheets = _numbered(options.sheet, count) if options.sheet else [None] * count
+    for sample, out, sheet in zip(samples, _numbered(options.out, count), sheets, strict=True):
+        outputs += _denoise_and_decode(pipe, sample, out, sheet)
+    return _report(pipe, job, began, outputs)
+
+
+def _request(options: argparse.Namespace, prompts: list[str]):
+    from infer import media
+    from infer.request import Request, parse_guidance, parse_size
+
+    return Request(
         prompt=prompts,
         negative_prompt=options.negative_prompt,
         image=media.open_image(options.image) if options.image else None,
@@ -123,27 +171,38 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
         steps=options.steps,
         guidance=parse_guidance(options.guidance) if options.guidance else None,
         true_cfg=options.true_cfg,
-        images_per_prompt=options.images_per_prompt,
+        images_per_prompt=options.seeds or options.images_per_prompt,
         solver=options.solver,
         seed=options.seed,
         plan=JOINT.join(options.plan) if options.plan else DENSE,
     )
-    for path in filter(None, (options.out, options.sheet)):
-        media.make_room(path)
-    pipe = _load(options)
-    if options.from_latents:
-        return _from_latents(pipe, options)
-    if pipe.defaults.grammar:
-        _warn_of_unknown_words(options.model, prompts, GRAMMARS[pipe.defaults.grammar])
-    with warnings_in_lines():
-        job = pipe.prepare(request)
-    media.check_output(options.out, job.frames)
-    began, outputs = time.perf_counter(), []
-    count = len(job.prompts)
-    sheets = _numbered(options.sheet, count) if options.sheet else [None] * count
-    for index, (out, sheet) in enumerate(zip(_numbered(options.out, count), sheets, strict=True)):
-        outputs += _denoise_and_decode(pipe, job.single(index), out, sheet)
-    return _report(pipe, job, began, outputs)
+
+
+def _samples(job, options: argparse.Namespace) -> list:
+    """The job of every sample: seeds go on from prompt to prompt or, with --seeds or --names, begin anew with each."""
+    samples = [job.single(index) for index in range(len(job.prompts))]
+    if options.seeds is None and not options.names:
+        return samples
+    return [replace(one, seed=job.seed + index % (options.seeds or 1)) for index, one in enumerate(samples)]
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """UserError for options that do not go together, and for a sheet that is no PNG."""
+    if options.seeds is not None and options.seeds < 1:
+        raise UserError(f"--seeds is {options.seeds}: expected a whole number from 1; leave it out for one sample")
+    if (options.seeds is not None or options.names) and options.images_per_prompt != 1:
+        raise UserError("--images-per-prompt has no place beside --seeds or --names: say --seeds N for N samples each")
+    if options.names_from and not options.names:
+        raise UserError("--names-from is for --names vbench: expected both; leave it out or add --names")
+    for name in ("from_latents", "sheet", "image", "last_image"):
+        if options.names and getattr(options, name):
+            raise UserError(f"--names {options.names} makes videos of text alone: leave out --{name.replace('_', '-')}")
+    if options.names and Path(options.out).suffix.lower() in (".mp4", ".mov", ".webm"):
+        raise UserError(
+            f"--names {options.names} writes many files, found --out {options.out!r}: expected a folder; name one"
+        )
+    if options.sheet and Path(options.sheet).suffix.lower() != ".png":
+        raise UserError(f"cannot write the sheet {options.sheet!r}: expected a PNG; name a file that ends in .png")
 
 
 def _numbered(name: str, count: int) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -57,7 +58,8 @@ def save(path: Path | str, frames: np.ndarray, fps: int, metadata: dict[str, Any
     path = Path(path)
     check_output(path, len(frames))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    # Short, however long the name: a file system takes 255 bytes.
+    partial = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}.partial{path.suffix}")
     comment = json.dumps(metadata, sort_keys=True)
     try:
         if path.suffix.lower() in VIDEO_CODECS:

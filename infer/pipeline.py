@@ -344,7 +344,7 @@ class Pipeline(ABC):
             frames = np.asarray(video) if self.defaults.video else np.asarray(video)[:, 0]
         if progress:
             progress("decode", 1, 1)
-        return Result(frames=frames, latents=latents, metadata=self._metadata(job), fps=self.defaults.fps)
+        return Result(frames=frames, latents=latents, metadata=self.metadata(job), fps=self.defaults.fps)
 
     def _starting_noise(self, job: Job) -> jax.Array:
         shape = self.latents_shape(job.size, job.frames)
@@ -355,7 +355,8 @@ class Pipeline(ABC):
             raise UserError(f"latents have shape {job.latents.shape}: expected {(count, *shape)}, channels last")
         return jnp.array(job.latents, jnp.float32)  # a copy: the sampler donates it
 
-    def _metadata(self, job: Job) -> list[dict[str, Any]]:
+    def metadata(self, job: Job) -> list[dict[str, Any]]:
+        """What made each sample of a job, as JSON can hold it."""
         shared: dict[str, Any] = {"model": self.name, "checkpoint": self.hash}
         if self.loras:
             shared |= {"loras": self.loras}

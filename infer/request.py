@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dit_jax.config import UserError
-from dit_jax.methods.plan import DENSE, Plan, parse_plan
+from dit_jax.methods.plan import DENSE, FEW_STEPS, JOINT, Plan, parse_plan
 from dit_jax.sampling.solvers import SOLVERS
 
 SEEDS = 2**32  # a threefry key keeps no more of a seed
@@ -205,7 +205,7 @@ class Limits:
 
 
 def check(job: Job, limits: Limits) -> None:
-    """Raises UserError for a job that the model cannot serve."""
+    """Raises UserError for a job that the model cannot serve; warns of methods that it gains nothing by."""
     if not limits.video and job.frames != 1:
         raise UserError(f"{job.frames} frames were asked of a model that makes images: leave out --frames")
     if not job.prompts or not all(text.strip() for text in job.prompts):
@@ -214,10 +214,10 @@ def check(job: Job, limits: Limits) -> None:
         raise UserError(f"unknown solver {job.solver!r}: expected one of {', '.join(SOLVERS)}")
     if not isinstance(job.steps, int) or job.steps < 1:
         raise UserError(f"steps is {job.steps}: expected a whole number of at least 1")
-    needed = parse_plan(job.plan).steps
-    if needed and job.steps != needed:
+    plan = parse_plan(job.plan)
+    if plan.steps and job.steps != plan.steps:
         raise UserError(
-            f"plan {job.plan} is for {needed} steps, found {job.steps}: leave out --steps or change the plan"
+            f"plan {job.plan} is for {plan.steps} steps, found {job.steps}: leave out --steps or change the plan"
         )
     _check_scales(job, limits.experts)
     if not isinstance(job.seed, int) or not 0 <= job.seed <= SEEDS - len(job.prompts):
@@ -233,6 +233,12 @@ def check(job: Job, limits: Limits) -> None:
             f"the nearest are {low} and {low + limits.time}"
         )
     _check_images(job, limits)
+    if pointless := plan.pointless(job.steps):
+        warnings.warn(
+            f"{JOINT.join(pointless)} is pointless in a run of {job.steps} steps, which have too little in common: "
+            f"leave it out, or ask for more than {FEW_STEPS}",
+            stacklevel=2,
+        )
 
 
 def _check_images(job: Job, limits: Limits) -> None:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import einops
 import jax
@@ -115,22 +118,24 @@ class Span(NamedTuple):
 class Ddit:
     """DDiT as a plan has it.
 
-    threshold  τ of the third difference, in the latents' units; it depends on the model, the schedule and the number of
-               steps (`calibrated_threshold`)
-    quantile   ρ, over patches
-    spans      steps at larger sizes, known beforehand; where there are any, latents have no say
+    threshold       τ of the third difference, in the latents' units; it depends on the model, the schedule and the
+                    number of steps (`calibrated_threshold`)
+    quantile        ρ, over patches
+    spans           steps at larger sizes, known beforehand; where there are any, latents have no say
+    calibrated_for  number of steps that τ was calibrated for, or None
     """
 
     threshold: float = 0.001
     quantile: float = 0.4
     spans: tuple[Span, ...] = ()
+    calibrated_for: int | None = None
 
     name: ClassVar[str] = "ddit"
     solver: ClassVar[str | None] = None
 
     @property
     def steps(self) -> int | None:
-        return None
+        return self.calibrated_for
 
     @property
     def by_latents(self) -> bool:
@@ -245,8 +250,29 @@ def mean_tokens(values: np.ndarray, tokens: np.ndarray, threshold: float) -> flo
     return float(np.mean(tokens[np.max((values < threshold) * sizes, axis=-1)]))
 
 
+def read_threshold(path: Path) -> Ddit:
+    """τ and ρ of a file that `dit-calibrate ddit` writes, and the number of steps that they are for."""
+    remedy = "calibrate again with `dit-calibrate ddit`, or write ddit:tau=T"
+    try:
+        told = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: expected a file with DDiT's threshold, found {error.strerror}; {remedy}") from None
+    except ValueError:
+        raise UserError(f"{path}: expected JSON with DDiT's threshold, found something else; {remedy}") from None
+    told = told if isinstance(told, dict) else {}
+    tau, rho, steps = (told.get(name) for name in ("tau", "rho", "steps"))
+    if not _is_number(tau, math.inf) or not _is_number(rho, 1) or not isinstance(steps, int) or steps < 1:
+        raise UserError(f"{path}: expected `tau` from 0, `rho` from 0 to 1 and a number of `steps`; {remedy}")
+    return Ddit(threshold=tau, quantile=rho, calibrated_for=steps)
+
+
+def _is_number(value: Any, most: float) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+
+
 def parse_ddit(words: Words) -> Ddit:
-    """`ddit`, `ddit:tau=0.001:rho=0.4`, or steps known beforehand, `ddit:2p@0-19/4p@20-29` (others at p)."""
+    """`ddit`, `ddit:tau=0.001:rho=0.4`, as calibrated, `ddit:ddit.json`, or steps known beforehand,
+    `ddit:2p@0-19/4p@20-29` (others at p)."""
     usual = Ddit()
     if words.first is None:
         ddit = replace(
@@ -254,6 +280,8 @@ def parse_ddit(words: Words) -> Ddit:
             threshold=words.number("tau", usual.threshold, low=0, high=float("inf")),
             quantile=words.number("rho", usual.quantile, low=0, high=1),
         )
+    elif Path(words.first).suffix == ".json":
+        ddit = read_threshold(Path(words.first))
     else:
         ddit = replace(usual, spans=_spans(words, words.first))
     words.finish()
@@ -266,7 +294,7 @@ def _spans(words: Words, text: str) -> tuple[Span, ...]:
     spans = sorted((Span(int(m[1][:-1]), int(m[2]), int(m[3])) for m in found if m), key=lambda span: span.first)
     if not all(found) or any(span.last < span.first for span in spans):
         expected = f"expected sizes ({sizes.replace('|', ' or ')}) and their first and last step, found {text!r}"
-        raise words.error(expected, "write 2p@0-19/4p@20-29, or tau= and rho=")
+        raise words.error(expected, "write 2p@0-19/4p@20-29, tau= and rho=, or FILE.json")
     for one, other in itertools.pairwise(spans):
         if other.first <= one.last:
             raise words.error(f"step {other.first} has two sizes", "let spans not overlap")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -26,9 +25,7 @@ from dit_jax.flops import Config, Shape, StepAt, StepWork, residual_bytes
 from dit_jax.methods.method import Run, Words
 from dit_jax.methods.residual import no_residual, run_or_reuse
 from dit_jax.models.network import Aux, State, Trunk
-from dit_jax.sampling.sampler import Carry, Guided, sample
-from dit_jax.sampling.schedules import Schedule
-from dit_jax.sampling.solvers import Solver
+from dit_jax.sampling.sampler import Guided
 
 MOST_IN_A_ROW = 3  # steps that reuse, where a plan does not say
 RETENTION = 0.2  # share of the steps, from the first, that always run, where a plan does not say
@@ -134,23 +131,6 @@ class MagCache:
         return _cached(denoiser, ScheduledCache(), self.reuses(run.first))
 
 
-def measured_ratios(
-    spans: Iterable[tuple[Guided, int, int]], solver: Solver, schedule: Schedule, latents: jax.Array
-) -> np.ndarray:
-    """γ of each step [S]: `‖residual of the trunk‖ / ‖that of the step before‖`, averaged over the rows; γ_0 is 1.
-
-    spans    denoisers and the steps [first, stop) of each; one denoiser of all steps, or two experts that take turns
-    latents  starting noise [B, T, Y, X, C]; it is not donated
-    """
-    norms: Any = 0.0
-    carry = Carry(latents, solver.init(latents), None)
-    for denoiser, first, stop in spans:
-        watched = recording(denoiser, schedule.steps)
-        carry = _sampled(watched, carry._replace(denoiser=None), schedule, first, solver=solver, count=stop - first)
-        norms = norms + np.asarray(carry.denoiser.cache, np.float64)
-    return ratios_of(norms)
-
-
 def recording(denoiser: Guided, steps: int) -> Guided:
     """A denoiser that runs every step and notes in its state's `cache` the norms of the trunk's residual [S, R]; 0 at
     the steps of others."""
@@ -160,12 +140,6 @@ def recording(denoiser: Guided, steps: int) -> Guided:
 def ratios_of(norms_SR: np.ndarray) -> np.ndarray:
     """γ of each step [S], the mean over the rows; γ_0 is 1."""
     return np.append(1.0, np.mean(norms_SR[1:] / norms_SR[:-1], axis=1))
-
-
-@functools.partial(jax.jit, static_argnames=("solver", "count"))
-def _sampled(denoiser: Guided, carry: Carry, schedule: Schedule, first, *, solver: Solver, count: int) -> Carry:
-    carry = carry._replace(denoiser=denoiser.init(carry.latents))
-    return sample(denoiser, solver, carry, schedule, first, count)
 
 
 def write_ratios(path: Path, ratios: np.ndarray) -> None:

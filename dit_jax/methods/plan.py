@@ -47,6 +47,10 @@ REFUSED: dict[frozenset[str], str] = {
     frozenset({"ddit", "hsa"}): "keys and values that HSA keeps are of the tokens of one patch size; leave out one",
 }
 
+# Methods that live on steps being alike, and the most steps of a run in which they are not.
+NEED_MANY_STEPS = ("hsa", "ddit", "teacache", "magcache")
+FEW_STEPS = 8
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -72,6 +76,10 @@ class Plan:
     def chooser(self) -> Chooser | None:
         """The method that chooses among variants of the denoiser between steps, or None."""
         return next((method for method in self.methods if isinstance(method, Chooser)), None)
+
+    def pointless(self, steps: int) -> list[str]:
+        """Methods with nothing to gain in a run of so few steps."""
+        return [method.name for method in self.methods if method.name in NEED_MANY_STEPS and steps <= FEW_STEPS]
 
     def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
         """UserError where a method cannot serve a model with these blocks and these parts for methods."""

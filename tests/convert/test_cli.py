@@ -16,14 +16,6 @@ def run(*arguments) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
-@pytest.fixture(autouse=True)
-def keep_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def test_there_and_back(text_pipeline, tmp_path, capsys):
     assert run("to-jax", text_pipeline, tmp_path / "native") == 0
     assert "native layout" in capsys.readouterr().out
@@ -150,9 +142,11 @@ def test_a_second_signal_does_not_stop_the_cleaning_up(text_pipeline, tmp_path, 
         signal.raise_signal(signal.SIGTERM)
         remove(path, **options)
 
+    handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(transfer, "_flush_folders", lambda folder: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(transfer.shutil, "rmtree", impatient)
     with pytest.raises(SystemExit) as caught:
         run("to-torch", text_pipeline / "vae", tmp_path / "out")
     assert caught.value.code == 128 + signal.SIGINT
     assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -1,11 +1,15 @@
 """Plans in pipelines: the plain result at their identity, the solver and steps that they need, experts in turn."""
 
+import json
+import warnings
+
 import numpy as np
 import pytest
 from beside_diffusers import PROMPT, SIZE
 
 from dit_jax.config import UserError
 from infer import load_pipeline
+from infer.request import Request
 
 ALL_STEPS = "hsa:groups=100@4"
 HALF = "hsa:groups=50@8/50@2:window=0.5"
@@ -45,6 +49,32 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_compiles(pipe, opti
     with pytest.raises(UserError, match=words):
         pipe(PROMPT, size=SIZE, frames=5, **options)
     assert len(pipe.programs) == programs
+
+
+@pytest.mark.parametrize(
+    ("plan", "steps", "told"),
+    [
+        (HALF, 8, ["hsa"]),
+        ("hsa:groups=50@12/50@3:window=0.5", 12, []),
+        ("teacache:0.1:model=wan2.1-t2v-1.3b", 4, ["teacache"]),
+        ("teacache:0.1:model=wan2.1-t2v-1.3b", 9, []),
+        ("coredit:0.3+teacache:0.1:model=wan2.1-t2v-1.3b", 8, ["teacache"]),
+        ("magcache:0.1:ratios={}", 4, ["magcache"]),
+        ("coredit:0.3", 4, []),
+        ("taylorseer", 4, []),
+        ("dense", 4, []),
+    ],
+)
+def test_methods_that_live_on_many_steps_are_warned_of_at_few(pipe, tmp_path, plan, steps, told):
+    ratios = tmp_path / "ratios.json"
+    ratios.write_text(json.dumps({"ratios": [1.0, 0.9, 0.9, 0.9]}))
+    request = Request(prompt=PROMPT, size=SIZE, frames=5, steps=steps, solver="euler", plan=plan.format(ratios))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe.prepare(request)
+    found = [str(one.message) for one in caught]
+    assert [text.split(" is pointless in a run of ")[0] for text in found] == told
+    assert all(f"of {steps} steps" in text and "\n" not in text for text in found)
 
 
 def test_prompts_and_seeds_of_a_plan_share_its_programs(pipe):

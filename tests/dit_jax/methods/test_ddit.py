@@ -272,6 +272,7 @@ def test_words_are_understood():
     assert fixed == Ddit(spans=(Span(2, 0, 18), Span(4, 20, 29)))
     assert fixed.breaks(30) == (0, 19, 20) and fixed.breaks(40) == (0, 19, 20, 30)
     assert [fixed.scheduled(step) for step in (0, 18, 19, 20, 29, 30)] == [2, 2, 1, 4, 4, 1]
+    assert parse_plan("ddit+coredit:0.3").pointless(8) == ["ddit"] and not parse_plan("ddit").pointless(9)
     assert fixed.variants == (1, 2, 4) and Ddit(spans=(Span(4, 0, 1),)).variants == (1, 4)
     with pytest.raises(UserError, match="4p is to run until step 29, the last of 20 steps is 19"):
         fixed.breaks(20)
@@ -293,6 +294,36 @@ def test_words_are_understood():
 def test_words_that_are_none_are_refused(text, told):
     with pytest.raises(UserError, match=told):
         parse_plan(text)
+
+
+def test_a_calibrated_threshold_is_read(tmp_path):
+    file = tmp_path / "ddit.json"
+    file.write_text('{"tau": 0.02, "rho": 0.5, "steps": 30}')
+    plan = parse_plan(f"ddit:{file}")
+    assert plan.methods == (Ddit(threshold=0.02, quantile=0.5, calibrated_for=30),)
+    assert plan.steps == 30 and plan.methods[0].by_latents
+    with pytest.raises(UserError, match="'tau', which ddit does not know"):
+        parse_plan(f"ddit:{file}:tau=1")
+    with pytest.raises(UserError, match=r"gone\.json: expected a file with DDiT's threshold, found No such file"):
+        parse_plan(f"ddit:{tmp_path}/gone.json")
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        "no JSON",
+        "[1]",
+        '{"rho": 0.4, "steps": 30}',
+        '{"tau": -1, "rho": 0.4, "steps": 30}',
+        '{"tau": 1, "rho": 2, "steps": 30}',
+        '{"tau": NaN, "rho": 0.4, "steps": 30}',
+        '{"tau": 1, "rho": 0.4, "steps": 0}',
+    ],
+)
+def test_files_that_hold_no_threshold_are_refused(held, tmp_path):
+    (tmp_path / "ddit.json").write_text(held)
+    with pytest.raises(UserError, match=r"ddit\.json: expected .* `dit-calibrate ddit`"):
+        parse_plan(f"ddit:{tmp_path}/ddit.json")
 
 
 def test_a_model_without_adapters_is_refused():

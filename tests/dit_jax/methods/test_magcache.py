@@ -8,9 +8,10 @@ from row_by_row import row_by_row
 from small_models import CONFIGS, guided, noise, one_sample, relative_error, sampled, segment_programs
 
 from dit_jax.config import UserError
-from dit_jax.methods.magcache import MagCache, measured_ratios, read_ratios, write_ratios
+from dit_jax.methods.magcache import MagCache, ratios_of, read_ratios, recording, write_ratios
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
+from dit_jax.sampling.sampler import sample, start
 from dit_jax.sampling.schedules import Shift
 from dit_jax.sampling.solvers import Euler
 
@@ -79,11 +80,20 @@ def test_ratios_are_those_of_the_residuals_norms():
     plain, latents = guided(config), noise(config)
     _, _, norms = row_by_row(plain, latents, STEPS, lambda index, row, signal: True)
     expected = np.append(1, (norms[1:] / norms[:-1]).mean(axis=1))
+    whole, watched = _norms(recording(plain, STEPS), latents, 0, STEPS)
+    np.testing.assert_allclose(ratios_of(watched), expected, rtol=1e-5)
+    half, first = _norms(recording(plain, STEPS), latents, 0, 6)
+    rest, second = _norms(recording(plain, STEPS), half, 6, STEPS)
+    np.testing.assert_allclose(rest, whole, rtol=1e-5, atol=1e-5)
+    assert not first[6:].any() and not second[:6].any()
+    np.testing.assert_allclose(ratios_of(first + second), expected, rtol=1e-5)
+
+
+def _norms(denoiser, latents, first, stop):
+    """(latents after steps [first, stop), the norms that were noted [S, R])."""
     schedule = Euler().schedule(STEPS, Shift(constant=3.0), 40)
-    whole = measured_ratios([(plain, 0, STEPS)], Euler(), schedule, latents)
-    np.testing.assert_allclose(whole, expected, rtol=1e-5)
-    halves = measured_ratios([(plain, 0, 6), (plain, 6, STEPS)], Euler(), schedule, latents)
-    np.testing.assert_allclose(halves, whole, rtol=1e-5)
+    carry = sample(denoiser, Euler(), start(denoiser, Euler(), latents), schedule, first, stop - first)
+    return carry.latents, np.asarray(carry.denoiser.cache, np.float64)
 
 
 def test_a_sample_is_the_same_in_any_batch():
