@@ -111,9 +111,7 @@ def loaded(model: str, video: bool, folder: Path) -> Pipeline:
     pipe = load_pipeline(copy)
     if pipe.defaults.video is not video:
         option, expected, known = VIDEO if video else PICTURES
-        raise UserError(
-            f"{option} is {model}, which does not make {expected}: expected a model that does; name {known}"
-        )
+        raise UserError(f"{option} is {model}, which makes no {expected}: expected a model that does; name {known}")
     return pipe
 
 

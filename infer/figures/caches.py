@@ -6,7 +6,6 @@ Shapes: R batch rows (guidance branches included), M tokens, D width, S sampler 
 
 from __future__ import annotations
 
-import operator
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -129,13 +128,17 @@ def _moves(state: State) -> tuple[jax.Array, jax.Array]:
     return state.cache.of_residual, state.cache.of_signal
 
 
+def _runs(state: State) -> jax.Array:
+    return state.cache.residual.runs
+
+
 def teacache_runs(pipe: Pipeline, threshold: float, prompt: str, seed: int, options: dict[str, Any]) -> np.ndarray:
     """Which steps run the trunk [S]."""
     with warnings.catch_warnings():
         # That this model has no polynomial of its own is said in the figure's caption.
         warnings.simplefilter("ignore")
         job = pipe.prepare(Request(prompt=prompt, plan=f"teacache:{threshold}", seed=seed, **options))
-        pipe.denoise(job, watch=(watch := StepWatch(operator.attrgetter("cache.residual.runs"))))
+        pipe.denoise(job, watch=(watch := StepWatch(_runs)))
     return np.diff(watch.seen, prepend=0) > 0
 
 

@@ -37,7 +37,10 @@ class ObservedState(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("denoiser",), meta_fields=("steps", "look"))
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """A denoiser whose state is looked at after every step of a run of so many; `look` picks arrays from it."""
+    """A denoiser whose state is looked at after every step of a run of so many.
+
+    look  picks arrays from the state; part of the program's key, so the same function every time
+    """
 
     denoiser: Any
     steps: int

@@ -32,13 +32,6 @@ def pipe(text_to_video, tmp_path_factory):
     return command.loaded(str(text_to_video[0]), True, tmp_path_factory.mktemp("adapted"))
 
 
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flux") / "tiny-flux"
-    flux_pipeline(dev=False).save_pretrained(folder)
-    return folder
-
-
 def written(module, found, tmp_path) -> tuple[int, int]:
     file = tmp_path / "figure.png"
     write_figure(file, module.HEIGHT, lambda figure: module.draw(figure, found))
@@ -83,29 +76,44 @@ def test_a_latent_frames_picture_is_one_that_it_stands_for(latent_frames, frames
     assert hsa.frame_of_each(latent_frames, frames) == expected
 
 
-def test_coredit_skips_the_most_coherent_and_never_protected_ones(flux, tmp_path):
-    pipe = load_pipeline(flux)
+def check_skipped(found: coredit.Skipped, wanted: int) -> None:
+    """So many tokens, the most coherent, and no protected one."""
+    skips, stays = found.skipped, ~found.skipped & ~found.protected
+    assert skips.sum() == wanted > 0
+    assert not (skips & found.protected).any()
+    assert found.coherence[skips].min() >= found.coherence[stays].max()
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_coredit_skips_the_most_coherent_and_never_protected_ones(block):
+    method, watch = Coredit(ratios=(0.2, 0.4, 0.3)), coredit.CoherenceWatch()
+    watch.lattice = method.lattice((1, 1, 16, 20, 4), (1, 2, 2))
+    watch.coherence = np.random.default_rng(block).random((4, 3, 2, 80), np.float32)
+    for step in (1, 3):  # the last step skips a quarter of it
+        found = coredit.skipped_at(watch, method, step, block)
+        np.testing.assert_array_equal(found.coherence.ravel(), watch.coherence[step, block, 0])
+        check_skipped(found, method.skipped(watch.lattice, 3, 4)[0, step, block])
+        assert found.cell == watch.lattice.cells[block % 2]
+        assert found.protected[block % 3, 0] and not found.protected[(block + 1) % 3, 0]
+
+
+@pytest.mark.long
+def test_coredits_picture_is_that_of_a_run_which_is_not_watched(tmp_path):
+    flux_pipeline(dev=False).save_pretrained(tmp_path / "tiny-flux")
+    pipe = load_pipeline(tmp_path / "tiny-flux")
     options = dict(size=(80, 64), steps=4, true_cfg=2.0)
     found = coredit.measured(pipe, PROMPTS, calibration={"size": "80x64"}, **options)
-    assert found.frame.shape == (64, 80, 3) and len(found.ratios) == 4
-    assert found.ratios.mean() == pytest.approx(coredit.RATIO, abs=1e-6)
-    method = Coredit(ratios=tuple(found.ratios.tolist()))
-    lattice = method.lattice((1, 1, 8, 10, 4), pipe.transformer_config.patch)
+    assert found.frame.shape == (64, 80, 3) and found.ratios.mean() == pytest.approx(coredit.RATIO, abs=1e-6)
+    lattice = Coredit(ratios=(0.0,)).lattice((1, 1, 8, 10, 4), pipe.transformer_config.patch)
     assert [of_block.block % 2 for of_block in found.blocks] == [0, 1]
     for of_block in found.blocks:
-        skips, stays = of_block.skipped, ~of_block.skipped & ~of_block.protected
-        assert skips.sum() == method.skipped(lattice, 4, 4)[0, of_block.step, of_block.block] > 0
-        assert not (skips & of_block.protected).any()
-        assert of_block.coherence[skips].min() >= of_block.coherence[stays].max() > 0
-    assert written(coredit, found, tmp_path) == size_of(coredit)
-
-
-def test_a_watched_run_of_coredit_is_the_run(flux):
-    pipe = load_pipeline(flux)
-    job = pipe.prepare(Request(prompt=PROMPTS[0], plan="coredit:0.3", size=(80, 64), steps=4))
+        check_skipped(of_block, round(found.buckets[of_block.block] * lattice.tokens))
+    (tmp_path / "drawn").mkdir()
+    assert written(coredit, found, tmp_path / "drawn") == size_of(coredit)
+    job = pipe.prepare(Request(prompt=PROMPTS[0], plan="coredit:0.3", **options))
     watch = coredit.CoherenceWatch()
     np.testing.assert_allclose(pipe.denoise(job, watch=watch), pipe.denoise(job), atol=1e-5)
-    assert watch.coherence.shape == (4, 4, 1, 20) and (np.abs(watch.coherence) > 0).all()
+    assert watch.coherence.shape == (4, 4, 2, 20) and (np.abs(watch.coherence) > 0).all()
 
 
 def test_ddits_sizes_are_the_largest_below_the_threshold(pipe, tmp_path):
@@ -138,17 +146,13 @@ def test_caches_run_the_steps_that_they_say(pipe, tmp_path):
     assert (np.abs(found.ratios[1:] - 1) <= 1.001 * found.residual[1:]).all()
     assert [ran.shape for settings in found.runs.values() for ran in settings.values()] == [(6,)] * 9
     np.testing.assert_array_equal(found.runs["TaylorSeer"]["n = 4"], TaylorSeer(interval=4).timeline(6).full)
-    assert written(caches, found, tmp_path) == size_of(caches)
-
-
-def test_teacaches_steps_follow_from_the_signal_that_is_drawn(pipe):
-    options = SHORT | {"steps": 6}
-    change = caches.measured(pipe, PROMPTS[:1], calibration=CALIBRATION, **options).signal
+    # TeaCache runs again where the changes since it last ran add up to the threshold.
     for factor in (0.999, 1.001):
-        for step in (1, 2, 3):
-            limit = factor * change[1 : step + 1].sum()
-            runs = caches.teacache_runs(pipe, limit, PROMPTS[0], caches.SEED, options)
+        for step in (1, 3):
+            limit = factor * found.signal[1 : step + 1].sum()
+            runs = caches.teacache_runs(pipe, limit, PROMPTS[0], caches.SEED, SHORT | {"steps": 6})
             assert runs[0] and runs[step] == (factor < 1) and not runs[1:step].any()
+    assert written(caches, found, tmp_path) == size_of(caches)
 
 
 def test_the_command_writes_a_figure(text_to_video, tmp_path, monkeypatch, capsys):
@@ -167,8 +171,8 @@ def test_the_command_writes_a_figure(text_to_video, tmp_path, monkeypatch, capsy
     [
         (["--only", "hsa,cats"], "--only names 'cats'"),
         (["--model", "nowhere"], "nowhere"),
-        (["--model", "demo-flux", "--only", "hsa"], "--model is demo-flux, which does not make videos"),
-        (["--image-model", "demo-wan", "--only", "coredit"], "does not make pictures"),
+        (["--model", "demo-flux", "--only", "hsa"], "--model is demo-flux, which makes no videos"),
+        (["--image-model", "demo-wan", "--only", "coredit"], "makes no pictures"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, arguments, told):
