@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from convert.checkpoint import open_checkpoint
+from convert.method_parts import transformers
 from convert.progress import progress_bar
 from convert.transfer import convert
 from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
+from dit_jax.models.wan import WanConfig
 from infer import media
 from infer.adapt import KINDS as PARTS
 from infer.adapt import adapted
@@ -106,13 +108,13 @@ def loaded(model: str, video: bool, folder: Path) -> Pipeline:
     """The pipeline of a model with untrained parts for the methods that need some."""
     from infer.loading import load_pipeline
 
-    copy = folder / ("video" if video else "image")
-    convert(adapted(open_checkpoint(model), list(PARTS), seed=0), copy, "diffusers", progress=None)
-    pipe = load_pipeline(copy)
-    if pipe.defaults.video is not video:
+    source = adapted(open_checkpoint(model), list(PARTS), seed=0)
+    if isinstance(source.component(transformers(source)[0]).config, WanConfig) is not video:
         option, expected, known = VIDEO if video else PICTURES
         raise UserError(f"{option} is {model}, which makes no {expected}: expected a model that does; name {known}")
-    return pipe
+    copy = folder / ("video" if video else "image")
+    convert(source, copy, "diffusers")
+    return load_pipeline(copy)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ VIDEO_PROMPTS = (
     "a blue 0 moving down",
     "a red 7 moving left",
     "a white 5 standing still",
-    "a green 3 on a striped background",
+    "a green 3 moving right on a striped background",
 )
 
 
