@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from dit_jax.methods.method import Run
 from dit_jax.methods.pruning import HEAD_TYPES, head_types, output_norms, scored_heads
 from infer.pipeline import Pipeline
 from infer.request import Request
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +88,20 @@ def plot_types(types_GH: np.ndarray, kept_GK: np.ndarray, file: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     panels = figure.subplots(2, sharex=True)
-    blocks = np.arange(len(types_GH))
     for axes, types, title in zip(
         panels, (types_GH, np.take_along_axis(types_GH, kept_GK, axis=1)), ("all heads", "kept heads"), strict=True
     ):
-        below = np.zeros(len(blocks))
-        for kind, colour in zip(HEAD_TYPES, ("#4477aa", "#bbbbbb", "#ee6677"), strict=True):
-            count = (types == kind).sum(axis=1)
-            axes.bar(blocks, count, bottom=below, color=colour, label=kind, width=0.9)
-            below += count
+        draw_types(axes, types)
         axes.set_ylabel(title)
     panels[0].legend(ncols=3, loc="upper right")
     panels[1].set_xlabel("block")
     figure.savefig(file, dpi=120)
+
+
+def draw_types(axes: Axes, types_GH: np.ndarray) -> None:
+    """Bars of how many heads of every block are of each type."""
+    blocks, below = np.arange(len(types_GH)), np.zeros(len(types_GH))
+    for kind, colour in zip(HEAD_TYPES, ("#4477aa", "#bbbbbb", "#ee6677"), strict=True):
+        count = (types_GH == kind).sum(axis=1)
+        axes.bar(blocks, count, bottom=below, color=colour, label=kind, width=0.9)
+        below += count

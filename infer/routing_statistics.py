@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dit_jax.methods.routing import RecordedRouting
 from infer.pipeline import Pipeline
 from infer.request import Request
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 
 class RoutingWatch:
@@ -48,11 +52,16 @@ def plot_routing(shares_SG: np.ndarray, timesteps: np.ndarray, file: Path) -> No
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(shares_SG.T, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis")
+    picture = draw_routing(figure.subplots(), shares_SG, timesteps)
+    figure.colorbar(picture, label="share of runs in which the block is active")
+    figure.savefig(file, dpi=120)
+
+
+def draw_routing(axes: Axes, shares_SG: np.ndarray, timesteps: np.ndarray, colours: str = "viridis") -> AxesImage:
+    """The shares as a picture with its axes."""
+    picture = axes.imshow(shares_SG.T, aspect="auto", origin="lower", vmin=0, vmax=1, cmap=colours)
     ticks = np.unique(np.linspace(0, len(timesteps) - 1, 6).round().astype(int))
     axes.set_xticks(ticks, [f"{timesteps[tick]:.0f}" for tick in ticks])
     axes.set_xlabel("timestep")
     axes.set_ylabel("block")
-    figure.colorbar(picture, label="share of runs in which the block is active")
-    figure.savefig(file, dpi=120)
+    return picture
