@@ -32,6 +32,7 @@ from dit_jax.sampling.sampler import Guided
 
 Selection = Literal["coherence", "random"]
 Rebuilding = Literal["mean", "none"]
+Branches = Literal["own", "shared"]
 MOST_SEED = 2**31
 
 
@@ -49,14 +50,18 @@ class Coherent:
     lattice  the tokens, in raster order with padding behind
     skipped  tokens to skip, one number a bucket; `aux` is the bucket of every block [G], and is not read where there
              is one bucket
-    select   `random`: unprotected tokens are skipped by lot, the same in every row, and `aux` is a `RandomOrder`
+    select   `random`: unprotected tokens are skipped by lot, and `aux` is a `RandomOrder`
     rebuild  `none`: the output of skipped tokens is zero
+    rows     guidance branches of a sample, next to each other
+    shared   whether these skip the same tokens: those of the largest mean over them
     """
 
     lattice: Lattice
     skipped: tuple[int, ...]
     select: Selection = "coherence"
     rebuild: Rebuilding = "mean"
+    rows: int = 1
+    shared: bool = False
 
     def __call__(self, attention, x_BMD, place, block, cache, aux):
         if self.skipped == (0,):
@@ -65,7 +70,10 @@ class Coherent:
 
         def ranked():
             coherence = self.lattice.coherence(x_BMD[:, : self.lattice.tokens], block)
-            likes = coherence if key is None else _lots(key, block, coherence.shape)
+            likes = coherence if key is None else self._lots(key, block, coherence.shape)
+            if self.shared:
+                of_samples = likes.reshape(-1, self.rows, self.lattice.tokens).mean(axis=1)
+                likes = jnp.repeat(of_samples, self.rows, axis=0)
             return coherence, self.lattice.skipping_order(likes, block)
 
         if len(self.skipped) == 1:
@@ -90,11 +98,11 @@ class Coherent:
             y = lattice.reconstructed(found.tokens, slots, stay.mask, coherence)
         return found._replace(tokens=_padded(y, x_BMD.shape[1]))
 
-
-def _lots(key: jax.Array, block: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A number in [0, 1) for every token of a block [B, N], the same in every row: what a sample skips does not depend
-    on its place in the batch."""
-    return jnp.broadcast_to(jax.random.uniform(jax.random.fold_in(key, block), shape[1:]), shape)
+    def _lots(self, key: jax.Array, block: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A number in [0, 1) for every token of a block [B, N], others in each guidance branch. Every sample has the
+        same ones, so that what it skips does not depend on its place in the batch."""
+        of_branches = jax.random.uniform(jax.random.fold_in(key, block), (self.rows, shape[1]))
+        return jnp.tile(of_branches, (shape[0] // self.rows, 1))
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,7 @@ class Coredit:
     sub_cell    side of the cells that skipped tokens are reconstructed in
     select      which of the unprotected tokens are skipped: the most coherent, or (the paper's ablation) random ones
     rebuild     what takes a skipped token's place: the mean of its sub-cell, or (the paper's ablation) zero
+    branches    whether each guidance branch of a sample skips tokens of its own or both the same
     seed        of random selection
     """
 
@@ -171,6 +180,7 @@ class Coredit:
     sub_cell: int = 3
     select: Selection = "coherence"
     rebuild: Rebuilding = "mean"
+    branches: Branches = "own"
     seed: int = 0
 
     name: ClassVar[str] = "coredit"
@@ -222,7 +232,14 @@ class Coredit:
         skipped = self.skipped(lattice, sum(model.stacks), run.steps)
         # The same buckets for all experts, so that they share a program.
         levels, table = np.unique(skipped, return_inverse=True)
-        attention = Coherent(lattice, tuple(int(level) for level in levels), self.select, self.rebuild)
+        attention = Coherent(
+            lattice,
+            tuple(int(level) for level in levels),
+            select=self.select,
+            rebuild=self.rebuild,
+            rows=denoiser.branches,
+            shared=self.branches == "shared",
+        )
         expert = 1 + list(dict(self.experts)).index(run.component) if run.component in dict(self.experts) else 0
         told: tuple = (Buckets(jnp.asarray(table.reshape(skipped.shape)[expert], jnp.int32)),)
         if self.select == "random":
@@ -253,6 +270,7 @@ def parse_coredit(words: Words) -> Coredit:
         buckets=int(words.number("buckets", usual.buckets, low=1, high=32)),
         select=select,
         rebuild=words.choice("rebuild", usual.rebuild, get_args(Rebuilding)),
+        branches=words.choice("branches", usual.branches, get_args(Branches)),
         seed=int(words.number("seed", usual.seed, low=0, high=MOST_SEED)),
     )
     words.finish()

@@ -1,4 +1,5 @@
-"""CoReDiT's ablations, random selection and no reconstruction, against the method itself and a slow transcription."""
+"""CoReDiT's choices and ablations (random selection, no reconstruction, branches that skip alike) against the method
+itself and a slow transcription."""
 
 from dataclasses import replace
 from functools import partial
@@ -26,18 +27,21 @@ def applied(coredit: Coredit, denoiser, latents):
     return coredit.applied(denoiser, run)
 
 
-def slow_skipped(x, lattice, block, skipped, select) -> np.ndarray:
-    """Tokens that one sample skips, one by one."""
-    likes = slow_coherence(np.asarray(x, np.float64), lattice, block)
+def slow_likes(x, lattice, block, select) -> np.ndarray:
+    """What tokens of two guidance branches are ranked by [2, N]."""
     if select == "random":
-        likes = np.asarray(jax.random.uniform(jax.random.fold_in(KEY, block), (lattice.tokens,)))
+        return np.asarray(jax.random.uniform(jax.random.fold_in(KEY, block), (2, lattice.tokens)))
+    return np.stack([slow_coherence(np.asarray(row, np.float64), lattice, block) for row in x])
+
+
+def slow_skipped(likes, lattice, block, skipped) -> np.ndarray:
+    """Tokens that one row skips, one by one."""
     protects = slow_protected(lattice, block)
     return np.array([token for token in np.argsort(-likes) if not protects[token]][:skipped])
 
 
-def slow(attention, x, place, lattice, block, skipped, select, rebuild) -> np.ndarray:
-    """One sample: the kept tokens attend one another, and each skipped output is zero or its sub-cell's mean."""
-    out = slow_skipped(x, lattice, block, skipped, select)
+def slow(attention, x, place, lattice, block, out, rebuild) -> np.ndarray:
+    """One row: the kept tokens attend one another, and each skipped output is zero or its sub-cell's mean."""
     stay = np.setdiff1d(np.arange(lattice.tokens), out)
     y = np.zeros(x.shape)
     y[stay] = attended(Dense(), attention, *jax.tree.map(lambda of_all: of_all[None, stay], (x, place)), block)[0]
@@ -52,17 +56,22 @@ def slow(attention, x, place, lattice, block, skipped, select, rebuild) -> np.nd
 
 
 @pytest.mark.parametrize("buckets", [(SKIPPED,), (0, SKIPPED)], ids=["one bucket", "two buckets"])
-@pytest.mark.parametrize(("select", "rebuild"), [("random", "mean"), ("coherence", "none"), ("random", "none")])
-def test_attention_is_that_of_the_ablation(select, rebuild, buckets):
+@pytest.mark.parametrize(
+    ("select", "rebuild", "shared"),
+    [("random", "mean", False), ("coherence", "none", False), ("random", "none", True), ("coherence", "mean", True)],
+)
+def test_attention_is_that_of_the_ablation(select, rebuild, shared, buckets):
     attention, x, place = attention_of(RAGGED, rows=2)
-    strategy, plain = Coherent(RAGGED, buckets, select, rebuild), Coherent(RAGGED, buckets)
+    strategy, plain = Coherent(RAGGED, buckets, select, rebuild, rows=2, shared=shared), Coherent(RAGGED, buckets)
     bucket = jnp.full(2, len(buckets) - 1)
     told = RandomOrder(bucket, KEY) if select == "random" else bucket
     found = attended(strategy, attention, x, place, 1, told)
+    likes = slow_likes(x, RAGGED, 1, select)
+    skipped = [slow_skipped(likes.mean(axis=0) if shared else of_row, RAGGED, 1, SKIPPED) for of_row in likes]
+    assert (set(skipped[0]) == set(skipped[1])) == shared
     for row in range(2):
         of_row = jax.tree.map(lambda leaf, row=row: leaf[row], (x, place))
-        expected = slow(attention, *of_row, RAGGED, 1, SKIPPED, select, rebuild)
-        assert relative_error(found[row], expected) < 1e-5
+        assert relative_error(found[row], slow(attention, *of_row, RAGGED, 1, skipped[row], rebuild)) < 1e-5
     assert relative_error(found, attended(plain, attention, x, place, 1, bucket)) > 1e-2
 
 
@@ -75,31 +84,30 @@ def test_without_reconstruction_as_many_outputs_are_zero_as_tokens_are_skipped()
         skipped[select] = ~np.asarray(found[:, : RAGGED.tokens]).any(axis=-1)
         assert skipped[select].sum(axis=1).tolist() == [SKIPPED, SKIPPED]
         assert not skipped[select][:, slow_protected(RAGGED, 1)].any()
-    assert (skipped["random"][0] == skipped["random"][1]).all(), "a row's place in the batch has no say"
     assert (skipped["random"] != skipped["coherence"]).mean() > 0.2
 
 
 def skipped_of_steps(seed: int) -> np.ndarray:
-    """What random selection tells a block's attention to skip, by step [S, N], and another block at step 0."""
+    """What both branches skip by lot in block 0 [2, N] of three steps, and in block 3 of step 0."""
     plain, latents = guided(CONFIGS["wan"]), noise(CONFIGS["wan"])
     random = applied(Coredit(ratios=(0.4,), select="random", rebuild="none", seed=seed), plain, latents)
     lattice = random.call.attention.lattice
-    attention, x, place = attention_of(lattice, rows=1)
+    attention, x, place = attention_of(lattice, rows=2)
     strategy = replace(random.call.attention, skipped=random.call.attention.skipped[-1:])
 
     def zero(step: int, block: int):
         aux, index = Aux(), Step(jnp.int32(step), jnp.float32(0.7), jnp.float32(0.6), jnp.float32(700))
         for steer in random.steering:
             aux = steer(aux, latents, index, None)
-        return ~np.asarray(attended(strategy, attention, x, place, block, aux.attention)[0]).any(axis=-1)
+        return ~np.asarray(attended(strategy, attention, x, place, block, aux.attention)).any(axis=-1)
 
     return np.stack([*(zero(step, 0) for step in range(STEPS - 1)), zero(0, 3)])
 
 
 def test_every_step_block_and_seed_skips_other_tokens():
     one, other = skipped_of_steps(1), skipped_of_steps(2)
-    assert len(np.unique(one, axis=0)) == len(one), "block 3 protects what block 0 does"
-    assert (one != other).any(axis=1).all()
+    assert len(np.unique(one.reshape(-1, one.shape[-1]), axis=0)) == 2 * STEPS, "block 3 protects what block 0 does"
+    assert (one != other).any(axis=-1).all()
     np.testing.assert_array_equal(one, skipped_of_steps(1))
 
 
@@ -117,7 +125,7 @@ def test_no_seed_compiles_again_and_a_sample_is_the_same_in_any_batch(backbone):
     assert relative_error(sampled(alone, latents[1:], STEPS)[0], found[1]) < 1e-5
 
 
-@pytest.mark.parametrize("words", [{"select": "random"}, {"rebuild": "none"}])
+@pytest.mark.parametrize("words", [{"select": "random"}, {"rebuild": "none"}, {"branches": "shared"}])
 def test_ratio_0_is_the_plain_model(words):
     config = CONFIGS["wan"]
     plain, latents = guided(config), noise(config)
@@ -126,8 +134,8 @@ def test_ratio_0_is_the_plain_model(words):
 
 
 def test_they_are_words_of_a_plan():
-    [random] = parse_plan("coredit:0.3:select=random:seed=7:rebuild=none").methods
-    assert random == Coredit(ratios=(0.3,), select="random", rebuild="none", seed=7)
+    [random] = parse_plan("coredit:0.3:select=random:seed=7:rebuild=none:branches=shared").methods
+    assert random == Coredit(ratios=(0.3,), select="random", rebuild="none", branches="shared", seed=7)
     [usual] = parse_plan("coredit:0.3:select=coherence:rebuild=mean").methods
     assert usual == Coredit(ratios=(0.3,)) == parse_plan("coredit:0.3").methods[0]
 
@@ -137,6 +145,7 @@ def test_they_are_words_of_a_plan():
     [
         ("coredit:0.3:select=best", "expected select to be one of coherence, random, found 'best'"),
         ("coredit:0.3:rebuild=zero", "expected rebuild to be one of mean, none, found 'zero'"),
+        ("coredit:0.3:branches=all", "expected branches to be one of own, shared, found 'all'"),
         ("coredit:0.3:seed=3", "only select=random reads"),
         ("coredit:0.3:select=random:seed=-1", "seed from 0"),
     ],
