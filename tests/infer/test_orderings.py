@@ -1,4 +1,4 @@
-"""The papers' orderings, measured on tiny models with random weights: what is compared, what is told, what is refused."""
+"""The papers' orderings on tiny models with random weights: what is compared, what is told, what is refused."""
 
 import json
 
