@@ -81,9 +81,14 @@ def _coredit_orderings(ratio: float, calibrated: tuple[float, ...], branches: in
         Ordering(f"calibrated above uniform ratios, r = {ratio}", by_block, own),
     ]
     if branches > 1:
-        shared = f"{own}:branches=shared"
-        coredits[shared] = replace(usual, branches="shared")
-        orderings.append(Ordering(f"branches that skip alike above their own, r = {ratio}", shared, own, "as expected"))
+        shared, shared_lot = f"{own}:branches=shared", f"{by_lot}:branches=shared"
+        coredits |= {
+            name: replace(coredits[name.rsplit(":", 1)[0]], branches="shared") for name in (shared, shared_lot)
+        }
+        orderings += [
+            Ordering(f"coherent above random tokens, branches alike, r = {ratio}", shared, shared_lot),
+            Ordering(f"branches that skip alike above their own, r = {ratio}", shared, own, "as expected"),
+        ]
     return Study(orderings=tuple(orderings), arms={name: arm(coredit) for name, coredit in coredits.items()})
 
 

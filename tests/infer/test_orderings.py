@@ -29,7 +29,7 @@ def test_settings_of_coredit_are_what_their_names_say(text_to_video):
     job = pipe.prepare(Request(prompt=PROMPTS[0], **SMALL))
     study, branches = coredit_study(pipe, [job])
     [plain] = trajectories(pipe, [job])
-    assert branches == 2 and len(study.orderings) == 8
+    assert branches == 2 and len(study.orderings) == 10
     for name, arm in study.arms.items():
         made = arm(plain, 5)
         if name.endswith(", calibrated"):
@@ -115,7 +115,7 @@ def test_the_command_from_end_to_end(text_to_video, prompts, tmp_path, capsys, m
     assert orderings.main(command) == 0
     report = json.loads(out.read_text())
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(report["guided"]["orderings"]) + len(report["unguided"]["orderings"]) == 7 + 6
+    assert len(lines) == len(report["guided"]["orderings"]) + len(report["unguided"]["orderings"]) == 8 + 6
     assert report["guided"]["branches"] == 2 and report["unguided"]["branches"] == 1
     assert report["unguided"]["guidance"] == 1 and len(report["guided"]["sigmas"]) == 2
     for setting in ("guided", "unguided"):
