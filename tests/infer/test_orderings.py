@@ -110,6 +110,7 @@ def test_studies_are_joined_in_order():
 @pytest.mark.long
 def test_the_command_from_end_to_end(text_to_video, prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ordering_studies, "RATIOS", (0.4,))
+    monkeypatch.setattr(ordering_studies, "SHARE", 0.5)
     out = tmp_path / "deep" / "found.json"
     command = ["--model", str(text_to_video[0]), "--prompts", prompts, "--json", str(out), *FEW]
     assert orderings.main(command) == 0
