@@ -72,6 +72,14 @@ class CoherenceWatch:
         rows = np.asarray(state, np.float64)[:, : self.samples * self.branches]
         self.sums[component] = self.sums.get(component, 0) + rows.sum(axis=1)
 
+    def ratios(self, ratio: float) -> dict[str, list[float]]:
+        """What each block of each transformer skips, so that their mean is `ratio`."""
+        assert self.lattice is not None
+        tokens = self.lattice.tokens
+        most = min(int(CAP * tokens), self.lattice.most_skipped)
+        skipped = {name: allocate(sums, ratio, most) for name, sums in self.sums.items()}
+        return {name: [round(float(count / tokens), 6) for count in counts] for name, counts in skipped.items()}
+
 
 def coredit_options(options: argparse.ArgumentParser) -> None:
     """Options of `dit-calibrate coredit`."""
@@ -92,10 +100,7 @@ def coredit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     watch = CoherenceWatch(options.stride)
     prompts, job = run_prompts(pipe, options, watch)
     assert watch.lattice is not None
-    tokens = watch.lattice.tokens
-    most = min(int(CAP * tokens), watch.lattice.most_skipped)
-    skipped = {name: allocate(sums, options.ratio, most) for name, sums in watch.sums.items()}
-    ratios = {name: [round(float(count / tokens), 6) for count in counts] for name, counts in skipped.items()}
+    ratios = watch.ratios(options.ratio)
     told = {
         "target": options.ratio,
         "model": pipe.name,
@@ -107,8 +112,8 @@ def coredit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     partial = Path(f"{options.out}.partial")
     partial.write_text(json.dumps(ratios_file(ratios, options.stride) | told, indent=1) + "\n")
     partial.replace(options.out)
-    mean = float(np.mean([count for counts in skipped.values() for count in counts]) / tokens)
-    return {"out": str(options.out), "ratios": ratios, "mean": round(mean, 6), "tokens": tokens, **told}
+    mean = round(float(np.mean([*ratios.values()])), 6)
+    return {"out": str(options.out), "ratios": ratios, "mean": mean, "tokens": watch.lattice.tokens, **told}
 
 
 class ResidualWatch:

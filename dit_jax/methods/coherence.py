@@ -132,6 +132,11 @@ def taken(of_all_BND: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.vmap(lambda of_all, index: of_all.at[index].get(mode="promise_in_bounds"))(of_all_BND, rows)
 
 
+def with_zeros(y_BMD: jax.Array, slots_BN: jax.Array, kept_BN: jax.Array) -> jax.Array:
+    """Outputs of all tokens [B, N, D]: their own for kept ones, at these rows of `y`, zero for skipped ones."""
+    return jnp.where(kept_BN[..., None], taken(y_BMD, slots_BN), 0)
+
+
 def _cells_of_frame(rows: int, columns: int, cell: int) -> np.ndarray:
     """The cell that each token of a frame is in [L], in raster order."""
     across = -(-columns // cell)

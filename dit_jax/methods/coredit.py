@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,24 @@ import numpy as np
 
 from dit_jax.config import UserError
 from dit_jax.flops import Config, Shape, StepAt, StepWork
-from dit_jax.methods.coherence import Lattice, cell_sizes, kept, taken
+from dit_jax.methods.coherence import Lattice, cell_sizes, kept, taken, with_zeros
 from dit_jax.methods.coredit_ratios import CAP, Ratios, bucketed, read_ratios
 from dit_jax.methods.method import Part, Run, Words
 from dit_jax.models.network import Attended, Dense, attended, grid, padded_length
 from dit_jax.ops import mesh as meshes
 from dit_jax.sampling.sampler import Guided
+
+Selection = Literal["coherence", "random"]
+Rebuilding = Literal["mean", "none"]
+Branches = Literal["own", "shared"]
+MOST_SEED = 2**31
+
+
+class RandomOrder(NamedTuple):
+    """What random selection is told: the bucket of every block [G], and the random key of the step."""
+
+    buckets: jax.Array
+    key: jax.Array
 
 
 @dataclass(frozen=True)
@@ -38,26 +50,39 @@ class Coherent:
     lattice  the tokens, in raster order with padding behind
     skipped  tokens to skip, one number a bucket; `aux` is the bucket of every block [G], and is not read where there
              is one bucket
+    select   `random`: unprotected tokens are skipped by lot, and `aux` is a `RandomOrder`
+    rebuild  `none`: the output of skipped tokens is zero
+    rows     guidance branches of a sample, next to each other
+    shared   whether these skip the same tokens: those of the largest mean over them
     """
 
     lattice: Lattice
     skipped: tuple[int, ...]
+    select: Selection = "coherence"
+    rebuild: Rebuilding = "mean"
+    rows: int = 1
+    shared: bool = False
 
     def __call__(self, attention, x_BMD, place, block, cache, aux):
         if self.skipped == (0,):
             return Dense()(attention, x_BMD, place, block, cache, None)
+        buckets, key = aux if self.select == "random" else (aux, None)
 
         def ranked():
             coherence = self.lattice.coherence(x_BMD[:, : self.lattice.tokens], block)
-            return coherence, self.lattice.skipping_order(coherence, block)
+            likes = coherence if key is None else self._lots(key, block, coherence.shape)
+            if self.shared:
+                of_samples = likes.reshape(-1, self.rows, self.lattice.tokens).mean(axis=1)
+                likes = jnp.repeat(of_samples, self.rows, axis=0)
+            return coherence, self.lattice.skipping_order(likes, block)
 
         if len(self.skipped) == 1:
             return self._bucket(attention, x_BMD, place, *ranked(), skipped=self.skipped[0]), cache
-        skips = jnp.asarray(self.skipped)[aux[block]] > 0
+        skips = jnp.asarray(self.skipped)[buckets[block]] > 0
         unranked = jax.tree.map(lambda of_all: jnp.zeros(of_all.shape, of_all.dtype), jax.eval_shape(ranked))
         ranking = jax.lax.cond(skips, ranked, lambda: unranked)
         bucket = functools.partial(self._bucket, attention, x_BMD, place, *ranking)
-        return jax.lax.switch(aux[block], [functools.partial(bucket, skipped=skip) for skip in self.skipped]), cache
+        return jax.lax.switch(buckets[block], [functools.partial(bucket, skipped=skip) for skip in self.skipped]), cache
 
     def _bucket(self, attention, x_BMD, place, coherence, order, *, skipped: int) -> Attended:
         if skipped == 0:
@@ -67,8 +92,17 @@ class Coherent:
         x, rope = jax.tree.map(lambda of_all: meshes.constrain_tokens(taken(of_all, stay.rows)), (x_BMD, place.rope))
         found = attended(attention, attention.qkv(x, rope), place.context, stay.valid)
         slots = jnp.maximum(jnp.cumsum(stay.mask, axis=1) - 1, 0)
-        y = lattice.reconstructed(found.tokens, slots, stay.mask, coherence)
+        if self.rebuild == "none":
+            y = with_zeros(found.tokens, slots, stay.mask)
+        else:
+            y = lattice.reconstructed(found.tokens, slots, stay.mask, coherence)
         return found._replace(tokens=_padded(y, x_BMD.shape[1]))
+
+    def _lots(self, key: jax.Array, block: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A number in [0, 1) for every token of a block [B, N], others in each guidance branch. Every sample has the
+        same ones, so that what it skips does not depend on its place in the batch."""
+        of_branches = jax.random.uniform(jax.random.fold_in(key, block), (self.rows, shape[1]))
+        return jnp.tile(of_branches, (shape[0] // self.rows, 1))
 
 
 @dataclass(frozen=True)
@@ -105,6 +139,21 @@ class Buckets:
         return aux._replace(attention=self.table[step.index])
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("seed",), meta_fields=())
+@dataclass(frozen=True)
+class RandomOrders:
+    """Adds a random key of the step to what `Buckets` tells: every step and block skips other tokens.
+
+    seed  uint32 [], data: another one compiles nothing
+    """
+
+    seed: jax.Array
+
+    def __call__(self, aux, seen, step, conditioning):
+        key = jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), step.index)
+        return aux._replace(attention=RandomOrder(aux.attention, key))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Coredit:
     """CoReDiT as a plan has it.
@@ -116,6 +165,10 @@ class Coredit:
     buckets     different ratios that blocks may have; ratios are rounded to the means of as many groups
     stride      one token in this many, along rows and columns, is never skipped
     sub_cell    side of the cells that skipped tokens are reconstructed in
+    select      which of the unprotected tokens are skipped: the most coherent, or (the paper's ablation) random ones
+    rebuild     what takes a skipped token's place: the mean of its sub-cell, or (the paper's ablation) zero
+    branches    whether each guidance branch of a sample skips tokens of its own or both the same
+    seed        of random selection
     """
 
     ratios: tuple[float, ...]
@@ -125,6 +178,10 @@ class Coredit:
     buckets: int = 4
     stride: int = 3
     sub_cell: int = 3
+    select: Selection = "coherence"
+    rebuild: Rebuilding = "mean"
+    branches: Branches = "own"
+    seed: int = 0
 
     name: ClassVar[str] = "coredit"
     solver: ClassVar[str | None] = None
@@ -175,15 +232,25 @@ class Coredit:
         skipped = self.skipped(lattice, sum(model.stacks), run.steps)
         # The same buckets for all experts, so that they share a program.
         levels, table = np.unique(skipped, return_inverse=True)
-        attention = Coherent(lattice, tuple(int(level) for level in levels))
+        attention = Coherent(
+            lattice,
+            tuple(int(level) for level in levels),
+            select=self.select,
+            rebuild=self.rebuild,
+            rows=denoiser.branches,
+            shared=self.branches == "shared",
+        )
         expert = 1 + list(dict(self.experts)).index(run.component) if run.component in dict(self.experts) else 0
-        told = Buckets(jnp.asarray(table.reshape(skipped.shape)[expert], jnp.int32))
+        told: tuple = (Buckets(jnp.asarray(table.reshape(skipped.shape)[expert], jnp.int32)),)
+        if self.select == "random":
+            told += (RandomOrders(jnp.uint32(self.seed)),)
         call = replace(denoiser.call, attention=attention)
-        return replace(denoiser, call=call, steering=(*denoiser.steering, told))
+        return replace(denoiser, call=call, steering=denoiser.steering + told)
 
 
 def parse_coredit(words: Words) -> Coredit:
-    """`coredit:0.45` (in every block), `coredit:ratios.json` (as dit-calibrate writes it)."""
+    """`coredit:0.45` (in every block), `coredit:ratios.json` (as dit-calibrate writes it); for ablations
+    `select=random:seed=1` and `rebuild=none`."""
     if words.first is None:
         raise words.error("expected a ratio or a file of ratios", "write coredit:0.45 or coredit:ratios.json")
     usual = Coredit(ratios=(0.0,))
@@ -193,11 +260,18 @@ def parse_coredit(words: Words) -> Coredit:
         told = read_ratios(Path(words.first))
     for ratio in itertools.chain(told.ratios, *dict(told.experts).values()):
         words.as_number("ratios", repr(ratio), low=0, high=CAP)
+    select = words.choice("select", usual.select, get_args(Selection))
+    if select != "random" and "seed" in words.options:
+        raise words.error("found seed=, which only select=random reads", "remove it, or add select=random")
     coredit = Coredit(
         **told._asdict(),
         late=words.number("late", usual.late, low=0, high=1),
         late_share=words.number("late_share", usual.late_share, low=0, high=1),
         buckets=int(words.number("buckets", usual.buckets, low=1, high=32)),
+        select=select,
+        rebuild=words.choice("rebuild", usual.rebuild, get_args(Rebuilding)),
+        branches=words.choice("branches", usual.branches, get_args(Branches)),
+        seed=int(words.number("seed", usual.seed, low=0, high=MOST_SEED)),
     )
     words.finish()
     return coredit

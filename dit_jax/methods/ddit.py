@@ -48,6 +48,13 @@ def third_difference(latents_B4TYXC: jax.Array) -> jax.Array:
     return newest - 3 * new + 3 * old - oldest
 
 
+def difference(latents_B4TYXC: jax.Array, order: int) -> jax.Array:
+    """The difference of this order (1 to 3) of latents whose newest is last, in fp32."""
+    if order == 3:
+        return third_difference(latents_B4TYXC)
+    return jnp.diff(latents_B4TYXC[:, -order - 1 :].astype(jnp.float32), n=order, axis=1)[:, 0]
+
+
 def deviations(x_BTYXC: jax.Array, patch: Patch) -> jax.Array:
     """Standard deviation over the cells and channels of every patch [B, N], cells beyond the lattice left out."""
     inside = jnp.ones((1, *x_BTYXC.shape[1:4], 1), jnp.float32)
@@ -67,7 +74,9 @@ def deviations(x_BTYXC: jax.Array, patch: Patch) -> jax.Array:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("threshold", "quantile"), meta_fields=("patch", "scales", "held")
+    jax.tree_util.register_dataclass,
+    data_fields=("threshold", "quantile"),
+    meta_fields=("patch", "scales", "held", "order"),
 )
 @dataclass(frozen=True, kw_only=True)
 class PatchScheduler:
@@ -77,6 +86,7 @@ class PatchScheduler:
     quantile   ρ [], over the patches of all frames
     patch      the base size; the others are `scales` times as wide and high
     held       first latent frames that are known: they do not move, and have no say
+    order      of the difference (the paper's is the third)
     """
 
     threshold: jax.Array
@@ -84,6 +94,7 @@ class PatchScheduler:
     patch: Patch
     scales: tuple[int, ...]
     held: int = 0
+    order: int = 3
 
     def init(self, latents: jax.Array) -> History:
         """The history before the first step."""
@@ -91,17 +102,17 @@ class PatchScheduler:
         return History(jnp.zeros((batch, REMEMBERED, *shape), jnp.float32), jnp.zeros(batch, jnp.int32))
 
     def __call__(self, history: History, latents: jax.Array) -> tuple[History, jax.Array, jax.Array]:
-        """(history, index among base size and scales [B], the sizes' quantiles [B, Q], infinite until four latents have
-        been seen)."""
+        """(history, index among base size and scales [B], the sizes' quantiles [B, Q], infinite until as many latents
+        have been seen as the difference is of)."""
         last = jnp.concatenate([history.latents[:, 1:], latents[:, None]], axis=1)
         history = History(last, history.seen + 1)
-        difference = third_difference(last)[:, self.held :]
+        moved = difference(last, self.order)[:, self.held :]
         time, rows, columns = self.patch
         values = [
-            jnp.quantile(deviations(difference, (time, rows * scale, columns * scale)), self.quantile, axis=1)
+            jnp.quantile(deviations(moved, (time, rows * scale, columns * scale)), self.quantile, axis=1)
             for scale in self.scales
         ]
-        values_BQ = jnp.where(history.seen[:, None] < REMEMBERED, jnp.inf, jnp.stack(values, axis=1))
+        values_BQ = jnp.where(history.seen[:, None] <= self.order, jnp.inf, jnp.stack(values, axis=1))
         below = values_BQ < self.threshold
         return history, jnp.max(below * jnp.arange(1, len(self.scales) + 1), axis=1), values_BQ
 
@@ -126,6 +137,7 @@ class Ddit:
     """
 
     threshold: float = 0.001
+    order: int = 3  # of the difference
     quantile: float = 0.4
     spans: tuple[Span, ...] = ()
     calibrated_for: int | None = None
@@ -169,6 +181,7 @@ class Ddit:
             quantile=jnp.float32(self.quantile),
             patch=denoiser.model.config.patch,
             scales=SCALES,
+            order=self.order,
             held=0 if denoiser.held is None else denoiser.held.shape[1],
         )
 
@@ -277,6 +290,7 @@ def parse_ddit(words: Words) -> Ddit:
     if words.first is None:
         ddit = replace(
             usual,
+            order=int(words.choice("order", str(usual.order), ("1", "2", "3"))),
             threshold=words.number("tau", usual.threshold, low=0, high=float("inf")),
             quantile=words.number("rho", usual.quantile, low=0, high=1),
         )

@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ LEAST, MOST = 0.5, 0.875  # of the blocks, at t = 0 and at pure noise: 20 and 35
 TIE = 0.01  # spread of an untrained router's logits: too little for the gate's slope, enough to rank by
 Content = Literal["latents", "pooled", "image", "none"]
 CONTENTS = ("latents", "pooled", "image", "none")
+Choice = Literal["router", "random"]
+MOST_SEED = 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,29 @@ class Router(nnx.Module):
         """Logits [B, G] at timesteps in [0, 1000]."""
         told = jnp.concatenate([sinusoids(t_B, self.config.time_frequencies), content_BE.astype(jnp.float32)], axis=-1)
         return self.out(jax.nn.silu(self.middle(jax.nn.silu(self.up(told)))))
+
+    def of_step(self, seen_BTYXC: jax.Array, step: Step, conditioning: Conditioning, branches: int) -> jax.Array:
+        """Logits of a step [B, G]."""
+        content = content_features(self.config.content, seen_BTYXC, conditioning, branches)
+        return self(jnp.broadcast_to(step.t, len(content)), content)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("seed",), meta_fields=("blocks",))
+@dataclass(frozen=True, kw_only=True)
+class RandomRouter:
+    """Logits by lot (the paper's ablation): other blocks at every step, the same for every sample, so that what it runs
+    does not depend on its place in the batch.
+
+    seed  uint32 [], data: another one compiles nothing
+    """
+
+    seed: jax.Array
+    blocks: int
+
+    def of_step(self, seen_BTYXC: jax.Array, step: Step, conditioning: Conditioning, branches: int) -> jax.Array:
+        """Logits of a step [B, G]."""
+        key = jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), step.index)
+        return jnp.broadcast_to(jax.random.uniform(key, (self.blocks,)), (len(seen_BTYXC), self.blocks))
 
 
 def _spread_ranks(blocks: int) -> np.ndarray:
@@ -140,7 +165,7 @@ class RoutingSteering:
     branches     guidance branches of a sample, which share its gates
     """
 
-    router: Router
+    router: Router | RandomRouter
     least: jax.Array
     most: jax.Array
     stacks: tuple[int, ...]
@@ -154,8 +179,7 @@ class RoutingSteering:
 
     def gates(self, seen_BTYXC: jax.Array, step: Step, conditioning: Conditioning) -> jax.Array:
         """Which blocks each sample runs, 1 or 0 [B, G]."""
-        content = content_features(self.router.config.content, seen_BTYXC, conditioning, self.branches)
-        logits = self.router(jnp.broadcast_to(step.t, len(content)), content)
+        logits = self.router.of_step(seen_BTYXC, step, conditioning, self.branches)
         return top_gates(logits, budget(step.t, self.least, self.most))
 
 
@@ -195,10 +219,17 @@ class RecordedRouting:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Routing as a plan has it: blocks that run at t = 0 and at pure noise; None is the paper's share of all."""
+    """Routing as a plan has it.
+
+    least, most  blocks that run at t = 0 and at pure noise; None is the paper's share of all
+    choose       which blocks those are: the router's choice, or (the paper's ablation) random ones, without a router
+    seed         of random ones
+    """
 
     least: int | None = None
     most: int | None = None
+    choose: Choice = "router"
+    seed: int = 0
 
     name: ClassVar[str] = "routing"
     solver: ClassVar[str | None] = None
@@ -226,7 +257,8 @@ class Routing:
     def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
         """UserError for a model without a router, or whose router or number of blocks does not fit."""
         self.limits(sum(stacks))
-        router_config(parts, sum(stacks))
+        if self.choose == "router":
+            router_config(parts, sum(stacks))
 
     def step_work(self, work: StepWork, at: StepAt) -> StepWork:
         """So many blocks run as the budget says; which ones, the router alone knows: each counts with their share."""
@@ -240,8 +272,11 @@ class Routing:
     def applied(self, denoiser: Any, run: Run) -> Any:
         stacks = denoiser.model.stacks
         least, most = self.limits(sum(stacks))
+        router: Router | RandomRouter = RandomRouter(seed=jnp.uint32(self.seed), blocks=sum(stacks))
+        if self.choose == "router":
+            router = read_router(run.parts, sum(stacks))
         steering = RoutingSteering(
-            router=read_router(run.parts, sum(stacks)),
+            router=router,
             least=jnp.float32(least),
             most=jnp.float32(most),
             stacks=stacks,
@@ -251,16 +286,21 @@ class Routing:
 
 
 def parse_routing(words: Words) -> Routing:
-    """`routing`, `routing:min=20:max=35` (blocks at t = 0 and at pure noise)."""
+    """`routing`, `routing:min=20:max=35` (blocks at t = 0 and at pure noise); for ablations `choose=random:seed=1`."""
     given = {name: words.option(name) for name in ("min", "max")}
     for name, text in given.items():
         if text is not None and not (text.isascii() and text.isdigit() and int(text)):
             raise words.error(f"expected {name} as a whole number of blocks, found {text!r}", "change it")
     if words.first is not None:
         raise words.error(f"found {words.first!r}, which routing does not know", "write min= and max=")
+    usual = Routing()
+    choose = words.choice("choose", usual.choose, get_args(Choice))
+    if choose != "random" and "seed" in words.options:
+        raise words.error("found seed=, which only choose=random reads", "remove it, or add choose=random")
+    seed = int(words.number("seed", usual.seed, low=0, high=MOST_SEED))
     words.finish()
     least, most = (None if text is None else int(text) for text in given.values())
-    return Routing(least=least, most=most)
+    return Routing(least=least, most=most, choose=choose, seed=seed)
 
 
 def router_config(parts: Mapping[str, Part], blocks: int) -> RouterConfig:

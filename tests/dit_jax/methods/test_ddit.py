@@ -18,6 +18,7 @@ from dit_jax.methods.ddit import (
     Span,
     calibrated_threshold,
     deviations,
+    difference,
     mean_tokens,
     third_difference,
     token_counts,
@@ -334,3 +335,27 @@ def test_a_model_without_adapters_is_refused():
     plan.check((3,), {"ddit": only_2p})
     with pytest.raises(UserError, match="patches of 4p, which"):
         parse_plan("ddit").check((3,), {"ddit": only_2p})
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_order_of_the_difference_is_a_word(order):
+    """Binomial weights of the newest latents; a size may be chosen once so many have been seen."""
+    latents = np.random.default_rng(order).standard_normal((4, 2, 1, 8, 8, 3)).astype(np.float32)
+    weights = {1: (0, 0, -1, 1), 2: (0, 1, -2, 1), 3: (-1, 3, -3, 1)}[order]
+    expected = sum(weight * each for weight, each in zip(weights, latents, strict=True))
+    found = difference(jnp.asarray(latents).swapaxes(0, 1), order)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    [ddit] = parse_plan(f"ddit:tau=0.02:order={order}").methods
+    assert ddit == Ddit(threshold=0.02, order=order)
+    scheduler = ddit.scheduler(guided(CONFIGS["flux"]))
+    history = scheduler.init(jnp.asarray(latents[0]))
+    for step in range(4):
+        history, _, values = scheduler(history, jnp.asarray(latents[step]))
+        assert np.isfinite(values).all() == (step >= order)
+    slow = [np.quantile(np.asarray(deviations(found, (1, 2 * scale, 2 * scale))), 0.4, axis=1) for scale in (2, 4)]
+    np.testing.assert_allclose(values, np.stack(slow, axis=1), rtol=1e-5)
+
+
+def test_an_order_that_is_none_is_refused():
+    with pytest.raises(UserError, match="expected order to be one of 1, 2, 3, found '4'"):
+        parse_plan("ddit:order=4")

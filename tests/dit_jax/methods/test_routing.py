@@ -231,3 +231,44 @@ def test_a_model_that_does_not_fit_is_refused(text, blocks, change, told):
 def test_words_are_understood():
     assert parse_plan("routing").methods == (Routing(),)
     assert parse_plan("routing:max=35:min=20").methods == (Routing(least=20, most=35),)
+
+
+def test_random_blocks_are_as_many_and_follow_the_seed_alone():
+    """Both ends on, other blocks at other steps, the same for every sample; no router is needed."""
+    config = replace(CONFIGS["wan"], blocks=7)
+    plain, latents = guided(config, samples=2), noise(config, samples=2)
+    found = {}
+    programs = set()
+    for seed in (1, 2):
+        routing = Routing(least=3, most=5, choose="random", seed=seed)
+        routing.check((7,), {})
+        run = Run(latents_shape=latents.shape, first=0, stop=STEPS, steps=STEPS, sigmas=None)
+        routed = routing.applied(plain, run)
+        found[seed], _, schedule = gates_of_run(routed, latents)
+        sampled(routed, latents, STEPS)
+        programs.add(segment_programs())
+        for index, t in enumerate(schedule.timesteps):
+            key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), index)
+            inner = np.argsort(-np.asarray(jax.random.uniform(key, (7,)))[1:-1]) + 1
+            expected = np.zeros(7)
+            expected[[0, 6, *inner[: round(3 + 2 * float(t) / 1000) - 2]]] = 1
+            np.testing.assert_array_equal(found[seed][index], np.tile(expected, (2, 1)))
+    assert len(programs) == 1, "another seed compiles nothing"
+    assert (found[1] != found[2]).any() and len(np.unique(found[1][:, 0], axis=0)) > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("routing:choose=best", "expected choose to be one of router, random, found 'best'"),
+        ("routing:seed=1", "only choose=random reads"),
+        ("routing:choose=random:seed=-1", "seed from 0"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused(text, told):
+    with pytest.raises(UserError, match=told):
+        parse_plan(text)
+
+
+def test_random_choice_is_a_word():
+    assert parse_plan("routing:choose=random:seed=4:min=3").methods == (Routing(least=3, choose="random", seed=4),)
