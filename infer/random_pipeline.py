@@ -50,17 +50,7 @@ class RandomPipeline(Pipeline):
         self, name: str, config: Config, defaults: Defaults, dtype: Any = jnp.float32, attention_only: bool = False
     ):
         self.is_flux, self.attention_only = isinstance(config, FluxConfig), attention_only
-        models: dict[bool, Callable[..., Any]] = {False: Flux if self.is_flux else Wan}
-        models[True] = AttentionFlux if self.is_flux else AttentionWan
-        model = models[attention_only]
-        component = Component(
-            class_name=model.__name__,
-            config=config,
-            model=model,
-            rows=(),
-            stem="",
-            fp32=() if self.is_flux else wan.FP32_LEAVES,
-        )
+        component = transformer_component(config, attention_only)
         self.checkpoint = Checkpoint(
             folder=Path(name),
             layout="native",
@@ -69,7 +59,7 @@ class RandomPipeline(Pipeline):
             _components={"transformer": component},
         )
         self.name, self.defaults, self.mesh, self.programs = name, defaults, None, Programs()
-        self.shift = Shift(dynamic=True, to_last_step=True) if self.is_flux else Shift(constant=3.0)
+        self.shift = shift_of(config)
         self.parts = {"transformer": {}}
         self._drawn: dict[tuple[int, ...], jax.Array] = {}
         self._load_models(dtype, False)
@@ -130,14 +120,40 @@ class RandomPipeline(Pipeline):
         return self._drawn[shape]
 
 
+def transformer_component(config: Config, attention_only: bool = False) -> Component:
+    """A transformer of this config as a component that no file holds."""
+    is_flux = isinstance(config, FluxConfig)
+    models: dict[bool, Callable[..., Any]] = {False: Flux if is_flux else Wan}
+    models[True] = AttentionFlux if is_flux else AttentionWan
+    model = models[attention_only]
+    return Component(
+        class_name=model.__name__,
+        config=config,
+        model=model,
+        rows=(),
+        stem="",
+        fp32=() if is_flux else wan.FP32_LEAVES,
+        axes=flux.AXES if is_flux else wan.AXES,
+    )
+
+
+def shift_of(config: Config) -> Shift:
+    """How the noise levels of a model of this config are shifted."""
+    return Shift(dynamic=True, to_last_step=True) if isinstance(config, FluxConfig) else Shift(constant=3.0)
+
+
+def usual(config: Config) -> Defaults:
+    """What a model of this config is run with."""
+    return FLUX_USUAL if isinstance(config, FluxConfig) else Defaults()
+
+
 def preset_pipeline(name: str, attention_only: bool = False) -> RandomPipeline:
     """The random model of a preset's sizes: bf16 on an accelerator, fp32 on a CPU."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     config = PRESETS[name]
-    defaults = FLUX_USUAL if isinstance(config, FluxConfig) else Defaults()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return RandomPipeline(name, config, defaults, dtype, attention_only)
+    return RandomPipeline(name, config, usual(config), dtype, attention_only)
 
 
 def sized_pipeline(text: str, attention_only: bool = False) -> RandomPipeline:
