@@ -140,7 +140,7 @@ def of_methods(row):
 
 
 def compared():
-    """(row, its program) of both tables: all models, and on one slice FLUX's methods and those of Wan that keep most."""
+    """(row, its program) of both tables: all models, on one slice FLUX's methods and Wan's that keep most."""
     methods = [(row, of_methods(row)) for row in documented(METHOD_COLUMNS) if row["slice"] == "v5p-8"]
     most = ("hsa:50", "taylorseer")
     few = [(row, case) for row, case in methods if case.model == "flux.1-dev" or case.plan in most]

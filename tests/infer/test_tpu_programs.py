@@ -23,7 +23,7 @@ needs_libtpu = pytest.mark.skipif(
 )
 WAN = transformer_component(WanConfig(blocks=2, width=256, heads=2, mlp_width=384, text_width=64))
 FLUX = transformer_component(
-    FluxConfig(double_blocks=1, single_blocks=2, width=256, heads=2, mlp_width=384, text_width=64, pooled_width=32)
+    FluxConfig(double_blocks=3, single_blocks=2, width=256, heads=2, mlp_width=384, text_width=64, pooled_width=32)
 )
 ON_WAN = Case(model="wan2.1-t2v-14b", topology="v5e-4", mesh="data=2,fsdp=2", size="240x176", frames=9)
 ON_FLUX = Case(model="flux.1-dev", topology="v5e-4", mesh="fsdp=2,context=2", size="240x176", frames=1)
