@@ -22,7 +22,7 @@ from convert.leaves import Leaf
 from dit_jax.config import UserError
 from dit_jax.flops import Config, Cost, attention_cost, step_cost
 from dit_jax.methods.method import Part
-from dit_jax.methods.pruning import heads_to_keep, neurons_to_keep
+from dit_jax.methods.pruning import pruned_config
 from dit_jax.models import flux, wan
 from dit_jax.models.flux import Flux, FluxConfig
 from dit_jax.models.network import Conditioning
@@ -66,24 +66,8 @@ class RandomPipeline(Pipeline):
         self, name: str, config: Config, defaults: Defaults, dtype: Any = jnp.float32, kind: RandomKind = RandomKind()
     ):
         self.is_flux, self.attention_only = isinstance(config, FluxConfig), kind.attention_only
-        if kind.pruned:
-            config = replace(
-                config,
-                heads=heads_to_keep(config.heads, kind.pruned),
-                mlp_width=neurons_to_keep(config.mlp_width, kind.pruned),
-                **({} if self.is_flux else {"norm_counts_pruned": True}),
-            )
-        models: dict[bool, Callable[..., Any]] = {False: Flux if self.is_flux else Wan}
-        models[True] = AttentionFlux if self.is_flux else AttentionWan
-        model = models[kind.attention_only]
-        component = Component(
-            class_name=model.__name__,
-            config=config,
-            model=model,
-            rows=(),
-            stem="",
-            fp32=() if self.is_flux else wan.FP32_LEAVES,
-        )
+        config = pruned_config(config, kind.pruned, kind.pruned)
+        component = transformer_component(config, kind.attention_only)
         self.checkpoint = Checkpoint(
             folder=Path(name),
             layout="native",
@@ -92,7 +76,7 @@ class RandomPipeline(Pipeline):
             _components={"transformer": component},
         )
         self.name, self.defaults, self.mesh, self.programs = name, defaults, None, Programs()
-        self.shift = Shift(dynamic=True, to_last_step=True) if self.is_flux else Shift(constant=3.0)
+        self.shift = shift_of(config)
         self._drawn: dict[tuple[int, ...], jax.Array] = {}
         self._load_models(dtype, False)
         self.parts = {"transformer": {name: self._untrained(make) for name, make in KINDS.items()}}
@@ -162,14 +146,40 @@ def _as_leaf(named: tuple[str, jax.Array]) -> tuple[str, Leaf]:
     return name, Leaf(values.shape, values.dtype, stacked=False, read=lambda _: np.asarray(values))
 
 
+def transformer_component(config: Config, attention_only: bool = False) -> Component:
+    """A transformer of this config as a component that no file holds."""
+    is_flux = isinstance(config, FluxConfig)
+    models: dict[bool, Callable[..., Any]] = {False: Flux if is_flux else Wan}
+    models[True] = AttentionFlux if is_flux else AttentionWan
+    model = models[attention_only]
+    return Component(
+        class_name=model.__name__,
+        config=config,
+        model=model,
+        rows=(),
+        stem="",
+        fp32=() if is_flux else wan.FP32_LEAVES,
+        axes=flux.AXES if is_flux else wan.AXES,
+    )
+
+
+def shift_of(config: Config) -> Shift:
+    """How the noise levels of a model of this config are shifted."""
+    return Shift(dynamic=True, to_last_step=True) if isinstance(config, FluxConfig) else Shift(constant=3.0)
+
+
+def usual(config: Config) -> Defaults:
+    """What a model of this config is run with."""
+    return FLUX_USUAL if isinstance(config, FluxConfig) else Defaults()
+
+
 def preset_pipeline(name: str, kind: RandomKind = RandomKind()) -> RandomPipeline:
     """The random model of a preset's sizes: bf16 on an accelerator, fp32 on a CPU."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     config = PRESETS[name]
-    defaults = FLUX_USUAL if isinstance(config, FluxConfig) else Defaults()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return RandomPipeline(name, config, defaults, dtype, kind)
+    return RandomPipeline(name, config, usual(config), dtype, kind)
 
 
 def sized_pipeline(text: str, kind: RandomKind = RandomKind()) -> RandomPipeline:

@@ -1,9 +1,10 @@
 """HBM that a sampling run takes on a TPU slice, from a compilation on any host: no TPU is needed, libtpu is.
 
     python -m infer.tpu_memory --model wan2.1-t2v-14b --topology v5p-16 --mesh fsdp=2,context=4 --size 832x480
+    python -m infer.tpu_memory --model flux.1-dev --topology v5p-8 --mesh fsdp=2,context=2 --plan ddit
 
-Without a model, it compiles every row of the table in docs/tpu.md. The program is what a pipeline runs: `sample` over
-`Guided` with UniPC, one video, both guidance branches, bf16 weights, splash attention. Its arguments are shapes alone.
+Without a model, it compiles every row of a table in docs/tpu.md: `--table models` or `--table methods`. What a program
+is stands in `infer/tpu_programs.py`.
 """
 
 from __future__ import annotations
@@ -19,30 +20,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
+from convert.components import Component
+from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
-from dit_jax.methods.method import Run
-from dit_jax.methods.plan import DENSE, Plan, parse_plan
-from dit_jax.models import vae_wan, wan
-from dit_jax.models.network import Conditioning
-from dit_jax.parameters import Precision, cast, named_leaves
-from dit_jax.sampling.sampler import Guided, sample, start
-from dit_jax.sampling.schedules import Shift
-from dit_jax.sampling.solvers import SOLVERS
-from dit_jax.sharding import batch_shardings, make_mesh, parse_mesh, replicated, shardings
-from infer.request import parse_size
+from dit_jax.methods.magcache import MagCache
+from dit_jax.methods.patch_adapters import size_name
+from dit_jax.methods.plan import DENSE
+from dit_jax.parameters import named_leaves
+from dit_jax.sharding import make_mesh, parse_mesh, shardings
+from infer.random_pipeline import PRESETS, transformer_component, usual
+from infer.tpu_programs import Case, config_of, lower, plan_of
 
 GIB = 1 << 30
-TEXT_TOKENS = 512
-IMAGE_TOKENS = 257
-STEPS = 50
-SEGMENT = 4
-STRIDES = {vae.z_dim: vae.space_factor for vae in vae_wan.PRESETS.values()}
-PRECISION = Precision(weights=jnp.bfloat16, exact=wan.FP32_LEAVES)
 MOSAIC = "tpu_custom_call"  # a Pallas kernel in a lowered program
+STACKS = ("blocks.", "double.", "single.")
 VMEM = "S(1)"  # on-chip memory in the layout of a compiled program's array
 
 # Cloud names of slices. v5p counts TensorCores, two a chip; the others count chips.
@@ -55,8 +47,9 @@ SLICES = {
 # What the compiler lets a program use of a chip's HBM (it keeps a little for itself), in GiB.
 CAPACITY = {"v5e": 15.75, "v5p": 95.73, "v6e": 31.24}
 
+# The tables in docs/tpu.md: models by size, slice and mesh; methods on one size of two models.
 SIZES = ("832x480", "1280x720")
-TABLE = [
+MODELS = [
     ("wan2.1-t2v-1.3b", "v5e-8", "data=2,fsdp=4"),
     ("wan2.1-t2v-14b", "v5e-8", "fsdp=8"),
     ("wan2.1-t2v-14b", "v5p-8", "data=2,fsdp=2"),
@@ -66,32 +59,34 @@ TABLE = [
     ("wan2.1-t2v-1.3b", "v5p-8", "data=2,fsdp=2"),
     ("wan2.1-t2v-1.3b", "v6e-8", "data=2,context=4"),
 ]
+WAN_METHODS = {"model": "wan2.1-t2v-14b", "size": "832x480", "frames": 81}
+FLUX_METHODS = {"model": "flux.1-dev", "size": "1024x1024", "frames": 1}
+METHODS: list[dict[str, Any]] = [
+    WAN_METHODS | {"topology": "v5p-8", "mesh": "data=2,fsdp=2"},
+    WAN_METHODS | {"topology": "v6e-8", "mesh": "data=2,fsdp=4"},
+    FLUX_METHODS | {"topology": "v5p-8", "mesh": "fsdp=2,context=2"},
+    FLUX_METHODS | {"topology": "v6e-8", "mesh": "fsdp=4,context=2"},
+]
+POLYNOMIALS = {"wan2.1-t2v-14b": "wan2.1-t2v-14b", "flux.1-dev": "flux.1"}
+PRUNED = {"heads": 0.3, "ffn": 0.3}
+PLANS = ("hsa:75A", "hsa:50", "coredit:0.45", "routing", "ddit", "teacache:0.1:model={}", MagCache.name, "taylorseer")
 
-HEADER = """\
-| model | video | slice | mesh | arguments | temporaries | weights copied | peak | capacity | fits | compile s |
-|---|---|---|---|---|---|---|---|---|---|---|"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One program: a model, a slice or topology, a mesh over its chips, the video's size and frames, and a plan."""
-
-    model: str
-    topology: str
-    mesh: str
-    size: str
-    frames: int = 81
-    plan: str = DENSE
+MEASURED = ("arguments", "temporaries", "weights copied", "peak", "capacity", "fits", "compile s")
+MODEL_COLUMNS = ("model", "video", "slice", "mesh", *MEASURED)
+METHOD_COLUMNS = ("model", "plan", "slice", "mesh", "kept", *MEASURED)
+ALL_COLUMNS = ("model", "video", "plan", "slice", "mesh", "kept", *MEASURED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """HBM a chip in bytes: `peak` is all that lives at once, `copies` whole stacked weights written anew.
+    """HBM a chip in bytes: `peak` is all that lives at once, `copies` whole stacked weights written anew, `kept` the
+    arguments that the plan's methods keep from step to step.
 
     A program that exceeds HBM is not compiled to the end: its peak is what the compiler said it would need.
     """
 
     peak: int
+    kept: int
     seconds: float
     fits: bool
     arguments: int | None = None
@@ -126,86 +121,17 @@ def tpu_devices(topology: str) -> list[Any]:
         ) from error
 
 
-def latents_shape(size: str, frames: int, channels: int) -> tuple[int, ...]:
-    """[1, T, Y, X, C] of a WxH video behind a VAE of so many channels: strides of 4 in time, 8 or 16 in space."""
-    width, height = parse_size(size)
-    stride = STRIDES.get(channels, 8)
-    if width % (2 * stride) or height % (2 * stride) or not width * height:
-        raise UserError(
-            f"size {size} does not fit: width and height must be multiples of {2 * stride}; write 832x480 or 1280x704"
-        )
-    if frames < 1 or frames % 4 != 1:
-        raise UserError(f"{frames} frames do not fit: expected 4·k + 1; ask for {4 * max(frames // 4, 1) + 1}")
-    return 1, (frames - 1) // 4 + 1, height // stride, width // stride, channels
-
-
-def abstract_request(config: wan.WanConfig, size: str, frames: int) -> tuple[Guided, Any]:
-    """(denoiser, latents) of one guided video as shapes alone, in bf16; UserError for a size that does not fit."""
-
-    def shape(dtype, *sizes) -> Any:
-        return jax.ShapeDtypeStruct(sizes, dtype)
-
-    latents = latents_shape(size, frames, config.out_channels)
-    extra = config.in_channels - config.out_channels
-    guided = Guided(
-        model=cast(nnx.eval_shape(lambda: wan.Wan(config, nnx.Rngs(0))), PRECISION),
-        conditioning=Conditioning(
-            shape(jnp.bfloat16, 2, TEXT_TOKENS, config.text_width),
-            shape(jnp.bfloat16, 2, IMAGE_TOKENS, config.image_width) if config.image_width else None,
-        ),
-        guidance_scale=shape(jnp.float32),
-        extra=shape(jnp.float32, *latents[:-1], extra) if extra else None,
-        branches=2,
-    )
-    return guided, shape(jnp.float32, *latents)
-
-
-def lower(guided: Guided, latents: Any, mesh, plan: Plan):
-    """The program of one sampling segment, lowered for the mesh."""
-    solver, steps = SOLVERS[plan.solver or "unipc"], plan.steps or STEPS
-    schedule = solver.schedule(steps, Shift(constant=3.0), 0)
-
-    def segment(denoiser, carry, schedule, first):
-        return sample(denoiser, solver, carry, schedule, first, SEGMENT)
-
-    def on_mesh(tree):
-        return _placed(tree, batch_shardings(tree, mesh))
-
-    with jax.set_mesh(mesh):
-        model = _placed(guided.model, shardings(guided.model, wan.AXES, mesh))
-        guided = replace(on_mesh(replace(guided, model=None)), model=model)
-        run = Run(latents_shape=latents.shape, first=0, stop=steps, steps=steps, sigmas=schedule.sigmas)
-        denoiser, schedule, first = jax.tree.map(
-            lambda leaf: leaf if isinstance(leaf, jax.ShapeDtypeStruct) else _shape(leaf, replicated(mesh)),
-            (plan.applied(guided, run), schedule, np.int32(0)),
-        )
-        latents = on_mesh(latents)
-        started = jax.jit(lambda denoiser, latents: start(denoiser, solver, latents)).lower(denoiser, latents).compile()
-        carry = jax.tree.map(_shape, started.out_info, started.output_shardings)
-        program = jax.jit(segment, donate_argnames="carry", out_shardings=started.output_shardings)
-        return program.lower(denoiser, carry, schedule, first)
-
-
-def _shape(leaf, sharding) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _placed(tree, placement):
-    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), tree, placement)
-
-
-def measure(config: wan.WanConfig, case: Case) -> Memory:
-    """Compiles a model of this config as the case says; UserError for a size, mesh or topology that cannot be."""
-    guided, latents = abstract_request(config, case.size, case.frames)
+def measure(component: Component, case: Case) -> Memory:
+    """Compiles a model as the case says; UserError for a size, plan, mesh or topology that cannot be."""
     mesh = make_mesh(parse_mesh(case.mesh), tpu_devices(case.topology))
-    lowered = lower(guided, latents, mesh, parse_plan(case.plan))
+    lowered, kept = lower(component, case, mesh)
     if MOSAIC not in lowered.as_text():
         raise RuntimeError("the program holds no splash attention: expected a Mosaic kernel for a TPU topology")
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return _over_capacity(error, time.perf_counter() - began)
+        return _over_capacity(error, kept, time.perf_counter() - began)
     seconds = time.perf_counter() - began
     found = compiled.memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -214,35 +140,38 @@ def measure(config: wan.WanConfig, case: Case) -> Memory:
         arguments=found.argument_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
         peak=peak,
-        copies=_copies(compiled, guided.model, mesh),
+        kept=kept,
+        copies=_copies(compiled, component, mesh),
         seconds=seconds,
         fits=peak <= CAPACITY[chip(case.topology)] * GIB,
     )
 
 
-def _copies(compiled, model, mesh) -> int | None:
+def _copies(compiled, component: Component, mesh) -> int | None:
     """`copied_stacks` of a program; None where XLA fails to print it (some loops with asynchronous copies)."""
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError:
         return None
-    return copied_stacks(text, model, mesh)
+    return copied_stacks(text, component, mesh)
 
 
-def _over_capacity(error: Exception, seconds: float) -> Memory:
+def _over_capacity(error: Exception, kept: int, seconds: float) -> Memory:
     """What a program needs that the compiler refuses because it exceeds HBM; any other error is raised again."""
     needed = re.search(r"\(([\d.]+)([GM])\) exceeds available HBM", str(error))
     if needed is None:
         raise error
-    return Memory(peak=round(float(needed[1]) * (GIB if needed[2] == "G" else GIB >> 10)), seconds=seconds, fits=False)
+    peak = round(float(needed[1]) * (GIB if needed[2] == "G" else GIB >> 10))
+    return Memory(peak=peak, kept=kept, seconds=seconds, fits=False)
 
 
-def copied_stacks(text: str, model, mesh) -> int:
+def copied_stacks(text: str, component: Component, mesh) -> int:
     """Bytes of whole stacked weights that a program writes: a second copy of a chip's part, or all parts gathered."""
-    placement = shardings(model, wan.AXES, mesh)
+    model = component.abstract
+    placement = jax.tree.leaves(shardings(model, component.axes, mesh))
     shapes = set()
-    for (name, leaf), sharding in zip(named_leaves(model.blocks), jax.tree.leaves(placement.blocks), strict=True):
-        if name.endswith(".kernel"):
+    for (name, leaf), sharding in zip(named_leaves(model), placement, strict=True):
+        if name.startswith(STACKS) and name.endswith(".kernel"):
             shapes |= {leaf.shape, sharding.shard_shape(leaf.shape)}
     written = 0
     for dtype, dimensions, layout, operation in re.findall(r"= (bf16|f32)\[([\d,]+)\](\S*) ([\w-]+)\(", text):
@@ -253,49 +182,97 @@ def copied_stacks(text: str, model, mesh) -> int:
     return written
 
 
-def table_row(case: Case, memory: Memory) -> str:
+def model_cases() -> list[Case]:
+    """Rows of the documented table of models."""
+    return [Case(model=m, topology=t, mesh=axes, size=size) for m, t, axes in MODELS for size in SIZES]
+
+
+def method_cases() -> list[Case]:
+    """Rows of the documented table of methods: the plain model, a pruned one, and every method of a plan."""
+    cases = []
+    for on in METHODS:
+        plans = [plan.format(POLYNOMIALS[on["model"]]) for plan in PLANS]
+        cases += [Case(**on), Case(**on | PRUNED), *(Case(**on, plan=plan) for plan in plans)]
+    return [program for case in cases for program in programs(case)]
+
+
+def programs(case: Case) -> list[Case]:
+    """The case, or one for each patch size where its plan chooses among some."""
+    chooser = plan_of(config_of(case), case.plan).chooser
+    return [replace(case, variant=variant) for variant in chooser.variants] if chooser else [case]
+
+
+def table_header(columns: tuple[str, ...]) -> str:
+    """The first two lines of the markdown table."""
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+
+
+def table_row(columns: tuple[str, ...], case: Case, memory: Memory) -> str:
     """One row of the markdown table."""
-    arguments, temporaries, copies = (
-        "" if size is None else f"{size / GIB:.2f}" for size in (memory.arguments, memory.temporaries, memory.copies)
-    )
-    cells = (
-        case.model, f"{case.size}x{case.frames}", case.topology, case.mesh, arguments, temporaries, copies,
-        f"{memory.peak / GIB:.2f}", f"{CAPACITY[chip(case.topology)]:.2f}",
-        "yes" if memory.fits else "no", f"{memory.seconds:.0f}",
-    )  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
+    sizes = {"arguments": memory.arguments, "temporaries": memory.temporaries, "weights copied": memory.copies}
+    sizes |= {"kept": memory.kept, "peak": memory.peak}
+    cells = {name: "" if size is None else f"{size / GIB:.2f}" for name, size in sizes.items()} | {
+        "model": case.model,
+        "video": f"{case.size}x{case.frames}",
+        "plan": plan_cell(case),
+        "slice": case.topology,
+        "mesh": case.mesh,
+        "capacity": f"{CAPACITY[chip(case.topology)]:.2f}",
+        "fits": "yes" if memory.fits else "no",
+        "compile s": f"{memory.seconds:.0f}",
+    }
+    return "| " + " | ".join(cells[name] for name in columns) + " |"
 
 
-def parse(argv: list[str] | None) -> tuple[list[Case], bool]:
-    """(programs to compile, whether to print JSON)."""
+def plan_cell(case: Case) -> str:
+    """A plan with the patch size it runs at, and what is pruned of the model."""
+    pruned = [f"--{name} {ratio:g}" for name, ratio in (("heads", case.heads), ("ffn", case.ffn)) if ratio]
+    size = [f"at {size_name(case.variant)}"] if plan_of(config_of(case), case.plan).chooser else []
+    return " ".join([case.plan, *size, *pruned])
+
+
+def parse(argv: list[str] | None) -> tuple[list[Case], tuple[str, ...], bool]:
+    """(programs to compile, columns of their table, whether to print JSON)."""
     parser = argparse.ArgumentParser(prog="python -m infer.tpu_memory", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=wan.PRESETS, help="without it: every row of the documented table")
-    parser.add_argument("--topology", default="v5e-8", help=f"{', '.join(SLICES)}, or a shape such as v5p:2x2x4")
-    parser.add_argument("--mesh", default="data=2,context=4", help="axes of data, fsdp, context, tensor over all chips")
-    parser.add_argument("--size", default="832x480", help="WxH in pixels")
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--plan", default=DENSE, help="methods of the run, such as hsa:50 (default dense)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a row instead of a table")
+    add = parser.add_argument
+    add("--model", choices=PRESETS, help="without it: every row of a documented table")
+    add("--table", choices=("models", "methods"), default="models", help="which, without --model (default models)")
+    add("--topology", default="v5e-8", help=f"{', '.join(SLICES)}, or a shape such as v5p:2x2x4")
+    add("--mesh", default="data=2,context=4", help="axes of data, fsdp, context, tensor over all chips")
+    add("--size", metavar="WxH", help="in pixels (default the model's)")
+    add("--frames", type=int, help="default the model's")
+    add("--plan", default=DENSE, help="methods of the run, such as hsa:50 (default dense); magcache needs no ratios")
+    add("--heads", type=float, default=0, metavar="P", help="share of the heads that is pruned, as in dit-prune")
+    add("--ffn", type=float, default=0, metavar="P", help="share of the MLPs' neurons that is pruned")
+    add("--json", action="store_true", help="print one JSON object a row instead of a table")
     options = parser.parse_args(argv)
     if options.model is None:
-        cases = [Case(model=m, topology=t, mesh=axes, size=size) for m, t, axes in TABLE for size in SIZES]
-    else:
-        names = ("model", "topology", "mesh", "size", "frames", "plan")
-        cases = [Case(**{name: getattr(options, name) for name in names})]
-    return cases, options.json
+        if options.table == "methods":
+            return method_cases(), METHOD_COLUMNS, options.json
+        return model_cases(), MODEL_COLUMNS, options.json
+    of_model = usual(PRESETS[options.model])
+    names = ("model", "topology", "mesh", "plan", "heads", "ffn")
+    case = Case(
+        **{name: getattr(options, name) for name in names},
+        size=options.size or "{}x{}".format(*of_model.size),
+        frames=of_model.frames if options.frames is None else options.frames,
+    )
+    return programs(case), ALL_COLUMNS, options.json
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table, a row as soon as it is known. Exit code 2 for bad input."""
     jax.config.update("jax_platforms", "cpu")
     try:
-        cases, as_json = parse(argv)
-        if not as_json:
-            print(HEADER, flush=True)
-        for case in cases:
-            memory = measure(wan.PRESETS[case.model], case)
-            print(json.dumps(asdict(case) | asdict(memory)) if as_json else table_row(case, memory), flush=True)
-            jax.clear_caches()
+        with warnings_in_lines():
+            cases, columns, as_json = parse(argv)
+            if not as_json:
+                print(table_header(columns), flush=True)
+            for case in cases:
+                memory = measure(transformer_component(config_of(case)), case)
+                found = json.dumps(asdict(case) | asdict(memory)) if as_json else table_row(columns, case, memory)
+                print(found, flush=True)
+                jax.clear_caches()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -37,6 +37,7 @@ from dit_jax.methods.token_groups import (
 )
 from dit_jax.models.network import Aux, State, Tokens, all_or_none, attended, lattice, unlayout
 from dit_jax.ops import mesh as meshes
+from dit_jax.ops.memory_order import row_major
 from dit_jax.sampling.sampler import Guided
 
 TPU_GROUP = 128  # tokens a shard that group sizes are multiples of on TPU
@@ -230,11 +231,11 @@ def is_refreshed(places: int, due: int, shards: int) -> np.ndarray:
 
 
 def _moved(of_all, block, places_RN, shards: int):
-    one = jax.lax.dynamic_index_in_dim(of_all, block, keepdims=False)
+    one = row_major(jax.lax.dynamic_index_in_dim(of_all, block, keepdims=False))
     flat = einops.rearrange(one, "r h z n k -> r h (z n) k")
     flat = jnp.take_along_axis(flat, places_RN[:, None, :, None], axis=2)
-    one = einops.rearrange(flat, "r h (z n) k -> 1 r h z n k", z=shards)
-    return pinned(jax.lax.dynamic_update_slice(of_all, one, (block, 0, 0, 0, 0, 0)))
+    one = row_major(einops.rearrange(flat, "r h (z n) k -> r h z n k", z=shards))
+    return pinned(jax.lax.dynamic_update_slice(of_all, one[None], (block, 0, 0, 0, 0, 0)))
 
 
 @dataclass(frozen=True, kw_only=True)

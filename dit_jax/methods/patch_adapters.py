@@ -25,7 +25,7 @@ from dit_jax.methods.method import Part
 from dit_jax.models.flux import FluxConfig
 from dit_jax.models.wan import WanConfig
 from dit_jax.ops.linear import Linear
-from dit_jax.parameters import named_leaves, with_leaves
+from dit_jax.parameters import Precision, cast, named_leaves, with_leaves
 
 # Logical axes of every parameter of the adapters.
 AXES = {
@@ -224,10 +224,7 @@ def adapted(model: Any, adapter: SizeAdapter, scale: int) -> Any:
     time, rows, columns = model.config.patch
     larger.config = replace(model.config, patch=(time, rows * scale, columns * scale), merged=scale)
     dtype = model.patch.kernel[...].dtype
-    larger.patch, larger.out = (
-        jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), layer)
-        for layer in (adapter.patch, adapter.out)
-    )
+    larger.patch, larger.out = (cast(layer, Precision(weights=dtype)) for layer in (adapter.patch, adapter.out))
     for path, added in adapter.lora.items():
         *parents, name = path.split(".")
         mlp = functools.reduce(getattr, parents, larger)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -64,6 +64,17 @@ def neurons_to_keep(neurons: int, ratio: float) -> int:
     multiple = max(min(128, neurons // 16), 1)
     kept = round(neurons * (1 - ratio) / multiple) * multiple
     return neurons if ratio == 0 else min(max(kept, multiple), neurons)
+
+
+def pruned_config(config: WanConfig | FluxConfig, heads: float, neurons: float) -> WanConfig | FluxConfig:
+    """The config of a model that lacks these shares of its heads and neurons, its norms counting the heads that are
+    gone; UserError for a share that cannot be."""
+    check_ratio("--heads", heads)
+    check_ratio("--ffn", neurons)
+    kept = heads_to_keep(config.heads, heads)
+    if isinstance(config, WanConfig):
+        config = replace(config, norm_counts_pruned=kept < config.heads)
+    return replace(config, heads=kept, mlp_width=neurons_to_keep(config.mlp_width, neurons))
 
 
 def scored_heads(

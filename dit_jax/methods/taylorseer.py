@@ -25,6 +25,7 @@ from dit_jax.methods.method import Run, Words
 from dit_jax.models.network import Attended, Aux, Dense, State, Trunk
 from dit_jax.models.wan import WanConfig
 from dit_jax.ops import mesh as meshes
+from dit_jax.ops.memory_order import row_major
 from dit_jax.sampling.sampler import Guided
 
 FULL_AT_FIRST = 3  # full steps at the start of a run
@@ -64,12 +65,12 @@ class Differenced:
         return output, self._noted(name, output, block, cache, aux)
 
     def _noted(self, name, output, block, cache: Kept, aux: TaylorStep) -> Kept:
-        before = jax.lax.dynamic_index_in_dim(cache[name], block, keepdims=False).astype(jnp.float32)
+        before = _of_block(cache[name], block).astype(jnp.float32)
         differences = [output.astype(jnp.float32)]
         for order in range(self.order):
             difference = (differences[order] - before[order]) / jnp.maximum(aux.apart, 1)
             differences.append(jnp.where(aux.made > order, difference, 0))
-        rows = jnp.stack(differences)[None].astype(cache[name].dtype)
+        rows = row_major(jnp.stack(differences)[None].astype(cache[name].dtype))
         place = (block, *[0] * (rows.ndim - 1))
         return cache | {name: _pinned(name, jax.lax.dynamic_update_slice(cache[name], rows, place))}
 
@@ -90,10 +91,14 @@ class Predicted:
         return self._predicted(name, block, cache, aux), cache
 
     def _predicted(self, name, block, cache: Kept, aux: TaylorStep) -> jax.Array:
-        differences = jax.lax.dynamic_index_in_dim(cache[name], block, keepdims=False)
+        differences = _of_block(cache[name], block)
         steps = aux.apart.astype(jnp.float32)
         terms = (differences[i].astype(jnp.float32) * steps**i / math.factorial(i) for i in range(self.order + 1))
         return sum(terms, jnp.zeros(())).astype(differences.dtype)
+
+
+def _of_block(kept: jax.Array, block) -> jax.Array:
+    return row_major(jax.lax.dynamic_index_in_dim(kept, block, keepdims=False))
 
 
 def _pinned(name: str, kept: jax.Array) -> jax.Array:

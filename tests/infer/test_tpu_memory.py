@@ -1,44 +1,54 @@
 """The sampling program compiled for TPU slices that are not there, and what its memory is made of."""
 
 import importlib.util
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import pytest
 
+from dit_jax.methods import plan as plans
 from dit_jax.models.wan import WanConfig
 from infer import tpu_memory
+from infer.random_pipeline import transformer_component
 from infer.tpu_memory import (
     GIB,
-    SIZES,
-    TABLE,
+    METHOD_COLUMNS,
+    METHODS,
+    MODEL_COLUMNS,
     Case,
-    abstract_request,
     copied_stacks,
     main,
     make_mesh,
     measure,
+    method_cases,
+    model_cases,
     parse_mesh,
+    plan_cell,
+    table_header,
+    table_row,
 )
+from infer.tpu_programs import config_of, plan_of
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'dit-jax[dev]'"
 )
 # The attention of the 1.3B: stacks too large for on-chip memory, and 12 heads, which are not whole tiles.
-SMALL = WanConfig(
-    blocks=30, width=1536, heads=12, head_width=128, mlp_width=512, text_width=128, in_channels=36, image_width=64
+SMALL = transformer_component(
+    WanConfig(
+        blocks=30, width=1536, heads=12, head_width=128, mlp_width=512, text_width=128, in_channels=36, image_width=64
+    )
 )
 CASE = Case(model="small", topology="v5e-4", mesh="data=2,fsdp=2", size="128x96", frames=9)
+DOCUMENTED = replace(CASE, model="wan2.1-t2v-14b")
 
 
 @needs_libtpu
 def test_the_sampling_program_compiles_for_tpu_with_one_copy_of_the_weights():
     """`measure` itself refuses a program without splash attention."""
     memory = measure(SMALL, CASE)
-    model = abstract_request(SMALL, CASE.size, CASE.frames)[0].model
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
+    weights = sum(2 * math.prod(shape) for shape in SMALL.shapes.values())  # in bf16
     assert memory.fits
     assert memory.copies == 0
     assert 0.5 * weights < memory.arguments < 0.6 * weights, "two chips share the weights"
@@ -58,7 +68,6 @@ def test_a_plan_with_a_cache_holds_it_once():
 
 @needs_libtpu
 def test_copies_of_stacked_weights_are_counted():
-    model = abstract_request(SMALL, CASE.size, CASE.frames)[0].model
     mesh = make_mesh(parse_mesh(CASE.mesh), tpu_memory.tpu_devices(CASE.topology))
     part, whole = 30 * 768 * 12 * 128 * 2, 30 * 1536 * 512 * 2
     text = """
@@ -68,16 +77,19 @@ def test_copies_of_stacked_weights_are_counted():
       %f = bf16[30,768,12,128]{1,3,2,0:T(8,128)(2,1)S(1)} copy(%a), metadata={}
       %d = bf16[30,1536,512]{2,1,0:T(8,128)(2,1)} all-gather(%e), dimensions={1}
     """
-    assert copied_stacks(text, model, mesh) == part + whole
+    assert copied_stacks(text, SMALL, mesh) == part + whole
 
 
 def test_a_program_that_exceeds_hbm_is_reported_not_raised():
     message = "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (120.00G) exceeds available HBM (15.75G)."
-    memory = tpu_memory._over_capacity(RuntimeError(message), 3.0)
+    memory = tpu_memory._over_capacity(RuntimeError(message), 7 * GIB, 3.0)
     assert not memory.fits and memory.peak == 120 * GIB
-    assert "| 120.00 | 15.75 | no | 3 |" in tpu_memory.table_row(CASE, memory)
+    assert "| 120.00 | 15.75 | no | 3 |" in table_row(MODEL_COLUMNS, DOCUMENTED, memory)
+    assert "| data=2,fsdp=2 | 7.00 | | | | 120.00 |".replace("| |", "|  |").replace("| |", "|  |") in table_row(
+        METHOD_COLUMNS, DOCUMENTED, memory
+    )
     with pytest.raises(RuntimeError, match="of another kind"):
-        tpu_memory._over_capacity(RuntimeError("of another kind"), 3.0)
+        tpu_memory._over_capacity(RuntimeError("of another kind"), 0, 3.0)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +101,9 @@ def test_a_program_that_exceeds_hbm_is_reported_not_raised():
         ("--size large", "expected WIDTHxHEIGHT"),
         ("--frames 80", "ask for 81"),
         ("--mesh rows=8", "'rows'"),
+        ("--heads 1", "--heads is 1.0"),
+        ("--plan hsa:50+coredit:0.3", "coredit and hsa cannot share a plan"),
+        ("--plan magcache:0.1", "expected ratios=FILE.json"),
         pytest.param("--topology v5e-8 --mesh data=2", "needs 2 devices, found 8", marks=needs_libtpu),
         pytest.param("--topology v5e-8 --mesh tensor=8", "12 heads.*tensor=8", marks=needs_libtpu),
         pytest.param("--topology v5e:7x9 --mesh data=2", "cannot describe 'v5e:7x9'", marks=needs_libtpu),
@@ -101,29 +116,57 @@ def test_bad_input_is_one_sentence_and_exit_code_2(options, message, capsys):
     assert re.search(message, error)
 
 
-def documented():
-    """The rows of the table in docs/tpu.md, as lists of cells."""
-    lines = (Path(__file__).parents[2] / "docs" / "tpu.md").read_text().splitlines()
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| wan2.1")]
+def test_the_table_of_methods_has_every_method_on_every_slice():
+    for on in METHODS:
+        rows = [case for case in method_cases() if (case.model, case.topology) == (on["model"], on["topology"])]
+        named = {method.name for case in rows for method in plan_of(config_of(case), case.plan).methods}
+        assert named == set(plans.METHODS)
+        assert [plan_cell(case) for case in rows[:2]] == ["dense", "dense --heads 0.3 --ffn 0.3"]
+        assert [plan_cell(case) for case in rows if case.plan == "ddit"] == ["ddit at p", "ddit at 2p", "ddit at 4p"]
 
 
-def test_the_documented_table_is_the_commands():
-    rows = [tuple(cells[:4]) for cells in documented()]
-    assert rows == [(model, f"{size}x81", topology, mesh) for model, topology, mesh in TABLE for size in SIZES]
+def documented(columns):
+    """The rows of the table with these columns in docs/tpu.md, each as a dict of its cells."""
+    text = (Path(__file__).parents[2] / "docs" / "tpu.md").read_text()
+    rows = text.partition(table_header(columns))[2].partition("\n\n")[0].strip().splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    return [dict(zip(columns, row, strict=True)) for row in cells]
+
+
+def of_methods(row):
+    """The program of a row of the table of methods."""
+    wanted = (row["model"], row["plan"], row["slice"], row["mesh"])
+    return next(case for case in method_cases() if (case.model, plan_cell(case), case.topology, case.mesh) == wanted)
+
+
+def compared():
+    """(row, its program) of both tables: all models, on one slice FLUX's methods and Wan's that keep most."""
+    methods = [(row, of_methods(row)) for row in documented(METHOD_COLUMNS) if row["slice"] == "v5p-8"]
+    most = ("hsa:50", "taylorseer")
+    few = [(row, case) for row, case in methods if case.model == "flux.1-dev" or case.plan in most]
+    return [*zip(documented(MODEL_COLUMNS), model_cases(), strict=True), *few]
+
+
+def test_the_documented_tables_are_the_commands():
+    models = [(row["model"], row["video"], row["slice"], row["mesh"]) for row in documented(MODEL_COLUMNS)]
+    assert models == [(case.model, f"{case.size}x81", case.topology, case.mesh) for case in model_cases()]
+    methods = [of_methods(row) for row in documented(METHOD_COLUMNS)]
+    assert methods == [case for case in method_cases() if case in methods], "in the command's order"
+    for model, plan in {(case.model, case.plan) for case in method_cases()}:
+        assert any((case.model, case.plan) == (model, plan) for case in methods), f"{model} with {plan}"
 
 
 @needs_libtpu
 @pytest.mark.long
-@pytest.mark.parametrize("cells", documented(), ids=lambda cells: " ".join(cells[:3]))
-def test_a_published_model_takes_what_is_documented(cells, capsys):
-    """The command prints the documented row (GiB within 3 % and 0.03, not the time): one copy of the weights."""
-    model, video, topology, mesh, *expected = cells
-    size, _, frames = video.rpartition("x")
-    main(["--model", model, "--topology", topology, "--mesh", mesh, "--size", size, "--frames", frames])
-    row = capsys.readouterr().out.splitlines()[-1]
-    *found, fits, _ = (cell.strip() for cell in row.split("|")[5:-1])
-    assert fits == expected[-2], row
-    assert [float(x or 0) for x in found] == pytest.approx(
-        [float(x or 0) for x in expected[:-2]], rel=0.03, abs=0.03
-    ), row
-    assert fits != "yes" or float(found[2]) == 0, row
+@pytest.mark.parametrize(("row", "case"), compared())
+def test_a_published_model_takes_what_is_documented(row, case):
+    """A new compilation gives the documented row (GiB within 3 % and 0.03, not the time): one copy of the weights."""
+    memory = measure(transformer_component(config_of(case)), case)
+    columns = tuple(row)
+    cells = (cell.strip() for cell in table_row(columns, case, memory).split("|")[1:-1])
+    found = dict(zip(columns, cells, strict=True))
+    assert found["fits"] == row["fits"]
+    sizes = [name for name in columns if name in ("kept", "arguments", "temporaries", "weights copied", "peak")]
+    expected = [float(row[name] or 0) for name in sizes]
+    assert [float(found[name] or 0) for name in sizes] == pytest.approx(expected, rel=0.03, abs=0.03), found
+    assert not memory.copies
