@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,9 @@ def margins(of_draw: Callable[[np.ndarray], Mapping[str, Any]], prompts: int, se
     """
     rng, all_seeds = np.random.default_rng(0), np.arange(seeds)[:, None] * prompts
     draws = [of_draw((rng.integers(prompts, size=prompts) + all_seeds).ravel()) for _ in range(DRAWS)]
-    names = [name for name, value in draws[0].items() if isinstance(value, float)]
-    return {name: NORMAL_95 * _deviation([draw[name] for draw in draws]) for name in names}
-
-
-def _deviation(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return float(np.std(known, ddof=1)) if len(known) > 1 else 0.0
+    values: dict[str, list[float]] = {}
+    for draw in draws:
+        for name, value in draw.items():
+            if isinstance(value, float):
+                values.setdefault(name, []).append(value)
+    return {name: NORMAL_95 * float(np.std(of_draws)) for name, of_draws in values.items()}

@@ -39,3 +39,17 @@ def text_or_image(tmp_path_factory):
     folder, pipeline = tmp_path_factory.mktemp("ti2v") / "tiny-ti2v", text_or_image()
     pipeline.save_pretrained(folder)
     return folder, pipeline
+
+
+@pytest.fixture(scope="module")
+def quick_reader():
+    """A hardly trained classifier in place of the real one, where it does not matter what it thinks."""
+    from infer import digit_reader, evaluate
+
+    patch = pytest.MonkeyPatch()
+    quick = digit_reader.train_reader(variants=1, epochs=1)
+    patch.setattr(digit_reader, "load_reader", lambda progress=None: quick)
+    evaluate._exam.cache_clear()
+    yield
+    patch.undo()
+    evaluate._exam.cache_clear()

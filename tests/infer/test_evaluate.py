@@ -1,49 +1,19 @@
 """`dit-eval`: what it prints, what it asks of the model, and how it refuses. The model here draws real clips itself."""
 
 import json
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
+from drawer import Drawer
 
-from dit_jax.config import UserError
 from infer import digit_reader, evaluate
-from infer.digit_grammar import parse
-from infer.digit_scores import real_clips
 from infer.picture_scores import real_pictures
-from infer.request import Defaults, fill
+from infer.request import Defaults
 from infer.suites import SUITES
 
 FOUR = {"digit", "colour", "direction", "frechet"}
 
 
-class Drawer:
-    """Stands in for a pipeline: draws the prompts in real glyphs, at will with a fault."""
-
-    real, defaults, hash = staticmethod(real_clips), Defaults(steps=12, guidance=4.0), "drawn"
-
-    def __init__(self, fault=lambda clip: clip):
-        self.calls, self.fault = [], fault
-
-    def prepare(self, request):
-        if request.solver not in (None, "unipc", "euler"):
-            raise UserError(f"unknown solver {request.solver!r}: expected one of unipc, euler")
-        return fill(request, self.defaults)
-
-    def __call__(self, prompts, **settings):
-        self.calls.append((prompts, settings))
-        clips = self.real([parse(prompt) for prompt in prompts], 0)
-        return SimpleNamespace(frames=np.stack([self.fault(clip) for clip in clips]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_reader():
-    """A hardly trained classifier: what it thinks does not matter here."""
-    patch = pytest.MonkeyPatch()
-    quick = digit_reader.train_reader(variants=1, epochs=1)
-    patch.setattr(digit_reader, "load_reader", lambda progress=None: quick)
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("quick_reader")
 
 
 def _run(monkeypatch, capsys, pipe, *arguments):
