@@ -1,4 +1,4 @@
-"""The entries of `dit-bench --plans`: plans, the plain model with fewer steps, and pruned models."""
+"""The entries of `dit-bench --plans`: plans, the plain model with fewer steps, and either on other models."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from dit_jax.config import UserError
 from dit_jax.methods.plan import DENSE, JOINT, Plan, parse_plan
+from dit_jax.methods.pruning import check_ratio
 
-PRUNED = "pruned"
+ON, PRUNED = "on", "pruned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +16,15 @@ class Entry:
     """A plan of the list under its name there.
 
     steps   its number of steps (None: the request's)
-    pruned  the model that it runs on, if not on the one of the command: a checkpoint, or of random weights the share of
-            heads and neurons that is pruned
+    on      the checkpoint that it runs on, if not the command's
+    pruned  of random weights: the share of heads and neurons that they lack
     """
 
     name: str
     plan: Plan
     steps: int | None
-    pruned: str | None = None
+    on: str | None = None
+    pruned: float = 0.0
 
 
 def parse_entries(text: str) -> list[Entry]:
@@ -38,12 +40,30 @@ def parse_entries(text: str) -> list[Entry]:
 def _entry(name: str) -> Entry:
     first, _, rest = name.partition(JOINT)
     word, _, value = first.partition(":")
-    if word == PRUNED:
-        if not value:
-            raise UserError(f"--plans names {name!r}: expected a model behind pruned:, or a share; write pruned:FOLDER")
-        plan = parse_plan(rest or DENSE)
-        return Entry(name=name, plan=plan, steps=plan.steps, pruned=value)
     if word == DENSE and value.isdigit():
         return Entry(name=name, plan=Plan(), steps=int(value))
-    plan = parse_plan(name)
-    return Entry(name=name, plan=plan, steps=plan.steps)
+    if word not in (ON, PRUNED):
+        rest = name
+    plan = parse_plan(rest or DENSE)
+    return Entry(
+        name=name,
+        plan=plan,
+        steps=plan.steps,
+        on=_model(value) if word == ON else None,
+        pruned=_share(value) if word == PRUNED else 0.0,
+    )
+
+
+def _model(text: str) -> str:
+    if not text:
+        raise UserError("--plans names on: without a model: expected a checkpoint behind it; write on:FOLDER")
+    return text
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        raise UserError(f"--plans names pruned:{text}: expected a share behind pruned:; write pruned:0.3") from None
+    check_ratio("the share of pruned:", share)
+    return share

@@ -9,9 +9,8 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -33,11 +32,11 @@ from dit_jax.sampling.sampler import Carry, Guided, noise, sample
 from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
 from dit_jax.sharding import batch_sharding, batch_shardings, leaf_sharding, replicated
-from infer import media
 from infer.loras import Held, LoraChoice, read_choice, replace_leaves
 from infer.placement import picture_sharding
 from infer.programs import Programs
 from infer.request import Defaults, Job, Limits, Request, check, fill
+from infer.result import Result
 from infer.segments import Stage, cut, segment_length
 from infer.side_files import read_defaults
 from infer.variants import Chosen, Variants
@@ -54,29 +53,6 @@ class Watch(Protocol):
 
     def around(self, denoiser: Any, run: Run) -> Any: ...
     def finished(self, component: str, state: Any) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """A pipeline's output: `.frames` uint8, `.latents` fp32 [B, T, Y, X, C], and what made them.
-
-    frames  videos [B, F, H, W, 3], or images [B, H, W, 3]
-    """
-
-    frames: np.ndarray
-    latents: np.ndarray
-    metadata: list[dict[str, Any]]
-    fps: int
-
-    def save(self, path: Path | str) -> list[Path]:
-        """Writes each video or image; several get `-0`, `-1`, … before the suffix. Returns the files."""
-        path = Path(path)
-        names = (
-            [path] if len(self.frames) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.frames))]
-        )
-        for name, frames, metadata in zip(names, self.frames, self.metadata, strict=True):
-            media.save(name, frames if frames.ndim == 4 else frames[None], self.fps, metadata)
-        return names
 
 
 class Pipeline(ABC):

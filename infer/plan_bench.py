@@ -16,7 +16,6 @@ from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
 from dit_jax.methods.ddit import Ddit
 from dit_jax.methods.plan import DENSE
-from dit_jax.methods.pruning import check_ratio
 from infer import bench_page, media
 from infer.bench_entries import Entry, parse_entries
 
@@ -29,9 +28,9 @@ PROMPTS = {"moving-digits": "a red 7 moving left", "digits": "a red 7", None: "a
 
 EPILOG = """\
 All plans run with one solver: the one that a plan needs, if there is one, so that they differ in nothing else. Plans
-with a number of steps of their own keep it; dense:20 is the plain model with 20 steps, pruned:FOLDER the plain model
-of a pruned checkpoint (pruned:0.3 of random weights, with 30 % of heads and neurons pruned), pruned:FOLDER+hsa:50 a
-plan on it. docs/benchmarks.md says what the figures mean.
+with a number of steps of their own keep it; dense:20 is the plain model with 20 steps, on:FOLDER another checkpoint
+(pruned, say) and on:FOLDER+routing a plan on it, pruned:0.3 random weights without 30 % of the heads and neurons.
+docs/benchmarks.md says what the figures mean.
 
 examples:
   dit-bench --model demo-wan --plans dense,dense:20,hsa:50,hsa:25 --seeds 3 --json out.json --plot out.png
@@ -127,6 +126,9 @@ def _check(entries: list[Entry], options: argparse.Namespace) -> None:
     random = options.random or options.preset
     if random and (options.prompts or options.image or options.suite):
         raise UserError("random weights make no pictures: expected no --prompts, --image or --suite; leave them out")
+    for entry in entries:
+        if (entry.on and random) or (entry.pruned and not random):
+            raise UserError(f"{entry.name} has no place here: on: is for checkpoints, pruned: for random weights")
     if options.keep and not options.suite:
         raise UserError("--keep is for a suite's samples: expected --suite; name one")
     if options.attention and not random:
@@ -146,37 +148,28 @@ def _plans(entries: list[Entry], options: argparse.Namespace, attention_only: bo
     """By entry, its pipeline and jobs; UserError for what a model cannot serve, before anything compiles."""
     from infer.plan_runs import PlanJobs
 
-    pipes: dict[str | None, Pipeline] = {}
-    for model in dict.fromkeys([None, *(entry.pruned for entry in entries)]):
-        pipes[model] = _subject(model, options, attention_only)
-    of_entry = _job_maker(pipes[None], entries, options)
-    with warnings_in_lines():
-        return {
-            entry.name: PlanJobs(pipe=pipes[entry.pruned], jobs=of_entry(pipes[entry.pruned], entry))
-            for entry in entries
-        }
+    pipes: dict[tuple[str | None, float], Pipeline] = {}
+    plans = {}
+    for entry in entries:
+        subject = entry.on, entry.pruned
+        if subject not in pipes:
+            pipes[subject] = _subject(entry, options, attention_only)
+        if not plans:  # the first is the plain model
+            jobs_of = _job_maker(pipes[subject], entries, options)
+        with warnings_in_lines():
+            plans[entry.name] = PlanJobs(pipe=pipes[subject], jobs=jobs_of(pipes[subject], entry))
+    return plans
 
 
-def _subject(pruned: str | None, options: argparse.Namespace, attention_only: bool) -> Pipeline:
+def _subject(entry: Entry, options: argparse.Namespace, attention_only: bool) -> Pipeline:
     from infer.loading import load_pipeline
     from infer.random_pipeline import RandomKind, preset_pipeline, sized_pipeline
 
     if options.random or options.preset:
-        kind = RandomKind(attention_only=attention_only, pruned=_share(pruned))
+        kind = RandomKind(attention_only=attention_only, pruned=entry.pruned)
         return sized_pipeline(options.random, kind) if options.random else preset_pipeline(options.preset, kind)
     with warnings_in_lines():
-        return load_pipeline(pruned or options.model or "demo-wan")
-
-
-def _share(pruned: str | None) -> float:
-    try:
-        share = float(pruned or 0)
-    except ValueError:
-        raise UserError(
-            f"pruned:{pruned}: random weights are pruned by a share such as 0.3; write pruned:0.3"
-        ) from None
-    check_ratio("the share of pruned:", share)
-    return share
+        return load_pipeline(entry.on or options.model or "demo-wan")
 
 
 def _job_maker(

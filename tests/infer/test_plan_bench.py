@@ -169,10 +169,10 @@ def _blocks_of_a_step(pipe):
     return step_cost(config, shape, whole).flops - step_cost(config, shape, without).flops
 
 
-def test_entries_on_pruned_models():
-    pruned, both = parse_entries("pruned:some/folder,pruned:0.3+hsa:25")[1:]
-    assert (pruned.pruned, str(pruned.plan), pruned.steps) == ("some/folder", "dense", None)
-    assert (both.pruned, str(both.plan), both.steps) == ("0.3", "hsa:25", 20)
+def test_entries_on_other_models():
+    other, both = parse_entries("on:some/folder,pruned:0.3+hsa:25")[1:]
+    assert (other.on, other.pruned, str(other.plan), other.steps) == ("some/folder", 0, "dense", None)
+    assert (both.on, both.pruned, str(both.plan), both.steps) == (None, 0.3, "hsa:25", 20)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +192,10 @@ def test_entries_on_pruned_models():
         (["--attention"], "expected --random or --preset"),
         (["--random", "32x1x64", "--attention", "--plans", "ddit:2p@0-1"], "blocks without MLPs"),
         (["--random", "32x1x64", "--plans", "pruned:1.5"], "expected a share from 0"),
-        (["--random", "32x1x64", "--plans", "pruned:narrow"], "random weights are pruned by a share"),
-        (["--plans", "pruned:"], "expected a model behind pruned:"),
+        (["--random", "32x1x64", "--plans", "pruned:narrow"], "expected a share behind pruned:"),
+        (["--plans", "on:"], "without a model"),
+        (["--plans", "pruned:0.3"], "has no place here"),
+        (["--random", "32x1x64", "--plans", "on:folder"], "has no place here"),
         (["--keep", "kept"], "--keep is for a suite's samples"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--json", f"{__file__}/out.json"], "cannot write"),

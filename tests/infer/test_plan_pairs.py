@@ -1,4 +1,5 @@
-"""Every pair of methods that a plan allows, on a tiny model with all the parts that they need."""
+"""Every pair of methods that a plan allows, on a tiny model with all the parts that they need, and by `dit-generate` on
+the shipped ones."""
 
 import itertools
 import json
@@ -9,7 +10,7 @@ from beside_diffusers import PROMPT, SIZE
 
 from dit_jax.config import UserError
 from dit_jax.methods.plan import METHODS, REFUSED, parse_plan
-from infer import load_pipeline
+from infer import generate, load_pipeline
 from infer.adapt import main
 
 pytestmark = pytest.mark.long
@@ -41,11 +42,35 @@ def pipe(text_to_video, tmp_path_factory):
     return load_pipeline(folder)
 
 
+@pytest.fixture(scope="module")
+def adapted_demo(tmp_path_factory):
+    """Folders of the shipped models with an untrained router and untrained adapters, by name."""
+    folders = {name: tmp_path_factory.mktemp("demos") / name for name in ("demo-wan", "demo-flux")}
+    for name, folder in folders.items():
+        assert main(["--model", name, "--add", "router", "--add", "ddit", "--out", str(folder)]) == 0
+    return folders
+
+
 def latents(pipe, plan):
     return pipe(PROMPT, size=SIZE, frames=5, steps=STEPS, solver="euler", plan=plan).latents
 
 
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if frozenset(pair) not in REFUSED], ids="+".join)
+ALLOWED = [pair for pair in PAIRS if frozenset(pair) not in REFUSED]
+
+
+@pytest.mark.parametrize("names", [(name,) for name in METHODS] + ALLOWED, ids="+".join)
+@pytest.mark.parametrize(("model", "prompt", "suffix"), [
+    ("demo-wan", "a red 7 moving left", "mp4"), ("demo-flux", "a red 7", "png"),
+])  # fmt: skip
+def test_dit_generate_runs_them_on_the_shipped_models(adapted_demo, words, names, model, prompt, suffix, tmp_path):
+    out = tmp_path / f"out.{suffix}"
+    settings = ["--prompt", prompt, "--steps", str(STEPS), "--out", str(out)]
+    plan = "+".join(words[name] for name in names)
+    assert generate.main(["--model", str(adapted_demo[model]), "--plan", plan, *settings]) == 0
+    assert out.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("pair", ALLOWED, ids="+".join)
 def test_allowed_pairs_run_and_both_take_part(pipe, words, pair):
     both = latents(pipe, "+".join(words[name] for name in pair))
     assert np.isfinite(both).all()
