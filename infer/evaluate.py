@@ -185,8 +185,9 @@ def _generated(
         for first in range(0, len(captions), batch):
             wanted = captions[first : first + batch]
             numbers = range(first, first + len(wanted))
-            samples = [kept.read(number) for number in numbers] if kept else [None]
-            if any(sample is None for sample in samples):
+            there = map(kept.read, numbers) if kept else ()
+            samples = [sample for sample in there if sample is not None]
+            if len(samples) < len(wanted):
                 # The last batch is filled up, so that one program serves all of them.
                 filled = wanted + wanted[-1:] * (batch - len(wanted))
                 samples = list(pipe(filled, **{**settings, "seed": settings["seed"] + first}).frames[: len(wanted)])

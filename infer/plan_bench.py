@@ -149,7 +149,7 @@ def _plans(entries: list[Entry], options: argparse.Namespace, attention_only: bo
     from infer.plan_runs import PlanJobs
 
     pipes: dict[tuple[str | None, float], Pipeline] = {}
-    plans = {}
+    plans: dict[str, PlanJobs] = {}
     for entry in entries:
         subject = entry.on, entry.pruned
         if subject not in pipes:

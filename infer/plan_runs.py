@@ -151,7 +151,7 @@ def _cold(pipe: Pipeline, job: Job) -> tuple[PlanRuns, np.ndarray]:
 
 def _timed(pipe: Pipeline, job: Job, recorder: Recorder | None = None) -> tuple[np.ndarray, float]:
     began = time.perf_counter()
-    latents = pipe.denoise(job, watch=recorder, chosen=recorder and recorder.chosen)
+    latents = pipe.denoise(job, watch=recorder, chosen=recorder.chosen if recorder else None)
     return latents, time.perf_counter() - began
 
 
