@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_reader")
 
 
 def _plan(pipe, text="dense", steps=12):
-    return PlanJobs(pipe=pipe, jobs=[SimpleNamespace(plan=text, steps=steps, solver="unipc")])
+    return PlanJobs(pipe=pipe, jobs=[SimpleNamespace(plan=text, steps=steps, solver="euler")])
 
 
 def _darker(clip):
