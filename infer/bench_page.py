@@ -84,10 +84,12 @@ def _draw(path: Path, rows: Sequence[Mapping[str, Any]], qualities: Sequence[str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8 * len(qualities), 5), dpi=150, layout="constrained")
+    columns = min(len(qualities), 2)
+    lines = -(-len(qualities) // columns)
+    figure = Figure(figsize=(8 * columns, 5 * lines), dpi=150 // columns, layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, quality in zip(figure.subplots(1, len(qualities), squeeze=False)[0], qualities, strict=True):
-        _draw_quality(panel, rows, quality)
+    for number, quality in enumerate(qualities, start=1):
+        _draw_quality(figure.add_subplot(lines, columns, number), rows, quality)
     figure.suptitle(title(rows))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
