@@ -18,6 +18,7 @@ from dit_jax.methods.ddit import Ddit
 from dit_jax.methods.plan import DENSE
 from infer import bench_page, media
 from infer.bench_entries import Entry, parse_entries
+from infer.prompts_file import read_prompts
 
 if TYPE_CHECKING:
     from infer.pipeline import Pipeline
@@ -202,7 +203,8 @@ def _job_maker(
 
     # A suite's samples are its own: beside it one sample is timed.
     seeds = 1 if options.suite else options.seeds
-    samples = [(prompt, seed) for prompt in _prompts(pipe, options) for seed in range(seeds)]
+    prompts = read_prompts(options.prompts) if options.prompts else [PROMPTS[pipe.defaults.grammar]]
+    samples = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
     return lambda pipe, entry: [job(pipe, entry, *sample) for sample in samples]
 
 
@@ -213,19 +215,6 @@ def _shape(text: str) -> tuple[tuple[int, int], int | None]:
     if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts):
         raise UserError(f"shape {text!r} is not understood: expected WIDTHxHEIGHTxFRAMES such as 832x480x81")
     return parse_size("x".join(parts[:2])), int(parts[2]) if len(parts) == 3 else None
-
-
-def _prompts(pipe: Pipeline, options: argparse.Namespace) -> list[str]:
-    if options.prompts is None:
-        return [PROMPTS[pipe.defaults.grammar]]
-    try:
-        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read the prompts in {options.prompts!r}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{options.prompts!r} holds no prompt: expected one a line")
-    return prompts
 
 
 def _setting(dense: PlanJobs, options: argparse.Namespace) -> dict[str, Any]:
