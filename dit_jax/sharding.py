@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import UserError
@@ -47,14 +48,34 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over the devices (all that jax sees, if None); UserError where the axes do not use exactly all of them."""
+    """A mesh over the devices (all that jax sees, if None); UserError where the axes do not use exactly all of them.
+
+    Over several slices of a TPU `data` is what crosses the network between them.
+    """
     count, needed = len(jax.devices() if devices is None else devices), math.prod(axes.values())
     if needed != count:
-        asked = ",".join(f"{name}={size}" for name, size in axes.items())
-        raise UserError(f"mesh {asked} needs {needed} devices, found {count}: choose sizes whose product is {count}")
+        raise UserError(
+            f"mesh {_words(axes)} needs {needed} devices, found {count}: choose sizes whose product is {count}"
+        )
     names = tuple(name for name in MESH_AXES if name in axes)
     sizes = tuple(axes[name] for name in names)
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+    automatic = (AxisType.Auto,) * len(names)
+    devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, names, axis_types=automatic, devices=devices)
+    if axes.get("data", 1) % slices:
+        raise UserError(
+            f"mesh {_words(axes)} spans {slices} slices, found data={axes.get('data', 1)}: only data may cross the "
+            f"network between slices; choose a multiple of {slices} for it"
+        )
+    inside = tuple(size // slices if name == "data" else size for name, size in zip(names, sizes, strict=True))
+    across = tuple(slices if name == "data" else 1 for name in names)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), names, axis_types=automatic)
+
+
+def _words(axes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in axes.items())
 
 
 def logical_axes(name: str, table: AxesTable) -> tuple[str | None, ...]:

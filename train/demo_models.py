@@ -13,8 +13,8 @@ from flax import nnx
 
 from convert.checkpoint import load_model, open_checkpoint
 from dit_jax.parameters import with_leaves
+from train.checkpoints import load_ema, newest_step
 from train.data import LatentSet, LatentSource, Maker, cached_latents, picture_maker, weights_hash
-from train.loop import load_ema, newest_step
 from train.losses import pixels
 from train.step import params_of
 

@@ -1,183 +1,296 @@
-"""One optimiser step as one compiled program: gradient, clipping, update and running mean of the weights, on any mesh.
+"""One step of training as one compiled program: gradients, clipping, updates and running means of weights, on any mesh.
 
-The mesh has the axes `data` and `fsdp`; a batch is split over both, the weights and the optimiser's state over `fsdp`.
+Shapes: K microbatches of a step, B rows of each.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from dit_jax.config import UserError
 from dit_jax.parameters import named_leaves, with_leaves
+from dit_jax.sharding import replicated
+from train.placement import in_dtype, rows_sharding, state_sharding, update_sharding, weight_shardings
 
 Params = dict[str, jax.Array]
-LossFunction = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-
-SMALL_LEAF = 1 << 14  # values; smaller leaves are replicated, where gathering them would cost more than it saves
-ADAM_BETAS = (0.9, 0.99)
-MUON_STEPS = 5
+Metrics = dict[str, jax.Array]
+LossFunction = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Metrics]]
 
 
 class TrainState(NamedTuple):
-    """What a step reads and writes: steps taken, weights by dotted path, optimiser's state, weights' running mean."""
+    """What a step reads and writes.
+
+    step       steps taken []
+    params     the trained modules' weights in fp32, by dotted path
+    opt_state  the optimisers' state, one of each update
+    ema        running mean of the weights, of all or of some modules
+    sound      whether every loss and gradient so far was finite []; once one is not, nothing changes any more
+    """
 
     step: jax.Array
     params: Params
     opt_state: Any
     ema: Params
+    sound: jax.Array
 
 
-def params_of(model) -> Params:
-    """The weights of a model by dotted path (`blocks.attn1.q.kernel`)."""
-    return dict(named_leaves(model))
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One way in which a step changes weights.
 
-
-def training_mesh(data: int = 1, fsdp: int = 1) -> Mesh:
-    """A mesh of data × fsdp devices; raises UserError when there are fewer."""
-    devices = jax.devices()
-    if data * fsdp > len(devices):
-        needed = f"data={data} × fsdp={fsdp} needs {data * fsdp} devices"
-        raise UserError(f"{needed}, found {len(devices)}; choose smaller axes.")
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=devices[: data * fsdp])
-
-
-def leaf_sharding(mesh: Mesh, leaf) -> NamedSharding:
-    """Splits a large leaf over `fsdp` along its longest axis that divides; replicates any other."""
-    shards = mesh.shape["fsdp"]
-    spec: list[str | None] = [None] * len(leaf.shape)
-    if shards > 1 and math.prod(leaf.shape) >= SMALL_LEAF:
-        for axis in np.argsort([-size for size in leaf.shape], kind="stable"):
-            if leaf.shape[axis] % shards == 0:
-                spec[axis] = "fsdp"
-                break
-    return NamedSharding(mesh, PartitionSpec(*spec))
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over `data` and `fsdp` together."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-
-
-def spread(mesh: Mesh, leaf) -> NamedSharding:
-    """Splits a stack over all devices by its leading axis where that divides, so that each updates some of the blocks.
-
-    Without it every data-parallel device would orthogonalise every matrix itself.
+    loss          (trained, frozen, batch, key) -> (mean over the batch, scalars to report)
+    optimizer     of the weights that it trains
+    trains        names of the modules that it trains, the others being frozen to it; empty: all that are trained
+    turns         how often a step does it, each time on other rows
+    microbatches  over which it averages each gradient, one after the other
     """
-    devices = mesh.size
-    stacked = leaf.ndim > 2 and leaf.shape[0] % devices == 0
-    return batch_sharding(mesh) if devices > 1 and stacked else leaf_sharding(mesh, leaf)
+
+    loss: LossFunction
+    optimizer: optax.GradientTransformation
+    trains: tuple[str, ...] = ()
+    turns: int = 1
+    microbatches: int = 1
+
+    def of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the weights (or whatever goes by their names) that it trains."""
+        if not self.trains:
+            return dict(params)
+        return {name: leaf for name, leaf in params.items() if name.partition(".")[0] in self.trains}
 
 
-def init_state(model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step, born with its shardings."""
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a step is made of, besides arrays.
 
-    def start(params: Params) -> TrainState:
+    updates    what it does, in this order
+    dtype      that the backbones compute in, trained and frozen
+    ema_decay  of the running means, which start with a short memory: they forget the initial weights
+    averaged   modules that have a running mean; empty: all
+    whole      arrays of a batch that are the step's own, not a row's
+    """
+
+    updates: tuple[Update, ...]
+    dtype: Any = jnp.float32
+    ema_decay: float = 0.999
+    averaged: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+
+    @property
+    def microbatches(self) -> int:
+        """Of a step in all."""
+        return sum(update.turns * update.microbatches for update in self.updates)
+
+    def of_mean(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the weights that have a running mean."""
+        return {name: p for name, p in params.items() if not self.averaged or name.partition(".")[0] in self.averaged}
+
+
+def params_of(tree) -> Params:
+    """The weights of a module, or of a dict of modules, by dotted path (`student.blocks.attn1.q.kernel`)."""
+    return dict(named_leaves(tree))
+
+
+def alone(
+    loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, Metrics]],
+    optimizer: optax.GradientTransformation,
+    ema_decay: float = 0.999,
+) -> Plan:
+    """The plan of a lone model that minimises `loss(model, batch, key)`."""
+    update = Update(loss=lambda trained, frozen, batch, key: loss(trained, batch, key), optimizer=optimizer)
+    return Plan(updates=(update,), ema_decay=ema_decay)
+
+
+def on_mesh(leaf: Any, dtype: Any, sharding: NamedSharding) -> Any:
+    """A leaf in this dtype at its place, whichever process holds which part of it; an abstract one stays abstract."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return leaf.astype(dtype)
+    whole = np.asarray(leaf).astype(dtype)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+
+
+class TrainStep:
+    """The compiled `(state, batch, key) -> (state, metrics)`; the state is donated.
+
+    `trained` is the module or dict of modules whose weights the state holds, `frozen` a dict of modules that the losses
+    read (arrays, or abstract to compile ahead of time). A batch is a dict of host arrays [K·B, ...], with several
+    processes the rows of this one, microbatch by microbatch. The key of a step is `fold_in(key, state.step)`.
+    """
+
+    def __init__(self, trained: Any, plan: Plan, mesh: Mesh, frozen: Mapping[str, Any] | None = None):
+        self.plan, self.mesh = plan, mesh
+        self.trained = jax.eval_shape(lambda tree: tree, trained)
+        self.weights = weight_shardings(self.trained, mesh)
+        self.frozen = self._placed(frozen or {})
+        self.jitted = jax.jit(self._step, donate_argnums=0)
+
+    def init(self, trained: Any) -> TrainState:
+        """The state before the first step, born with its shardings."""
+        params = {name: on_mesh(leaf, jnp.float32, self.weights[name]) for name, leaf in params_of(trained).items()}
+        return jax.jit(self._start, out_shardings=self.shardings(self.abstract_state()))(params)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of a state."""
+        params = {name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for name, leaf in params_of(self.trained).items()}
+        return jax.eval_shape(self._start, params)
+
+    def _start(self, params: Params) -> TrainState:
+        states = tuple(update.optimizer.init(update.of(params)) for update in self.plan.updates)
         # The mean is a copy: donated buffers must not alias.
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, params))
+        mean = jax.tree.map(jnp.copy, self.plan.of_mean(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, states, mean, jnp.ones((), bool))
 
-    params = params_of(model)
-    shardings = jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf), jax.eval_shape(start, params))
-    return jax.jit(start, out_shardings=shardings)(params)
+    def lower(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
+        """The step for abstract arrays of a batch [K·B, ...], to be compiled ahead of time."""
 
+        def placed(leaf, sharding):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-def build_step(
-    model, loss: LossFunction, optimizer: optax.GradientTransformation, mesh: Mesh, ema_decay: float = 0.999
-):
-    """The jitted `(state, batch, key) -> (state, metrics)`; the state is donated.
+        state = self.abstract_state()
+        arrays = {}
+        for name, leaf in batch.items():
+            shape, sharding = (leaf.shape, replicated(self.mesh)) if name in self.plan.whole else self._rows(leaf.shape)
+            arrays[name] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+        key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.mesh))
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(jax.tree.map(placed, state, self.shardings(state)), self.frozen, arrays, key)
 
-    `loss(model, batch, key)` returns a scalar, the mean over the batch, and a dict of scalars to report. The key of a
-    step is `fold_in(key, state.step)`. The running mean starts with a short memory: it forgets the initial weights.
-    The step raises UserError for a batch that the mesh does not divide.
-    """
-    abstract = jax.eval_shape(lambda: model)
+    def shardings(self, state: TrainState) -> Any:
+        """The sharding of every leaf of a state."""
+        whole = replicated(self.mesh)
+        optimisers = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: state_sharding(path, leaf, self.weights, self.mesh), state.opt_state
+        )
+        mean: Any = {name: self.weights[name] for name in state.ema}
+        params: Any = {name: self.weights[name] for name in state.params}
+        return TrainState(whole, params, optimisers, mean, whole)  # type: ignore[arg-type]
 
-    def step(state: TrainState, batch, key: jax.Array):
+    def __call__(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array) -> tuple[TrainState, Metrics]:
+        """One step; UserError for rows that do not divide into microbatches or over the mesh."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted(state, self.frozen, self.place(batch), key)
+
+    def place(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The host's rows as global arrays [K, B, ...]; what is the step's own as it is, on every device."""
+        placed = {}
+        for name, array in batch.items():
+            array = np.asarray(array)
+            if name in self.plan.whole:
+                shape, sharding = array.shape, replicated(self.mesh)
+            else:
+                shape, sharding = self._rows((len(array) * jax.process_count(), *array.shape[1:]))
+                array = array.reshape(shape[0], -1, *shape[2:])
+            placed[name] = jax.make_array_from_process_local_data(sharding, array, shape)
+        return placed
+
+    def _rows(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], NamedSharding]:
+        """Global shape [K, B, ...] and sharding of rows [K·B, ...]; UserError where they do not divide."""
+        rows, count = shape[0], self.plan.microbatches
+        if rows % count:
+            raise UserError(
+                f"a batch of {rows} does not divide into the {count} microbatches of a step: choose a multiple of "
+                f"{count}"
+            )
+        return (count, rows // count, *shape[1:]), rows_sharding(self.mesh, rows // count)
+
+    def _placed(self, frozen: Mapping[str, Any]) -> dict[str, Any]:
+        """Frozen modules in the dtype that they compute in, on the mesh; abstract ones stay abstract."""
+        if not frozen:
+            return {}
+        abstract = jax.eval_shape(lambda tree: tree, dict(frozen))
+        shardings = weight_shardings(abstract, self.mesh)
+        wanted = params_of(jax.eval_shape(lambda tree: in_dtype(tree, self.plan.dtype), abstract))
+        leaves = params_of(dict(frozen))
+        placed = {name: on_mesh(leaf, wanted[name].dtype, shardings[name]) for name, leaf in leaves.items()}
+        return with_leaves(abstract, placed)
+
+    def _step(self, state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
+        params, sound = state.params, state.sound
+        metrics: Metrics = {}
+        states, place = [], itertools.count()
+        for number, (update, opt_state) in enumerate(zip(self.plan.updates, state.opt_state, strict=True)):
+            for turn in range(update.turns):
+                rows = [next(place) for _ in range(update.microbatches)]
+                turn_key = jax.random.fold_in(key, place_of(number, turn))
+                gradients, told = self._gradients(update, params, frozen, _rows(batch, rows, self.plan.whole), turn_key)
+                sound = sound & jnp.isfinite(told["loss"]) & jnp.isfinite(told["gradient_norm"])
+                mine = update.of(params)
+                updates, after = update.optimizer.update(gradients, opt_state, mine)
+                params = params | _if(sound, optax.apply_updates(mine, updates), mine)
+                opt_state = _if(sound, after, opt_state)
+            prefix = "_".join(update.trains) + "_" if len(self.plan.updates) > 1 else ""
+            metrics |= {prefix + name: value for name, value in told.items()}
+            states.append(opt_state)
+        decay = jnp.minimum(self.plan.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        mean = {name: before + (1 - decay) * (params[name] - before) for name, before in state.ema.items()}
+        after = TrainState(state.step + sound, params, tuple(states), _if(sound, mean, state.ema), sound)
+        return jax.lax.with_sharding_constraint(after, self.shardings(after)), metrics
 
-        def objective(params: Params):
-            return loss(with_leaves(abstract, params), batch, key)
+    def _gradients(self, update: Update, params: Params, frozen: Any, batch: Any, key: jax.Array):
+        """Gradients of an update's weights, averaged over its microbatches, and the scalars to report."""
+        mine, others = update.of(params), {name: p for name, p in params.items() if name not in update.of(params)}
 
-        (value, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
-        gradients = jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, spread(mesh, leaf)), gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda mean, new: mean + (1 - decay) * (new - mean), state.ema, params)
-        state = TrainState(state.step + 1, params, opt_state, ema)
-        pinned = jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, leaf_sharding(mesh, leaf)), state)
-        return pinned, {"loss": value, "gradient_norm": optax.global_norm(gradients), **metrics}
+        def objective(mine: Params, batch: Any, key: jax.Array):
+            trained = in_dtype(with_leaves(self.trained, others | mine), self.plan.dtype)
+            if update.trains:
+                still = {name: module for name, module in trained.items() if name not in update.trains}
+                trained = {name: trained[name] for name in update.trains}
+                return update.loss(trained, {**frozen, **still}, batch, key)
+            return update.loss(trained, frozen, batch, key)
 
-    jitted = jax.jit(step, donate_argnums=0)
+        def gradients(batch: Any, key: jax.Array):
+            (value, told), of_weights = jax.value_and_grad(objective, has_aux=True)(mine, batch, key)
+            placed = {
+                name: jax.lax.with_sharding_constraint(leaf, update_sharding(self.weights[name], leaf.shape))
+                for name, leaf in of_weights.items()
+            }
+            return placed, {"loss": value, **told}
 
-    def run(state: TrainState, batch, key: jax.Array):
-        rows, devices = jax.tree.leaves(batch)[0].shape[0], mesh.size
-        if rows % devices:
-            raise UserError(f"a batch of {rows} does not divide over {devices} devices: choose a multiple of {devices}")
-        with jax.set_mesh(mesh):
-            return jitted(state, jax.device_put(batch, batch_sharding(mesh)), key)
+        if update.microbatches == 1:
+            found, told = gradients(_first(batch, self.plan.whole), key)
+        else:
+            found, told = self._accumulated(gradients, batch, key, update.microbatches)
+        return found, told | {"gradient_norm": optax.global_norm(found)}
 
-    return run
+    def _accumulated(self, gradients, batch: Any, key: jax.Array, count: int):
+        """Means of gradients and scalars over microbatches."""
+        rows = {name: array for name, array in batch.items() if name not in self.plan.whole}
+        whole = {name: array for name, array in batch.items() if name in self.plan.whole}
 
+        def one(total, each):
+            index, of_rows = each
+            found = gradients({**of_rows, **whole}, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, found), None
 
-def schedule(peak: float, steps: int, warmup: int, decay: int) -> optax.Schedule:
-    """Linear warm-up, a plateau at `peak`, then a linear decay to a fiftieth over the last `decay` of `steps` steps."""
-    plateau = max(0, steps - warmup - decay)
-    parts = [
-        optax.linear_schedule(peak / max(1, warmup), peak, warmup),
-        optax.constant_schedule(peak),
-        optax.linear_schedule(peak, peak / 50, decay),
-    ]
-    return optax.join_schedules(parts, [warmup, warmup + plateau])
-
-
-def muon(learning_rate: optax.ScalarOrSchedule, adam_learning_rate: optax.ScalarOrSchedule, clip: float = 1.0):
-    """Muon (Jordan et al., 2024) for the matrices inside the blocks, Adam for all else, after clipping by global norm.
-
-    With the update scale of Liu et al. (arXiv 2502.16982, section 2.2): both take learning rates of Adam's size.
-    """
-    return optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.contrib.muon(
-            learning_rate,
-            ns_steps=MUON_STEPS,
-            adam_b1=ADAM_BETAS[0],
-            adam_b2=ADAM_BETAS[1],
-            adam_learning_rate=adam_learning_rate,
-            muon_weight_dimension_numbers=matrix_axes,
-            consistent_rms=0.2,
-        ),
-    )
+        shapes = jax.eval_shape(gradients, _first(batch, self.plan.whole), key)
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(one, start, (jnp.arange(count), rows))
+        return jax.tree.map(lambda leaf: leaf / count, total)
 
 
-def adam(learning_rate: optax.ScalarOrSchedule, clip: float = 1.0):
-    """Adam after clipping to a global norm."""
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(learning_rate, *ADAM_BETAS))
+def place_of(update: int, turn: int) -> int:
+    """A number of its own for every turn of every update of a step."""
+    return update * 1000 + turn
 
 
-def matrix_axes(params: Params):
-    """Which axes of a leaf are a matrix's inputs and outputs, for Muon; None for what is no matrix inside a block.
+def _rows(batch: Mapping[str, jax.Array], which: Sequence[int], whole: tuple[str, ...]) -> dict[str, jax.Array]:
+    return {name: array if name in whole else array[which[0] : which[-1] + 1] for name, array in batch.items()}
 
-    Stacked kernels [G, in, out], to heads [G, D, H, K] and from heads [G, H, K, D];
-    convolutions [y, x, in, out] or [t, y, x, in, out].
-    """
-    numbers = optax.contrib.MuonDimensionNumbers
 
-    def axes(name: str, leaf):
-        # optax also calls this with masked leaves, which have no axes.
-        if not name.endswith("kernel") or getattr(leaf, "ndim", 0) < 3:
-            return None
-        if "conv" in name or "shortcut" in name:
-            return numbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
-        if leaf.ndim == 4:
-            return numbers((1, 2), 3) if name.endswith("o.kernel") else numbers(1, (2, 3))
-        return numbers(1, 2)
+def _first(batch: Mapping[str, jax.Array], whole: tuple[str, ...]) -> dict[str, jax.Array]:
+    return {name: array if name in whole else array[0] for name, array in batch.items()}
 
-    return {name: axes(name, leaf) for name, leaf in params.items()}
+
+def _if(sound: jax.Array, after: Any, before: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)

@@ -15,8 +15,11 @@ import pytest
 from flax import nnx
 
 from dit_jax.config import UserError
-from train.loop import Hook, RunConfig, TrainingDivergedError, load_ema, newest_step, train
-from train.step import adam, build_step, init_state, training_mesh
+from train.checkpoints import load_ema, newest_step
+from train.loop import Hook, RunConfig, TrainingDivergedError, train
+from train.optimizers import adam
+from train.placement import training_mesh
+from train.step import TrainStep, alone
 
 
 class Line(nnx.Module):
@@ -36,9 +39,8 @@ def batch_at(position):
 
 def run(out, steps, *, batch_at=batch_at, hooks=(), **options):
     config = RunConfig(out=str(out), steps=steps, log_every=1, save_every=3, **options)
-    optimizer, mesh = adam(0.05), training_mesh(config.data, config.fsdp)
-    step = build_step(Line(), noisy_squares, optimizer, mesh)
-    return train(config, init_state(Line(), optimizer, mesh), step, batch_at, hooks)
+    step = TrainStep(Line(), alone(noisy_squares, adam(0.05)), training_mesh(config.mesh))
+    return train(config, step.init(Line()), step, batch_at, hooks)
 
 
 def values(state):
@@ -80,25 +82,28 @@ def test_reading_a_run_without_checkpoints_is_told(tmp_path):
         load_ema(tmp_path)
 
 
-def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_divergence_names_the_step_and_saves_the_state_before_it(tmp_path):
     def poisoned(position):
         batch = batch_at(position)
         return batch if position < 4 else {**batch, "y": batch["y"] * np.nan}
 
-    with pytest.raises(TrainingDivergedError, match="at step 4 is nan"):
-        run(tmp_path, 9, batch_at=poisoned)
-    assert newest_step(tmp_path) == 3
-    assert np.isfinite(load_ema(tmp_path)["kernel"]).all()
+    with pytest.raises(TrainingDivergedError, match=r"at step 4: gradient_norm is nan, loss is nan"):
+        run(tmp_path / "poisoned", 9, batch_at=poisoned)
+    assert newest_step(tmp_path / "poisoned") == 4
+    run(tmp_path / "sound", 4)
+    np.testing.assert_array_equal(load_ema(tmp_path / "poisoned")["kernel"], load_ema(tmp_path / "sound")["kernel"])
+    with np.load(tmp_path / "poisoned" / "diverged-4-0.npz") as kept:
+        np.testing.assert_array_equal(kept["x"], batch_at(4)["x"])
 
 
-def test_divergence_on_a_saving_step_saves_nothing(tmp_path):
+def test_divergence_on_a_saving_step_saves_the_state_before_it(tmp_path):
     def poisoned(position):
         batch = batch_at(position)
         return batch if position < 2 else {**batch, "y": batch["y"] * np.nan}
 
-    with pytest.raises(TrainingDivergedError, match="at step 2 is nan"):
+    with pytest.raises(TrainingDivergedError, match="at step 2: gradient_norm is nan, loss is nan"):
         run(tmp_path, 9, batch_at=poisoned)
-    assert newest_step(tmp_path) is None
+    assert newest_step(tmp_path) == 2
 
 
 def test_divergence_of_the_gradient_saves_nothing(tmp_path):
@@ -107,10 +112,10 @@ def test_divergence_of_the_gradient_saves_nothing(tmp_path):
     def root(model, batch, key):
         return jnp.sqrt(jnp.sum(jnp.square(model.kernel[...] * 0))) + 1.0, {}
 
-    optimizer, mesh = adam(0.05), training_mesh()
     config = RunConfig(out=str(tmp_path), steps=2, save_every=1)
-    with pytest.raises(TrainingDivergedError, match="gradient_norm at step 0 is nan"):
-        train(config, init_state(Line(), optimizer, mesh), build_step(Line(), root, optimizer, mesh), batch_at)
+    step = TrainStep(Line(), alone(root, adam(0.05)), training_mesh())
+    with pytest.raises(TrainingDivergedError, match="at step 0: gradient_norm is nan"):
+        train(config, step.init(Line()), step, batch_at)
     assert newest_step(tmp_path) is None
 
 
@@ -132,7 +137,7 @@ def test_what_only_the_host_reads_is_saved_from_the_host(tmp_path):
     """An array of a device could be restored only where a device has the same name."""
     run(tmp_path, 3)
     with ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(tmp_path / "checkpoints" / "3" / "default").item_metadata.tree
+        tree = reader.metadata(tmp_path / "checkpoints" / "3" / "state").item_metadata.tree
     assert tree["position"].sharding is None
     assert tree["key"].sharding is None
     assert tree["params"]["kernel"].sharding is not None
@@ -173,8 +178,8 @@ ON_A_MESH = """
 import sys
 sys.path.insert(0, {tests!r})
 import test_loop
-test_loop.run({out!r}, 3, data=2)
-outcome = test_loop.run({out!r}, 6, data=2)
+test_loop.run({out!r}, 3, mesh="data=2")
+outcome = test_loop.run({out!r}, 6, mesh="data=2")
 print(*outcome.state.params["kernel"].ravel().tolist())
 """
 

@@ -8,21 +8,11 @@ import pytest
 from flax import nnx
 
 from dit_jax.config import UserError
+from dit_jax.models.wan import Wan, WanConfig
 from dit_jax.parameters import with_leaves
-from train.step import (
-    TrainState,
-    adam,
-    batch_sharding,
-    build_step,
-    init_state,
-    leaf_sharding,
-    matrix_axes,
-    muon,
-    params_of,
-    schedule,
-    spread,
-    training_mesh,
-)
+from train.optimizers import adam, by_module, cosine, matrix_axes, muon, schedule
+from train.placement import longest_axis, rows_sharding, training_mesh, update_sharding, weight_shardings
+from train.step import Plan, TrainState, TrainStep, Update, alone, params_of
 
 
 class Line(nnx.Module):
@@ -48,8 +38,8 @@ def batch():
 
 def test_a_step_is_one_of_plain_gradient_descent(batch):
     optimizer, mesh = optax.sgd(0.1), training_mesh()
-    state = init_state(Line(), optimizer, mesh)
-    state, metrics = build_step(Line(), squares, optimizer, mesh, ema_decay=0.5)(state, batch, jax.random.key(0))
+    step = TrainStep(Line(), alone(squares, optimizer, ema_decay=0.5), mesh)
+    state, metrics = step(step.init(Line()), batch, jax.random.key(0))
     error = batch["x"] @ np.ones((3, 2)) - batch["y"]
     gradient = 2 * batch["x"].T @ error / error.size
     np.testing.assert_allclose(state.params["kernel"], 1 - 0.1 * gradient, rtol=1e-5)
@@ -61,8 +51,8 @@ def test_a_step_is_one_of_plain_gradient_descent(batch):
 
 def test_the_loss_falls_and_every_step_has_its_own_key(batch):
     optimizer, mesh = adam(0.1), training_mesh()
-    state = init_state(Line(), optimizer, mesh)
-    step = build_step(Line(), squares, optimizer, mesh)
+    step = TrainStep(Line(), alone(squares, optimizer), mesh)
+    state = step.init(Line())
     losses, noises = [], set()
     for _ in range(40):
         state, metrics = step(state, batch, jax.random.key(0))
@@ -74,10 +64,11 @@ def test_the_loss_falls_and_every_step_has_its_own_key(batch):
 
 def test_clipping_bounds_the_gradient(batch):
     optimizer, mesh = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), training_mesh()
-    state = init_state(Line(), optimizer, mesh)
+    step = TrainStep(Line(), alone(squares, optimizer), mesh)
+    state = step.init(Line())
     before = {name: np.asarray(leaf) for name, leaf in state.params.items()}
     huge = {"x": batch["x"], "y": batch["y"] * 1e3}
-    state, metrics = build_step(Line(), squares, optimizer, mesh)(state, huge, jax.random.key(0))
+    state, metrics = step(state, huge, jax.random.key(0))
     moved = np.sqrt(sum(np.sum((np.asarray(state.params[name]) - before[name]) ** 2) for name in before))
     assert float(metrics["gradient_norm"]) > 100
     np.testing.assert_allclose(moved, 1.0, rtol=1e-4)
@@ -96,7 +87,7 @@ def test_weights_of_another_size_are_refused():
 
 
 def test_state_is_a_tree_of_arrays():
-    state = init_state(Line(), muon(1e-3, 1e-3), training_mesh())
+    state = TrainStep(Line(), alone(squares, muon(1e-3, 1e-3)), training_mesh()).init(Line())
     assert isinstance(state, TrainState)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
 
@@ -134,29 +125,150 @@ def test_the_schedule_warms_up_holds_and_decays():
     np.testing.assert_allclose(values, [0.1, 1, 1, 1, 0.51, 0.02], rtol=1e-5)
 
 
-def test_large_leaves_are_split_over_fsdp_and_small_ones_are_not():
+def spec(sharding):
+    return tuple(sharding.spec)
+
+
+def test_large_leaves_without_a_table_are_split_over_fsdp_and_small_ones_are_not():
     mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
-    assert tuple(leaf_sharding(mesh, jnp.zeros((7, 128, 256))).spec) == (None, None, "fsdp")
-    assert tuple(leaf_sharding(mesh, jnp.zeros((512, 3, 129))).spec) == ("fsdp", None, None)
-    assert tuple(leaf_sharding(mesh, jnp.zeros((8, 8))).spec) == (None, None)
-    assert tuple(leaf_sharding(mesh, jnp.zeros((151, 151))).spec) == (None, None)
-    assert tuple(batch_sharding(mesh).spec) == (("data", "fsdp"),)
+    assert spec(longest_axis((7, 128, 256), mesh)) == (None, None, "fsdp")
+    assert spec(longest_axis((512, 3, 129), mesh)) == ("fsdp", None, None)
+    assert spec(longest_axis((8, 8), mesh)) == (None, None)
+    assert spec(longest_axis((151, 151), mesh)) == (None, None)
 
 
-def test_each_device_updates_a_share_of_a_stack():
+def test_a_models_table_places_its_weights_under_any_name():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tensor"))
+    config = WanConfig(blocks=2, width=64, heads=8, head_width=8, mlp_width=96, text_width=16)
+    wan = nnx.eval_shape(lambda: Wan(config, nnx.Rngs(0)))
+    placed = weight_shardings({"student": wan, "line": nnx.eval_shape(Line)}, mesh)
+    assert spec(placed["student.blocks.attn1.q.linear.kernel"]) == (None, "fsdp", "tensor", None)
+    assert spec(placed["student.blocks.mlp.down.kernel"]) == (None, "tensor", "fsdp")
+    assert spec(placed["line.kernel"]) == (None, None)
+
+
+def test_each_device_updates_a_share_of_a_stack_that_all_hold():
     mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"))
-    assert tuple(spread(mesh, jnp.zeros((8, 64, 64))).spec) == (("data", "fsdp"),)
-    assert tuple(spread(mesh, jnp.zeros((7, 128, 256))).spec) == (None, None, "fsdp")
-    assert tuple(spread(mesh, jnp.zeros((512, 256))).spec) == ("fsdp", None)
+    whole, split = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((None,), ("fsdp",))
+    )
+    assert spec(update_sharding(whole, (8, 64, 64))) == (("data", "fsdp"),)
+    assert spec(update_sharding(whole, (7, 128, 256))) == (None,)
+    assert spec(update_sharding(whole, (512, 256))) == (None,)
+    assert spec(update_sharding(split, (8, 64, 64))) == ("fsdp",)
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_told(batch):
+def test_a_batch_that_the_mesh_does_not_divide_is_told():
     mesh = jax.sharding.AbstractMesh((3, 1), ("data", "fsdp"))
-    step = build_step(Line(), squares, adam(0.1), mesh)
     with pytest.raises(UserError, match="batch of 8 does not divide over 3 devices"):
-        step(None, batch, jax.random.key(0))
+        rows_sharding(mesh, 8)
+
+
+def test_microbatches_give_the_gradient_of_the_whole_batch(batch):
+    mesh, states = training_mesh(), []
+    for count in (1, 4):
+        update = Update(loss=plain_squares, optimizer=optax.sgd(0.1), microbatches=count)
+        step = TrainStep(Line(), Plan(updates=(update,)), mesh)
+        state, metrics = step(step.init(Line()), batch, jax.random.key(0))
+        states.append((state.params["kernel"], metrics["loss"], metrics["gradient_norm"]))
+    for whole, parts in zip(*states, strict=True):
+        np.testing.assert_allclose(whole, parts, rtol=1e-5)
+
+
+def plain_squares(trained, frozen, batch, key):
+    return jnp.mean(jnp.square(trained(batch["x"]) - batch["y"])), {}
+
+
+def test_microbatches_that_do_not_divide_are_told(batch):
+    update = Update(loss=plain_squares, optimizer=optax.sgd(0.1), microbatches=3)
+    step = TrainStep(Line(), Plan(updates=(update,)), training_mesh())
+    with pytest.raises(UserError, match="batch of 8 does not divide into the 3 microbatches"):
+        step(step.init(Line()), batch, jax.random.key(0))
+
+
+def test_modules_have_learning_rates_of_their_own_and_frozen_ones_stay(batch):
+    """Two lines in a row, one learning ten times as fast, on what a third adds that nothing trains."""
+
+    def loss(trained, frozen, batch, key):
+        y = trained["slow"](batch["x"]) + trained["fast"](batch["x"]) + frozen["still"](batch["x"])
+        return jnp.mean(jnp.square(y - batch["y"])), {}
+
+    optimizer = by_module({"slow": optax.sgd(0.01), "fast": optax.sgd(0.1)})
+    plan = Plan(updates=(Update(loss=loss, optimizer=optimizer),), averaged=("fast",))
+    trained = {"slow": Line(), "fast": Line()}
+    step = TrainStep(trained, plan, training_mesh(), {"still": Line()})
+    state, _ = step(step.init(trained), batch, jax.random.key(0))
+    moved = {name: np.asarray(state.params[f"{name}.kernel"]) - 1 for name in trained}
+    np.testing.assert_allclose(moved["fast"], 10 * moved["slow"], rtol=1e-4)
+    assert np.abs(moved["fast"]).max() > 0.01
+    assert set(state.ema) == {"fast.kernel", "fast.bias"}
+    np.testing.assert_array_equal(step.frozen["still"].kernel[...], 1)
+
+
+def test_two_updates_take_turns_on_rows_of_their_own(batch):
+    """Three turns of one module, each on its own rows, then one of the other, which sees what the turns made."""
+
+    def first(trained, frozen, batch, key):
+        return jnp.mean(jnp.square(trained["a"](batch["x"]) - batch["y"])), {}
+
+    def second(trained, frozen, batch, key):
+        return jnp.mean(jnp.square(trained["b"](batch["x"]) - frozen["a"](batch["x"]))), {}
+
+    plan = Plan(
+        updates=(
+            Update(loss=first, optimizer=optax.sgd(0.1), trains=("a",), turns=3),
+            Update(loss=second, optimizer=optax.sgd(0.1), trains=("b",)),
+        )
+    )
+    trained = {"a": Line(), "b": Line()}
+    step = TrainStep(trained, plan, training_mesh())
+    state, metrics = step(step.init(trained), batch, jax.random.key(0))
+    a, b = np.ones((3, 2)), np.ones((3, 2))
+    bias = np.zeros(2)
+    for x, y in zip(batch["x"].reshape(4, 2, 3)[:3], batch["y"].reshape(4, 2, 2)[:3], strict=True):
+        error = 2 * (x @ a + bias - y) / y.size
+        a, bias = a - 0.1 * x.T @ error, bias - 0.1 * error.sum(0)
+    x = batch["x"].reshape(4, 2, 3)[3]
+    b = b - 0.1 * x.T @ (2 * (x @ b - x @ a - bias) / 4)
+    np.testing.assert_allclose(state.params["a.kernel"], a, rtol=1e-4)
+    np.testing.assert_allclose(state.params["b.kernel"], b, rtol=1e-4)
+    assert {"a_loss", "b_loss", "a_gradient_norm", "b_gradient_norm"} <= set(metrics)
+
+
+def test_backbones_compute_in_their_dtype_and_weights_stay_in_fp32():
+    seen = {}
+
+    def loss(trained, frozen, batch, key):
+        seen["student"] = trained["student"].blocks.mlp.up.kernel[...].dtype
+        seen["exact"] = trained["student"].time.up.kernel[...].dtype
+        seen["teacher"] = frozen["teacher"].blocks.mlp.up.kernel[...].dtype
+        return jnp.mean(jnp.square(trained["student"].out.kernel[...].astype(jnp.float32))), {}
+
+    config = WanConfig(blocks=2, width=16, heads=2, head_width=8, mlp_width=24, text_width=16)
+    wan = Wan(config, nnx.Rngs(0))
+    plan = Plan(updates=(Update(loss=loss, optimizer=optax.sgd(0.1)),), dtype=jnp.bfloat16)
+    step = TrainStep({"student": wan}, plan, training_mesh(), {"teacher": wan})
+    state, _ = step(step.init({"student": wan}), {"x": np.zeros((1, 1), np.float32)}, jax.random.key(0))
+    assert seen == {"student": jnp.bfloat16, "exact": jnp.float32, "teacher": jnp.bfloat16}
+    assert {leaf.dtype for leaf in state.params.values()} == {np.dtype(np.float32)}
+
+
+def test_a_step_that_is_not_finite_changes_nothing_nor_does_any_after_it(batch):
+    step = TrainStep(Line(), alone(squares, adam(0.1)), training_mesh())
+    state, _ = step(step.init(Line()), batch, jax.random.key(0))
+    before = jax.tree.map(np.asarray, state)
+    state, metrics = step(state, {**batch, "y": batch["y"] * np.nan}, jax.random.key(0))
+    state, _ = step(state, batch, jax.random.key(0))
+    assert np.isnan(metrics["loss"]) and not state.sound
+    for left, right in zip(jax.tree.leaves(before[:4]), jax.tree.leaves(state[:4]), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_the_cosine_warms_up_and_ends_at_nothing():
+    rate = cosine(1.0, 100, warmup=10)
+    np.testing.assert_allclose([float(rate(step)) for step in (0, 5, 10, 55, 100)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
 
 
 def test_too_few_devices_is_told():
     with pytest.raises(UserError, match=r"needs 4096 devices, found \d+"):
-        training_mesh(data=64, fsdp=64)
+        training_mesh("data=64,fsdp=64")

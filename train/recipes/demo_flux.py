@@ -6,7 +6,7 @@
 Close-ups come first, pictures of 64 pixels that one digit fills: a quarter of the tokens, and four times the share of
 them on digits. Whole pictures of 128 pixels then teach numbers and places, with close-ups every few steps. The weights
 shipped are the running mean.
-On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set data=2)
+On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set mesh=data=2)
 keep both busy.
 Score: `dit-eval --model FOLDER --suite digits` after `python -m train.export_demo_flux`.
 """
@@ -33,16 +33,19 @@ from infer.digit_pictures import CLOSE_UP, SIZE, close_up
 from infer.digit_reader import cache_path, load_reader
 from infer.picture_scores import read_picture
 from train.batches import Batches, Kind, Stage, in_groups
+from train.checkpoints import newest_step
 from train.data import LatentSet
 from train.demo_models import folder_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
 from train.demo_tokenizer import token_ids
 from train.export_demo_flux import export_pipeline
-from train.loop import Hook, RunConfig, newest_step, train
+from train.loop import Hook, RunConfig, train
 from train.losses import FlowSettings, flow_matching
+from train.optimizers import muon, schedule
+from train.placement import training_mesh
 from train.preview import Preview
 from train.recipes.demo_flux_text import CLIP_TOKENIZER, T5_TOKENIZER, TextEncoders, load_text_encoders
 from train.recipes.demo_flux_vae import load_vae
-from train.step import build_step, init_state, muon, schedule, training_mesh
+from train.step import TrainStep, alone
 
 # Heads rotate by y and x alone: t is 0 in every picture, and four frequencies an axis tell 16 places apart.
 SHIPPED = FluxConfig(
@@ -100,13 +103,14 @@ def run(config: Config) -> None:
     if config.encode_only:
         _ = close_ups.latents, pictures.latents
         return
-    mesh = training_mesh(config.data, config.fsdp)
+    mesh = training_mesh(config.mesh)
     model = load_flux(config.init) if config.init else smooth_start(lambda: Flux(SHIPPED, rngs=nnx.Rngs(config.seed)))
     rate = schedule(config.learning_rate, config.steps, warmup=50, decay=config.decay_steps)
     optimizer = muon(rate, rate)
     # On a CPU recomputing the blocks is quicker than writing down what their gradients need.
     settings = FlowSettings(shift=config.shift, call=NetworkCall(remat=True))
-    step = build_step(model, partial(flow_matching, settings=settings), optimizer, mesh, ema_decay=0.998)
+    loss = partial(flow_matching, settings=settings)
+    step = TrainStep(model, alone(loss, optimizer, ema_decay=0.998), mesh)
     embed = in_groups(partial(_embed, text))
     batches = Batches(
         kinds={"close-ups": close_ups, "pictures": pictures},
@@ -130,7 +134,7 @@ def run(config: Config) -> None:
             export_pipeline(config.export, with_leaves(model, state.ema), vae, text, folder_of(config.text))
 
     hooks = (Hook(config.export_every, export), Hook(config.preview_every, show))
-    train(config, init_state(model, optimizer, mesh), step, batches, hooks)
+    train(config, step.init(model), step, batches, hooks)
 
 
 def load_flux(source: str) -> Flux:

@@ -36,8 +36,10 @@ from infer.digit_grammar import (
 from train.demo_models import trained
 from train.demo_tokenizer import token_ids, train_clip_tokenizer, train_tokenizer
 from train.loop import Hook, RunConfig, train
+from train.optimizers import muon, schedule
+from train.placement import training_mesh
 from train.probes import PLACES, cross_entropy, digit_classes, digit_places, none_wrong, scene_classes
-from train.step import build_step, init_state, muon, schedule, training_mesh
+from train.step import TrainStep, alone
 
 T5_TOKENS, CLIP_TOKENS = 16, 20
 T5 = T5Config(vocab_size=112, width=96, heads=4, head_width=24, mlp_width=192, blocks=2, per_block_bias=False)
@@ -104,11 +106,11 @@ def run(config: Config) -> None:
     train_clip_tokenizer(corpus, CLIP.vocab_size, folder / CLIP_TOKENIZER, tokens=CLIP_TOKENS)
     examples = _examples(folder, config.captions, config.seed + 1)
     held_out = _examples(folder, 2000, config.seed + 2)
-    mesh = training_mesh(config.data, config.fsdp)
+    mesh = training_mesh(config.mesh)
     model = jax.jit(lambda: Probes(nnx.Rngs(config.seed)))()
     rate = schedule(config.learning_rate, config.steps, warmup=20, decay=config.steps // 2)
     optimizer = muon(rate, rate)
-    step = build_step(model, _loss, optimizer, mesh, ema_decay=0.98)
+    step = TrainStep(model, alone(_loss, optimizer, ema_decay=0.98), mesh)
 
     def batch_at(position: int):
         picked = np.random.default_rng([config.seed, position]).integers(0, config.captions, config.batch)
@@ -119,7 +121,7 @@ def run(config: Config) -> None:
         print(f"\nstep {taken}: {100 * exact:.2f} % of unseen captions read without error", flush=True)
         return {"held_out_exact": exact}
 
-    train(config, init_state(model, optimizer, mesh), step, batch_at, (Hook(200, score),))
+    train(config, step.init(model), step, batch_at, (Hook(200, score),))
 
 
 def load_text_encoders(out: str) -> TextEncoders:

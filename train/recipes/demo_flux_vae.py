@@ -26,7 +26,9 @@ from train.data import CropSettings, random_crops
 from train.demo_models import trained
 from train.loop import Hook, RunConfig, train
 from train.losses import AutoencoderWeights, autoencoding, held_out_psnr, pixels
-from train.step import build_step, init_state, muon, schedule, training_mesh
+from train.optimizers import muon, schedule
+from train.placement import training_mesh
+from train.step import TrainStep, alone
 
 SHIPPED = AutoencoderKLConfig(widths=(16, 32, 48), blocks=1, groups=8, z_dim=4, scaling_factor=1.0, shift_factor=0.0)
 STATISTICS = "statistics.json"
@@ -50,14 +52,14 @@ class Config(RunConfig):
 
 def run(config: Config) -> None:
     """Trains, then writes the statistics."""
-    mesh = training_mesh(config.data, config.fsdp)
+    mesh = training_mesh(config.mesh)
     vae = jax.jit(lambda: AutoencoderKL(SHIPPED, rngs=nnx.Rngs(config.seed)))()
     pool = make_pictures(config.seed, range(config.pictures), "train")[0][:, None]
     crops = CropSettings(frames=1, side=config.side, batch=config.batch)
     rate = schedule(config.learning_rate, config.steps, warmup=20, decay=config.decay_steps)
     optimizer = muon(rate, rate)
     loss = partial(autoencoding, weights=AutoencoderWeights(divergence=config.divergence))
-    step = build_step(vae, loss, optimizer, mesh, ema_decay=0.98)
+    step = TrainStep(vae, alone(loss, optimizer, ema_decay=0.98), mesh)
 
     def batch_at(position: int):
         return {"video": random_crops(pool, crops, config.seed, position)}
@@ -69,7 +71,7 @@ def run(config: Config) -> None:
         print(f"\nstep {taken}: {psnr:.2f} dB on held-out pictures", flush=True)
         return {"held_out_psnr": psnr}
 
-    outcome = train(config, init_state(vae, optimizer, mesh), step, batch_at, (Hook(200, score),))
+    outcome = train(config, step.init(vae), step, batch_at, (Hook(200, score),))
     if not outcome.stopped:
         _write_statistics(config.out, with_leaves(vae, outcome.state.ema), pool)
 

@@ -27,7 +27,9 @@ from train.data import CropSettings, clip_pool, random_crops
 from train.demo_models import trained
 from train.loop import Hook, RunConfig, train
 from train.losses import AutoencoderWeights, autoencoding, held_out_psnr, pixels
-from train.step import build_step, init_state, muon, params_of, schedule, training_mesh
+from train.optimizers import muon, schedule
+from train.placement import training_mesh
+from train.step import TrainStep, alone, params_of
 
 # Folding 2×2 pixels into channels first (as Wan 2.2 does) costs a quarter of the pixels and gains four times the
 # channels.
@@ -69,7 +71,7 @@ class Config(RunConfig):
 
 def run(config: Config) -> None:
     """Trains, then writes the statistics."""
-    mesh = training_mesh(config.data, config.fsdp)
+    mesh = training_mesh(config.mesh)
     vae = load_vae(config.init) if config.init else fresh_vae(config.seed)
     pool = clip_pool(config.seed, config.clips)
     stills = CropSettings(frames=1, side=config.image_side, batch=config.image_batch)
@@ -77,7 +79,7 @@ def run(config: Config) -> None:
     rate = schedule(config.learning_rate, config.steps, warmup=20, decay=config.decay_steps)
     optimizer = muon(rate, rate)
     loss = partial(autoencoding, weights=AutoencoderWeights(divergence=config.divergence))
-    step = build_step(vae, loss, optimizer, mesh, ema_decay=0.98)
+    step = TrainStep(vae, alone(loss, optimizer, ema_decay=0.98), mesh)
 
     def batch_at(position: int):
         still = position < config.image_steps or position % 2 == 0
@@ -85,7 +87,7 @@ def run(config: Config) -> None:
 
     held_out = clip_pool(HELD_OUT_SEED, config.held_out, "held-out")
     score = partial(_score, vae, held_out)
-    outcome = train(config, init_state(vae, optimizer, mesh), step, batch_at, (Hook(100, score),))
+    outcome = train(config, step.init(vae), step, batch_at, (Hook(100, score),))
     if not outcome.stopped:
         write_statistics(config.out, with_leaves(vae, outcome.state.ema), pool)
 

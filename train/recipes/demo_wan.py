@@ -7,7 +7,7 @@ The first latent frame of a clip is an image's latent (the autoencoder is causal
 close-ups of 64 pixels that one digit fills, a quarter of the tokens of a frame and four times the share of them on
 digits; then whole first frames, which teach layout; then clips. A batch of the kind before comes every few steps.
 Latents are made once and kept under runs/cache, text embeddings in memory. The weights shipped are the running mean.
-On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set data=2)
+On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set mesh=data=2)
 keep both busy.
 Some five hours on 2 idle CPU cores, minutes on a GPU.
 Score: `dit-eval --model FOLDER --suite moving-digits` after `python -m train.export_demo`.
@@ -34,16 +34,19 @@ from infer.digit_pictures import CLOSE_UP, close_up
 from infer.digit_reader import cache_path, load_reader
 from infer.digit_scores import read_clip
 from train.batches import Batches, Kind, Stage, in_groups
+from train.checkpoints import newest_step
 from train.data import LatentSet, clip_maker
 from train.demo_models import folder_of, latents_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
 from train.demo_tokenizer import token_ids
 from train.export_demo import export_pipeline
-from train.loop import Hook, RunConfig, newest_step, train
+from train.loop import Hook, RunConfig, train
 from train.losses import FlowSettings, flow_matching
+from train.optimizers import muon, schedule
+from train.placement import training_mesh
 from train.preview import Preview
 from train.recipes.demo_text import TOKENIZER, load_text_encoder
 from train.recipes.demo_vae import load_vae
-from train.step import build_step, init_state, muon, schedule, training_mesh
+from train.step import TrainStep, alone
 
 SHIPPED = WanConfig(blocks=10, width=192, heads=8, head_width=24, mlp_width=512, text_width=128)
 STILL, CLIP = 1, 17  # frames
@@ -93,14 +96,14 @@ def run(config: Config) -> None:
         _latents(config, vae, STILL, config.stills)
         _latents(config, vae, CLIP, config.clips)
         return
-    mesh = training_mesh(config.data, config.fsdp)
+    mesh = training_mesh(config.mesh)
     model = load_wan(config.init) if config.init else smooth_start(lambda: Wan(SHIPPED, nnx.Rngs(config.seed)))
     rate = schedule(config.learning_rate, config.steps, warmup=50, decay=config.decay_steps)
     optimizer = muon(rate, rate)
     # On a CPU recomputing the blocks is quicker than writing down what their gradients need.
     settings = FlowSettings(shift=config.shift, call=NetworkCall(remat=True))
     loss = partial(flow_matching, settings=settings)
-    step = build_step(model, loss, optimizer, mesh, ema_decay=0.998)
+    step = TrainStep(model, alone(loss, optimizer, ema_decay=0.998), mesh)
     embed = _embedder(text, tokenizer)
     batches = Batches(
         kinds={
@@ -132,7 +135,7 @@ def run(config: Config) -> None:
             export_pipeline(config.export, with_leaves(model, state.ema), vae, text, folder_of(config.text) / TOKENIZER)
 
     hooks = (Hook(config.export_every, export), Hook(config.preview_every, show))
-    train(config, init_state(model, optimizer, mesh), step, batches, hooks)
+    train(config, step.init(model), step, batches, hooks)
 
 
 def load_wan(source: str) -> Wan:

@@ -1,0 +1,115 @@
+"""Where the arrays of training live on a mesh, and in what dtype the models compute.
+
+What is trained is one module or a dict of modules by name; its weights are known by dotted path, the name first
+(`student.blocks.attn1.q.kernel`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dit_jax.config import UserError
+from dit_jax.models import flux, wan
+from dit_jax.ops.mesh import axis_size
+from dit_jax.parameters import Precision, cast, named_leaves
+from dit_jax.sharding import AxesTable, leaf_sharding, make_mesh, parse_mesh, replicated
+
+SMALL_LEAF = 1 << 14  # values; smaller leaves are replicated, where gathering them would cost more than it saves
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a class of modules: logical axes of its weights, and which stay in fp32 (dotted prefixes)."""
+
+    axes: AxesTable
+    exact: tuple[str, ...] = ()
+
+
+KINDS: dict[type, Kind] = {wan.Wan: Kind(wan.AXES, wan.FP32_LEAVES), flux.Flux: Kind(flux.AXES)}
+
+
+def training_mesh(axes: str = "") -> Mesh:
+    """The mesh `data=2,fsdp=4`, or all devices on `fsdp` for an empty text; UserError as `make_mesh`."""
+    return make_mesh(parse_mesh(axes) if axes else {"fsdp": len(jax.devices())})
+
+
+def modules(tree: Any) -> Iterator[tuple[str, Any]]:
+    """(prefix of its weights' paths, module) of one module or of a dict of them."""
+    if isinstance(tree, Mapping):
+        for name, module in tree.items():
+            yield f"{name}.", module
+    else:
+        yield "", tree
+
+
+def weight_shardings(tree: Any, mesh: Mesh) -> dict[str, NamedSharding]:
+    """The sharding of every weight by dotted path: from its model's table, else over `fsdp` along its longest axis."""
+    shardings = {}
+    for prefix, module in modules(tree):
+        kind = KINDS.get(type(module))
+        for name, leaf in named_leaves(module):
+            shardings[(prefix + name).rstrip(".")] = (
+                longest_axis(leaf.shape, mesh) if kind is None else leaf_sharding(name, leaf.shape, kind.axes, mesh)
+            )
+    return shardings
+
+
+def longest_axis(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """A large leaf over `fsdp` along its longest axis that divides; any other whole."""
+    shards = mesh.shape.get("fsdp", 1)
+    spec: list[str | None] = [None] * len(shape)
+    if shards > 1 and math.prod(shape) >= SMALL_LEAF:
+        for axis in np.argsort([-size for size in shape], kind="stable"):
+            if shape[axis] % shards == 0:
+                spec[axis] = "fsdp"
+                break
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def update_sharding(weight: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a weight's gradient and optimiser state live: with the weight; of a stack that every device holds whole,
+    each of those that split the batch has some of the blocks, and updates these alone (Rajbhandari et al., arXiv
+    1910.02054, stage 1)."""
+    mesh = weight.mesh
+    axes = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1)
+    whole = not any(weight.spec)
+    if whole and axes and len(shape) > 2 and shape[0] % axis_size(mesh, axes) == 0:
+        return NamedSharding(mesh, PartitionSpec(axes))
+    return weight
+
+
+def state_sharding(path: tuple[Any, ...], leaf: Any, weights: Mapping[str, NamedSharding], mesh: Mesh) -> NamedSharding:
+    """Where a leaf of an optimiser's state lives: with the updates of the weight whose name ends its path."""
+    weight = weights.get(getattr(path[-1], "key", "")) if path else None
+    if weight is None or len(weight.spec) != len(leaf.shape):
+        return replicated(mesh)
+    return update_sharding(weight, leaf.shape)
+
+
+def rows_sharding(mesh: Mesh, batch: int) -> NamedSharding:
+    """Arrays [K, B, ...] by rows of each of K microbatches; UserError where the mesh does not divide B."""
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    needed = axis_size(mesh, axes)
+    if batch % needed:
+        raise UserError(f"a batch of {batch} does not divide over {needed} devices: choose a multiple of {needed}")
+    return NamedSharding(mesh, PartitionSpec(None, axes or None))
+
+
+def in_dtype(tree: Any, dtype: Any) -> Any:
+    """The backbones of a module or a dict of modules in the dtype that they compute in; everything else as it is."""
+
+    def converted(module: Any) -> Any:
+        kind = KINDS.get(type(module))
+        return module if kind is None else cast(module, Precision(weights=dtype, exact=kind.exact))
+
+    if isinstance(tree, Mapping):
+        return {name: converted(module) for name, module in tree.items()}
+    return converted(tree)

@@ -1,0 +1,120 @@
+"""What a run says of itself: a progress bar, a line of JSON at every interval, TensorBoard when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from convert.progress import progress_bar
+from dit_jax.config import UserError
+
+SMOOTHING = 0.95
+
+# Most bf16 multiply-adds of a chip, in FLOP/s, by `device_kind` (vendors' data sheets, dense).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class Phases:
+    """Seconds spent in each phase of a loop since it was last asked."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.since = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def taken(self, steps: int) -> dict[str, float]:
+        """Seconds a step, in all (`seconds_per_step`) and by phase (`seconds_of_data`), and starts anew."""
+        now = time.perf_counter()
+        told = {"seconds_per_step": (now - self.since) / steps}
+        told |= {f"seconds_of_{name}": seconds / steps for name, seconds in self.seconds.items()}
+        self.seconds, self.since = {}, now
+        return told
+
+
+class Journal:
+    """Writes what happens in a run of `steps` to `out`/metrics.jsonl, TensorBoard and the terminal.
+
+    Of several processes the first alone writes.
+    flops  of a step on all devices, for the share of their peak that it reaches (`mfu`, where the peak is known)
+    """
+
+    def __init__(self, out: Path, steps: int, *, tensorboard: bool = False, flops: float | None = None):
+        self.writes = jax.process_index() == 0
+        self.log = open(out / "metrics.jsonl", "a") if self.writes else None  # noqa: SIM115
+        self.board = _board(out) if tensorboard and self.writes else None
+        self.flops, self.loss = flops, math.nan
+        self.bar = progress_bar(
+            total=steps, desc=out.name, dynamic_ncols=True, mininterval=5.0, disable=not self.writes
+        )
+
+    def advance(self, taken: int) -> None:
+        """Moves the bar."""
+        self.bar.update(taken - self.bar.n)
+
+    def smooth(self, loss: float) -> float:
+        """The loss, averaged over some steps, for the bar and the log."""
+        self.loss = loss if math.isnan(self.loss) else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
+        self.bar.set_postfix(loss=f"{self.loss:.4g}", refresh=False)
+        return self.loss
+
+    def speed(self, told: Mapping[str, float]) -> dict[str, float]:
+        """Seconds of a step with the FLOP/s that they make, and the share of the devices' peak."""
+        if self.flops is None:
+            return dict(told)
+        reached = self.flops / told["seconds_per_step"]
+        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        share = {} if peak is None else {"mfu": reached / (peak * jax.device_count())}
+        return {**told, "flops_per_second": reached, **share}
+
+    def write(self, taken: int, values: Mapping[str, float]) -> None:
+        """A line: the step, the time and these values to six digits."""
+        if not values or self.log is None:
+            return
+        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+        self.log.write(json.dumps({"step": taken, "time": round(time.time(), 1)} | rounded) + "\n")
+        self.log.flush()
+        if self.board is not None:
+            for name, value in rounded.items():
+                self.board.add_scalar(name, value, taken)
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        self.bar.close()
+        for file in (self.log, self.board):
+            if file is not None:
+                file.close()
+
+
+def _board(out: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "tensorboard=True needs the package tensorboardX, which is not installed: `pip install tensorboardX`, or "
+            "leave the option out and read metrics.jsonl"
+        ) from None
+    return SummaryWriter(str(out / "tensorboard"))
