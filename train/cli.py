@@ -10,13 +10,17 @@ import importlib.util
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from dit_jax.config import UserError
+from train.hosts import join
 
 RECIPES = Path(__file__).parent / "recipes"
+FULL = "full"  # the variant that a recipe's defaults are
 USAGE = "dit-train RECIPE [--set name=value]... | dit-train RECIPE --help"
 
 
@@ -52,7 +56,8 @@ def _main(arguments: list[str]) -> int:
     if known.help:
         print(describe(recipe))
         return 0
-    config = configure(recipe.Config, known.settings)
+    config = configure(recipe.Config, known.settings, getattr(recipe, "VARIANTS", {}))
+    join()
     keep_programs()
     recipe.run(config)
     return 0
@@ -88,15 +93,22 @@ def describe(recipe: types.ModuleType) -> str:
     hints = typing.get_type_hints(recipe.Config)
     for field in dataclasses.fields(recipe.Config):
         kind = getattr(hints[field.name], "__name__", None) or str(hints[field.name])
-        lines.append(f"  {field.name:20} {kind:8} default {getattr(recipe.Config(), field.name)!r}")
+        told = f"default {getattr(recipe.Config(), field.name)!r}"
+        for variant, settings in getattr(recipe, "VARIANTS", {}).items():
+            if field.name in settings:
+                told += f", {variant} {settings[field.name]!r}"
+        lines.append(f"  {field.name:20} {kind:8} {told}")
     return "\n".join(lines)
 
 
-def configure(config_class, settings: list[str]):
-    """A config with `name=value` settings; raises UserError for an unknown name or a value of the wrong type."""
+def configure(config_class, settings: list[str], variants: Mapping[str, Mapping[str, Any]] | None = None):
+    """A config with `name=value` settings; `variant=NAME` begins with the recipe's settings of that name.
+
+    Raises UserError for an unknown name or a value of the wrong type.
+    """
     names = [field.name for field in dataclasses.fields(config_class)]
     hints = typing.get_type_hints(config_class)
-    values = {}
+    values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
@@ -105,7 +117,11 @@ def configure(config_class, settings: list[str]):
             close = difflib.get_close_matches(name, names, 1, 0.0)[0]
             raise UserError(f"There is no option {name!r}; did you mean {close!r}? Options: {', '.join(names)}.")
         values[name] = _parse(name, text, hints[name])
-    return config_class(**values)
+    chosen = values.get("variant", FULL)
+    if chosen != FULL and chosen not in (variants or {}):
+        known = ", ".join((FULL, *(variants or {})))
+        raise UserError(f"There is no variant {chosen!r} of this recipe; expected one of {known}.")
+    return config_class(**{**(variants or {}).get(chosen, {}), **values})
 
 
 def _parse(name: str, text: str, kind):

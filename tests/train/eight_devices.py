@@ -33,9 +33,12 @@ def new_model():
     return jax.jit(lambda: Wan(CONFIG, nnx.Rngs(0)))()
 
 
+def loss_of():
+    return partial(flow_matching, settings=FlowSettings(call=NetworkCall(remat=True)))
+
+
 def run(out, steps, mesh, optimizer=None):
-    model, axes = new_model(), parse_mesh(mesh)
-    loss = partial(flow_matching, settings=FlowSettings(call=NetworkCall(remat=True)))
+    model, axes, loss = new_model(), parse_mesh(mesh), loss_of()
     config = RunConfig(out=out, steps=steps, save_every=2, log_every=1)
     devices = jax.devices()[: int(np.prod(list(axes.values())))]
     step = TrainStep(model, alone(loss, optimizer or optax.sgd(0.1, momentum=0.9)), make_mesh(axes, devices))
@@ -64,25 +67,26 @@ def held(state, name):
     return [each.addressable_shards[0].data.size / each.size for each in (leaf, *states)]
 
 
-folder, muons = sys.argv[1], muon(1e-3, 1e-3)
-START = TrainStep(new_model(), alone(None, muons), make_mesh({"data": 8})).init(new_model()).params
-one = run(f"{folder}/one", 3, "fsdp=1")
-whole = {mesh: run(f"{folder}/{mesh}", 3, mesh) for mesh in MESHES}
-run(f"{folder}/moved", 2, MESHES[0])
-moved = run(f"{folder}/moved", 3, MESHES[1])
-one_by_muon = run(f"{folder}/one-muon", 3, "fsdp=1", muons)
-whole_by_muon = run(f"{folder}/muon", 3, MESHES[0], muons)
-run(f"{folder}/resumed", 2, MESHES[0], muons)
-resumed = run(f"{folder}/resumed", 3, MESHES[0], muons)
-print(
-    json.dumps(
-        {
-            "from_one_device": {mesh: difference(state.params, one.params) for mesh, state in whole.items()},
-            "ema_from_one_device": {mesh: difference(state.ema, one.ema) for mesh, state in whole.items()},
-            "moved_from_one_device": difference(moved.params, one.params),
-            "muon_from_one_device": difference(whole_by_muon.params, one_by_muon.params),
-            "resumed_is_equal": equal(whole_by_muon, resumed),
-            "held": {mesh: held(state, "blocks.mlp.up.kernel") for mesh, state in whole.items()},
-        }
+if __name__ == "__main__":
+    folder, muons = sys.argv[1], muon(1e-3, 1e-3)
+    START = TrainStep(new_model(), alone(None, muons), make_mesh({"data": 8})).init(new_model()).params
+    one = run(f"{folder}/one", 3, "fsdp=1")
+    whole = {mesh: run(f"{folder}/{mesh}", 3, mesh) for mesh in MESHES}
+    run(f"{folder}/moved", 2, MESHES[0])
+    moved = run(f"{folder}/moved", 3, MESHES[1])
+    one_by_muon = run(f"{folder}/one-muon", 3, "fsdp=1", muons)
+    whole_by_muon = run(f"{folder}/muon", 3, MESHES[0], muons)
+    run(f"{folder}/resumed", 2, MESHES[0], muons)
+    resumed = run(f"{folder}/resumed", 3, MESHES[0], muons)
+    print(
+        json.dumps(
+            {
+                "from_one_device": {mesh: difference(state.params, one.params) for mesh, state in whole.items()},
+                "ema_from_one_device": {mesh: difference(state.ema, one.ema) for mesh, state in whole.items()},
+                "moved_from_one_device": difference(moved.params, one.params),
+                "muon_from_one_device": difference(whole_by_muon.params, one_by_muon.params),
+                "resumed_is_equal": equal(whole_by_muon, resumed),
+                "held": {mesh: held(state, "blocks.mlp.up.kernel") for mesh, state in whole.items()},
+            }
+        )
     )
-)

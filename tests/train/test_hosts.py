@@ -1,0 +1,93 @@
+"""Two real processes that train one model: the weights of one process, a stop that both agree on, exact resume."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_jax.config import UserError
+from train import hosts
+from train.checkpoints import load_ema, newest_step
+
+HURRY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def started(out, steps, count=2):
+    """The processes of a run, which find each other on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = Path(__file__).parent
+    processes = []
+    for number in range(count):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": HURRY}
+        environment |= {"PYTHONPATH": os.pathsep.join([str(folder), str(folder.parents[1])])}
+        if count > 1:
+            environment |= {hosts.ADDRESS: f"127.0.0.1:{port}", hosts.COUNT: str(count), hosts.NUMBER: str(number)}
+        else:
+            environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
+        command = [sys.executable, str(folder / "two_processes.py"), str(out), str(steps)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=environment, **pipes))
+    return processes
+
+
+def ended(processes):
+    """What each of them says at its end."""
+    told = []
+    for process in processes:
+        out, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-3000:]
+        told.append(json.loads(out.splitlines()[-1]))
+    return told
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two processes from its beginning to its end."""
+    out = tmp_path_factory.mktemp("whole")
+    return ended(started(out, 4)), out
+
+
+def test_two_processes_train_the_weights_of_one(whole, tmp_path):
+    told, out = whole
+    assert [each["steps"] for each in told] == [4, 4]
+    assert told[0]["replicated"] == told[1]["replicated"]
+    ended(started(tmp_path, 4, count=1))
+    left, right = load_ema(out), load_ema(tmp_path)
+    for name in right:
+        np.testing.assert_allclose(left[name], right[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_both_stop_at_one_step_when_one_is_told_to_and_go_on_bit_for_bit(whole, tmp_path):
+    processes = started(tmp_path, 2000)
+    for line in processes[0].stdout:
+        if line.split()[:2] == ["step", "3"]:
+            break
+    processes[1].send_signal(signal.SIGTERM)
+    told = ended(processes)
+    assert [each["stopped"] for each in told] == [True, True]
+    assert told[0]["steps"] == told[1]["steps"] == newest_step(tmp_path) >= 3
+    steps = told[0]["steps"] + 2
+    resumed = ended(started(tmp_path, steps))
+    straight = ended(started(tmp_path / "straight", steps))
+    assert [each["shard"] for each in resumed] == [each["shard"] for each in straight]
+    assert resumed[0]["replicated"] == straight[0]["replicated"]
+
+
+@pytest.mark.parametrize(
+    ("count", "number", "expected"), [("2", None, "JAX_PROCESS_ID is ''"), ("2", "2", "is 2, expected 0 to")]
+)
+def test_half_told_processes_are_refused(monkeypatch, count, number, expected):
+    monkeypatch.setenv(hosts.ADDRESS, "127.0.0.1:1")
+    monkeypatch.setenv(hosts.COUNT, count)
+    if number is not None:
+        monkeypatch.setenv(hosts.NUMBER, number)
+    with pytest.raises(UserError, match=expected):
+        hosts.join()

@@ -1,0 +1,75 @@
+"""Kill -9 at any moment: the run that goes on is the one that was never stopped, and no checkpoint is half of one."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.checkpoints import load_ema, newest_step
+
+FOLDER = Path(__file__).parent
+
+
+def start(out):
+    path = os.pathsep.join([str(FOLDER), str(FOLDER.parents[1])])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    command = [sys.executable, str(FOLDER / "killed_run.py"), str(out), str(out / "end.npz")]
+    out.mkdir(exist_ok=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def finish(out):
+    """Runs to the end; the weights, and the last losses of every step."""
+    assert start(out).wait(timeout=300) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    with np.load(out / "end.npz") as weights:
+        return dict(weights), {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def kill_somewhere(out, lottery):
+    process = start(out)
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    time.sleep(lottery.uniform(0, 2.5))
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def kills(tmp_path, count):
+    lottery = random.Random(count)
+    straight, losses = finish(tmp_path / "straight")
+    killed = tmp_path / "killed"
+    for _ in range(count):
+        kill_somewhere(killed, lottery)
+        if newest_step(killed) is not None:
+            assert np.isfinite(load_ema(killed)["kernel"]).all()
+        if (killed / "end.npz").exists():
+            (killed / "end.npz").unlink()
+            check(killed, straight, losses)
+            killed = tmp_path / f"killed-{time.monotonic_ns()}"
+    check(killed, straight, losses)
+
+
+def check(killed, straight, losses):
+    weights, found = finish(killed)
+    assert found == losses
+    for name, leaf in straight.items():
+        np.testing.assert_array_equal(weights[name], leaf)
+
+
+def test_two_kills(tmp_path):
+    kills(tmp_path, 2)
+
+
+@pytest.mark.long
+def test_twenty_kills(tmp_path):
+    kills(tmp_path, 20)

@@ -1,0 +1,41 @@
+"""Run by test_hosts.py as each of two processes with a device: trains a small Wan until it ends or is stopped."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from train.hosts import join
+
+join()
+
+import optax  # noqa: E402
+from eight_devices import batch_at, loss_of, new_model  # noqa: E402
+
+from train.loop import RunConfig, train  # noqa: E402
+from train.placement import training_mesh  # noqa: E402
+from train.step import TrainStep, alone  # noqa: E402
+
+out, steps = sys.argv[1], int(sys.argv[2])
+
+
+def own_rows(position):
+    """The rows of this process."""
+    share = 8 // jax.process_count()
+    first = share * jax.process_index()
+    print("step", position, flush=True)
+    return {name: rows[first : first + share] for name, rows in batch_at(position).items()}
+
+
+model = new_model()
+step = TrainStep(model, alone(loss_of(), optax.sgd(0.1, momentum=0.9)), training_mesh(f"fsdp={jax.device_count()}"))
+outcome = train(RunConfig(out=out, steps=steps, save_every=2, log_every=1), step.init(model), step, own_rows)
+sums = {name: float(np.abs(leaf).sum()) for name, leaf in outcome.state.params.items() if leaf.is_fully_replicated}
+kernel = outcome.state.params["blocks.mlp.up.kernel"]
+shard = np.asarray(kernel.addressable_shards[0].data)
+print(
+    json.dumps(
+        {"steps": outcome.steps, "stopped": outcome.stopped, "replicated": sums, "shard": shard[0, 0, :5].tolist()}
+    )
+)
