@@ -16,7 +16,7 @@ from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
 from dit_jax.methods.coherence import Lattice
 from dit_jax.methods.coredit import Coredit
-from dit_jax.methods.coredit_ratios import CAP, Recording, allocate, ratios_file
+from dit_jax.methods.coredit_ratios import CAP, Recording, allocate, most_skipped, ratios_file
 from dit_jax.methods.magcache import ratios_of, recording, write_ratios
 from dit_jax.methods.method import Run
 from infer.ddit_calibration import ddit, ddit_options
@@ -75,8 +75,7 @@ class CoherenceWatch:
     def ratios(self, ratio: float) -> dict[str, list[float]]:
         """What each block of each transformer skips, so that their mean is `ratio`."""
         assert self.lattice is not None
-        tokens = self.lattice.tokens
-        most = min(int(CAP * tokens), self.lattice.most_skipped)
+        tokens, most = self.lattice.tokens, most_skipped(self.lattice)
         skipped = {name: allocate(sums, ratio, most) for name, sums in self.sums.items()}
         return {name: [round(float(count / tokens), 6) for count in counts] for name, counts in skipped.items()}
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from dit_jax.config import UserError
 from dit_jax.methods.coherence import Lattice, protected
-from dit_jax.models.network import Dense, State
+from dit_jax.models.network import Dense, State, Strategy
 from dit_jax.sampling.sampler import Guided
 
 CAP = 0.6  # most of its tokens that a block may skip
@@ -56,32 +56,50 @@ def next_block(sorted_GN: np.ndarray, skipped_G: np.ndarray, more: int, most: in
     return None if gains[best] == -np.inf else best
 
 
-def allocate(sorted_GN: np.ndarray, ratio: float, most: int) -> np.ndarray:
-    """Tokens that each block skips [G], so that the mean over blocks is `ratio` of all: `next_block`, over and over."""
+def ramped(
+    sorted_GN: np.ndarray, skipped_G: np.ndarray, ratio: float, most: int, more: int | None = None
+) -> np.ndarray:
+    """Tokens that each block skips [G] after one turn of the ramp: `next_block` skips `more`, the last time as many as
+    the mean of `ratio` over blocks still lacks. Unchanged where that is reached, or where no block may skip more.
+
+    more  one part in 64 of the tokens, if None
+    """
     blocks, tokens = sorted_GN.shape
-    skipped, left = np.zeros(blocks, int), round(ratio * tokens * blocks)
-    while left:
-        more = min(max(tokens // STEPS_TO_ALL, 1), left)
-        block = next_block(sorted_GN, skipped, more, most)
-        if block is None:
-            break
+    skipped = np.array(skipped_G, int)
+    left = round(ratio * tokens * blocks) - int(skipped.sum())
+    more = min(max(tokens // STEPS_TO_ALL, 1) if more is None else more, left)
+    block = next_block(sorted_GN, skipped, more, most) if more > 0 else None
+    if block is not None:
         skipped[block] += more
-        left -= more
     return skipped
+
+
+def allocate(sorted_GN: np.ndarray, ratio: float, most: int) -> np.ndarray:
+    """Tokens that each block skips [G], so that the mean over blocks is `ratio` of all: the whole ramp at once."""
+    skipped, before = np.zeros(len(sorted_GN), int), None
+    while before is None or (skipped != before).any():
+        skipped, before = ramped(sorted_GN, skipped, ratio, most), skipped
+    return skipped
+
+
+def most_skipped(lattice: Lattice) -> int:
+    """The most tokens of a lattice that a block may be given: the paper's cap, or all that are never protected."""
+    return min(int(CAP * lattice.tokens), lattice.most_skipped)
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """Dense attention that adds up, in the state of the block loop [G, R, N], the coherence of what may be skipped,
-    sorted: protected tokens are behind with 0."""
+    """Attention (dense, or another without a state) that adds up, in the state of the block loop [G, R, N], the
+    coherence of what may be skipped, sorted: protected tokens are behind with 0."""
 
     lattice: Lattice
+    attention: Strategy = Dense()
 
     def __call__(self, attention, x_BMD, place, block, cache, aux):
         coherence = self.lattice.coherence(x_BMD[:, : self.lattice.tokens], block)
         protects = jnp.asarray(protected(self.lattice))[block % self.lattice.stride]
         falling = -jnp.sort(jnp.where(protects, jnp.inf, -coherence), axis=1)
-        attended, _ = Dense()(attention, x_BMD, place, block, None, None)
+        attended, _ = self.attention(attention, x_BMD, place, block, None, aux)
         return attended, cache.at[block].add(jnp.where(jnp.isinf(falling), 0, falling))
 
 

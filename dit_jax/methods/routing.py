@@ -137,11 +137,22 @@ def budget(t: Any, least: Any, most: Any) -> Any:
 
 
 def top_gates(logits_BG: jax.Array, count: jax.Array) -> jax.Array:
-    """1 for the `count` blocks of largest logit, 0 for the others [B, G] in fp32; the first and the last block always
-    run and count."""
-    logits = logits_BG.at[:, jnp.asarray([0, logits_BG.shape[1] - 1])].set(jnp.inf)
-    rank = jnp.argsort(jnp.argsort(-logits, axis=1, stable=True), axis=1)
+    """1 for the `count` blocks of largest logit, [] or of each sample [B, 1], 0 for the others [B, G] in fp32; the
+    first and the last block always run and count."""
+    rank = jnp.argsort(jnp.argsort(-_ends_on(logits_BG), axis=1, stable=True), axis=1)
     return (rank < count).astype(jnp.float32)
+
+
+def straight_through_gates(logits_BG: jax.Array, count: jax.Array) -> jax.Array:
+    """`top_gates` to train by, m = hard_topK(r) + (sigmoid(r) − stop_gradient(sigmoid(r))): their values, with the
+    slope of the sigmoid at the logits of all blocks but the first and the last, which always run."""
+    soft = jax.nn.sigmoid(_ends_on(logits_BG))
+    # Without these brackets the sum would miss 1 by a rounding for a quarter of the logits.
+    return top_gates(logits_BG, count) + (soft - jax.lax.stop_gradient(soft))
+
+
+def _ends_on(logits_BG: jax.Array) -> jax.Array:
+    return logits_BG.at[:, jnp.asarray([0, logits_BG.shape[1] - 1])].set(jnp.inf)
 
 
 def union_routes(gates_BG: jax.Array, stacks: tuple[int, ...]) -> tuple[Route, ...]:

@@ -189,19 +189,33 @@ class Aux(NamedTuple):
     cache      what the trunk's cache is told
     gates      each row's gate of every block [B, G], fp32: x <- m·block(x) + (1 - m)·x
     routes     a Route for each of the model's stacks; the other blocks are not executed
+    taps       blocks whose outputs `State.taps` is to have [P], no block twice
     """
 
     attention: Any = None
     cache: Any = None
     gates: jax.Array | None = None
     routes: tuple[Route, ...] | None = None
+    taps: jax.Array | None = None
 
 
 class State(NamedTuple):
-    """What the attention strategy and the trunk's cache keep from step to step."""
+    """What the attention strategy and the trunk's cache keep from step to step, and what a call found at its taps.
+
+    taps  tokens behind the blocks of `Aux.taps` and their gates [P, B, M, D], without text; None where none are asked
+    """
 
     attention: Any = None
     cache: Any = None
+    taps: jax.Array | None = None
+
+
+class Tapped(NamedTuple):
+    """State of a block loop with taps: the attention strategy's, and tokens [P + 1, B, M, D] behind the tapped blocks;
+    the last place is any other block's."""
+
+    attention: Any
+    tokens: jax.Array
 
 
 class Trunk(NamedTuple):
@@ -292,7 +306,9 @@ def network(
     signal = model.signal(t, conditioning)
     x_BMD = meshes.constrain_tokens(model.embed(tokens.rows))
     trunk = Trunk(model, signal, Place(tokens.positions, model.rope(tokens.positions), tokens.valid), call, aux)
-    if call.cache is None:
+    if aux.taps is not None:
+        x_BMD, state = _run_tapped(trunk, x_BMD, state)
+    elif call.cache is None:
         x_BMD, block_state = trunk.run(x_BMD, state.attention)
         state = state._replace(attention=block_state)
     else:
@@ -300,10 +316,21 @@ def network(
     return model.head(x_BMD, signal).astype(jnp.float32), state
 
 
+def _run_tapped(trunk: Trunk, x_BMD: jax.Array, state: State) -> tuple[jax.Array, State]:
+    if trunk.call.cache is not None:
+        raise ValueError("a trunk cache may skip the blocks that are tapped: run the model without it")
+    assert trunk.aux.taps is not None
+    count = len(trunk.aux.taps)
+    nothing = jax.vmap(meshes.constrain_tokens)(jnp.zeros((count + 1, *x_BMD.shape), x_BMD.dtype))
+    x_BMD, after = trunk.run(x_BMD, Tapped(state.attention, nothing))
+    return x_BMD, state._replace(attention=after.attention, taps=after.tokens[:count])
+
+
 def run_blocks(blocks, x, signal, place: Place, call: NetworkCall, state=None, aux: Aux = Aux(), stack=0, first=0):
     """Tokens through a stack of blocks, one after the other: (x, the attention strategy's state).
 
     x      [B, M, D], or a tuple of that and of text tokens [B, L, D] that the blocks also change
+    state  of the attention strategy; `Tapped` if there are taps
     stack  which of the model's stacks it is
     first  index of its first block in the model
     """
@@ -315,6 +342,8 @@ def run_blocks(blocks, x, signal, place: Place, call: NetworkCall, state=None, a
             after = _gated(x, after, jax.lax.dynamic_index_in_dim(aux.gates, first + index, axis=1))
         return _pinned(after), cache
 
+    run = jax.checkpoint(step) if call.remat and aux.routes is None else step
+    run = run if aux.taps is None else _tapping(run, aux.taps, first)
     carry = (_pinned(x), state)
     if aux.routes is not None:
         route = aux.routes[stack]
@@ -322,12 +351,28 @@ def run_blocks(blocks, x, signal, place: Place, call: NetworkCall, state=None, a
         def routed(turn, carry):
             index = route.blocks[turn]
             block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), blocks)
-            return step(carry, block, index)
+            return run(carry, block, index)
 
         return jax.lax.fori_loop(0, route.active, routed, carry)
-    step = jax.checkpoint(step) if call.remat else step
     count = jax.tree.leaves(blocks)[0].shape[0]
-    return jax.lax.scan(lambda carry, each: (step(carry, *each), None), carry, (blocks, jnp.arange(count)))[0]
+    return jax.lax.scan(lambda carry, each: (run(carry, *each), None), carry, (blocks, jnp.arange(count)))[0]
+
+
+def _tapping(run: Callable, taps_P: jax.Array, first: int) -> Callable:
+    """A step of the block loop that also keeps its output where it is tapped.
+
+    Outside of what is checkpointed, which would save all outputs with every block; and a write at an index, whose
+    gradient needs that index alone.
+    """
+
+    def tapping(carry, block, index):
+        x, (cache, tokens) = carry
+        x, cache = run((x, cache), block, index)
+        place = jnp.min(jnp.where(taps_P == first + index, jnp.arange(len(taps_P)), len(taps_P)))
+        output = x[0] if isinstance(x, tuple) else x
+        return x, Tapped(cache, jax.lax.dynamic_update_index_in_dim(tokens, output, place, 0))
+
+    return tapping
 
 
 def _gated(x, after, gate_B1: jax.Array):
