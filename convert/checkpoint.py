@@ -273,7 +273,7 @@ def leaf_reader(
     """Reads one leaf of a component by its dotted path, straight to its place; arguments as of `load_model`."""
     leaves, precision = (
         checkpoint.leaves(component),
-        Precision(weights=dtype, exact=checkpoint.component(component).fp32),
+        checkpoint.component(component).precision(dtype),
     )
 
     def read(name: str) -> jax.Array:

@@ -17,7 +17,7 @@ from flax import nnx
 from convert.safetensors_files import Tensor, same_values
 from convert.tables import Layout, Row
 from dit_jax.config import UserError
-from dit_jax.parameters import named_leaves
+from dit_jax.parameters import Precision, named_leaves
 
 Settings = dict[str, Any]  # the contents of a component's config.json, as diffusers or transformers wrote it
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -56,6 +56,10 @@ class Component:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Dotted path of every leaf -> shape."""
         return {name: tuple(leaf.shape) for name, leaf in named_leaves(self.abstract)}
+
+    def precision(self, dtype: Any) -> Precision:
+        """The policy that its weights are kept by in this dtype."""
+        return Precision(weights=dtype, exact=self.fp32)
 
     def rows_to_write(self, layout: Layout) -> Sequence[Row]:
         """The table for writing this layout."""

@@ -87,7 +87,7 @@ class RandomPipeline(Pipeline):
 
     def _load_models(self, dtype: Any, offload_expert: bool) -> None:
         component = self.checkpoint.component("transformer")
-        self.transformer = _random_weights(component, Precision(weights=dtype, exact=component.fp32))
+        self.transformer = _random_weights(component, component.precision(dtype))
 
     @property
     def _cost_of_step(self) -> Callable[..., Cost]:

@@ -103,7 +103,7 @@ def abstract_request(component: Component, size: str, frames: int) -> tuple[Guid
     extra = config.in_channels - config.out_channels
     branches = 2 if usual(config).video else 1
     guided = Guided(
-        model=cast(component.abstract, Precision(weights=jnp.bfloat16, exact=component.fp32)),
+        model=cast(component.abstract, component.precision(jnp.bfloat16)),
         conditioning=_conditioning(config, branches),
         guidance_scale=_shape(jnp.float32),
         extra=_shape(jnp.float32, *latents[:-1], extra) if extra else None,

@@ -54,12 +54,15 @@ def weight_shardings(tree: Any, mesh: Mesh) -> dict[str, NamedSharding]:
     """The sharding of every weight by dotted path: from its model's table, else over `fsdp` along its longest axis."""
     shardings = {}
     for prefix, module in modules(tree):
-        kind = KINDS.get(type(module))
         for name, leaf in named_leaves(module):
-            shardings[(prefix + name).rstrip(".")] = (
-                longest_axis(leaf.shape, mesh) if kind is None else leaf_sharding(name, leaf.shape, kind.axes, mesh)
-            )
+            shardings[(prefix + name).rstrip(".")] = sharding_of(type(module), name, leaf.shape, mesh)
     return shardings
+
+
+def sharding_of(kind: Any, name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of one weight of a module of this class."""
+    known = KINDS.get(kind)
+    return longest_axis(shape, mesh) if known is None else leaf_sharding(name, shape, known.axes, mesh)
 
 
 def longest_axis(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

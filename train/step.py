@@ -84,10 +84,10 @@ class Plan:
     averaged: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
 
-    @property
-    def microbatches(self) -> int:
-        """Of a step in all."""
-        return sum(update.turns * update.microbatches for update in self.updates)
+    def microbatches(self, turn: int | None = None) -> int:
+        """Of a step in all, or of one that does only the update of this number."""
+        done = self.updates if turn is None else (self.updates[turn],)
+        return sum(update.turns * update.microbatches for update in done)
 
     def of_mean(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the weights that have a running mean."""
@@ -132,7 +132,7 @@ class TrainStep:
         self.trained = jax.eval_shape(lambda tree: tree, trained)
         self.weights = weight_shardings(self.trained, mesh)
         self.frozen = self._placed(frozen or {})
-        self.jitted = jax.jit(self._step, donate_argnums=0)
+        self.jitted = jax.jit(self._step, static_argnames="turn", donate_argnums=0)
 
     def init(self, trained: Any) -> TrainState:
         """The state before the first step, born with its shardings."""
@@ -150,7 +150,7 @@ class TrainStep:
         mean = jax.tree.map(jnp.copy, self.plan.of_mean(params))
         return TrainState(jnp.zeros((), jnp.int32), params, states, mean, jnp.ones((), bool))
 
-    def lower(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
+    def lower(self, batch: Mapping[str, jax.ShapeDtypeStruct], turn: int | None = None) -> jax.stages.Lowered:
         """The step for abstract arrays of a batch [K·B, ...], to be compiled ahead of time."""
 
         def placed(leaf, sharding):
@@ -159,11 +159,14 @@ class TrainStep:
         state = self.abstract_state()
         arrays = {}
         for name, leaf in batch.items():
-            shape, sharding = (leaf.shape, replicated(self.mesh)) if name in self.plan.whole else self._rows(leaf.shape)
+            shape, sharding = (
+                (leaf.shape, replicated(self.mesh)) if name in self.plan.whole else self._rows(leaf.shape, turn)
+            )
             arrays[name] = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
         key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.mesh))
         with jax.set_mesh(self.mesh):
-            return self.jitted.lower(jax.tree.map(placed, state, self.shardings(state)), self.frozen, arrays, key)
+            placed_state = jax.tree.map(placed, state, self.shardings(state))
+            return self.jitted.lower(placed_state, self.frozen, arrays, key, turn=turn)
 
     def shardings(self, state: TrainState) -> Any:
         """The sharding of every leaf of a state."""
@@ -175,12 +178,15 @@ class TrainStep:
         params: Any = {name: self.weights[name] for name in state.params}
         return TrainState(whole, params, optimisers, mean, whole)  # type: ignore[arg-type]
 
-    def __call__(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array) -> tuple[TrainState, Metrics]:
-        """One step; UserError for rows that do not divide into microbatches or over the mesh."""
+    def __call__(
+        self, state: TrainState, batch: Mapping[str, Any], key: jax.Array, turn: int | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """One step, of one of the plan's updates if its number is given (a program each); UserError for rows that do not
+        divide into microbatches or over the mesh."""
         with jax.set_mesh(self.mesh):
-            return self.jitted(state, self.frozen, self.place(batch), key)
+            return self.jitted(state, self.frozen, self.place(batch, turn), key, turn=turn)
 
-    def place(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def place(self, batch: Mapping[str, Any], turn: int | None = None) -> dict[str, jax.Array]:
         """The host's rows as global arrays [K, B, ...]; what is the step's own as it is, on every device."""
         placed = {}
         for name, array in batch.items():
@@ -188,14 +194,14 @@ class TrainStep:
             if name in self.plan.whole:
                 shape, sharding = array.shape, replicated(self.mesh)
             else:
-                shape, sharding = self._rows((len(array) * jax.process_count(), *array.shape[1:]))
+                shape, sharding = self._rows((len(array) * jax.process_count(), *array.shape[1:]), turn)
                 array = array.reshape(shape[0], -1, *shape[2:])
             placed[name] = jax.make_array_from_process_local_data(sharding, array, shape)
         return placed
 
-    def _rows(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], NamedSharding]:
+    def _rows(self, shape: tuple[int, ...], turn: int | None) -> tuple[tuple[int, ...], NamedSharding]:
         """Global shape [K, B, ...] and sharding of rows [K·B, ...]; UserError where they do not divide."""
-        rows, count = shape[0], self.plan.microbatches
+        rows, count = shape[0], self.plan.microbatches(turn)
         if rows % count:
             raise UserError(
                 f"a batch of {rows} does not divide into the {count} microbatches of a step: choose a multiple of "
@@ -214,16 +220,21 @@ class TrainStep:
         placed = {name: on_mesh(leaf, wanted[name].dtype, shardings[name]) for name, leaf in leaves.items()}
         return with_leaves(abstract, placed)
 
-    def _step(self, state: TrainState, frozen: Any, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
+    def _step(
+        self, state: TrainState, frozen: Any, batch: Any, key: jax.Array, turn: int | None = None
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         params, sound = state.params, state.sound
         metrics: Metrics = {}
         states, place = [], itertools.count()
         for number, (update, opt_state) in enumerate(zip(self.plan.updates, state.opt_state, strict=True)):
-            for turn in range(update.turns):
+            if turn not in (None, number):
+                states.append(opt_state)
+                continue
+            for time in range(update.turns):
                 rows = [next(place) for _ in range(update.microbatches)]
-                turn_key = jax.random.fold_in(key, place_of(number, turn))
-                gradients, told = self._gradients(update, params, frozen, _rows(batch, rows, self.plan.whole), turn_key)
+                own_key = jax.random.fold_in(key, place_of(number, time))
+                gradients, told = self._gradients(update, params, frozen, _rows(batch, rows, self.plan.whole), own_key)
                 sound = sound & jnp.isfinite(told["loss"]) & jnp.isfinite(told["gradient_norm"])
                 mine = update.of(params)
                 updates, after = update.optimizer.update(gradients, opt_state, mine)

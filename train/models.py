@@ -1,0 +1,125 @@
+"""The models that a recipe trains and learns from: read onto the mesh, or as shapes alone to be compiled for a pod."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from convert.checkpoint import Checkpoint, load_model, open_checkpoint
+from convert.components import Component
+from convert.method_parts import read_parts
+from convert.wan import HIGH_NOISE, LOW_NOISE
+from dit_jax.config import UserError
+from dit_jax.flops import Config
+from dit_jax.methods.method import Part
+from dit_jax.methods.patch_adapters import Adapters, AdapterSettings, abstract_adapters, adapters_from
+from dit_jax.methods.pruning import pruned_config
+from dit_jax.methods.routing import ROUTER, Router, read_router, router_config
+from dit_jax.parameters import cast
+from infer.adapt import KINDS
+from infer.random_pipeline import PRESETS, transformer_component
+from train.placement import sharding_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """A transformer and its methods' parts, of a checkpoint or of a preset, which has sizes alone.
+
+    model    folder, hub id, shipped model, or a preset such as wan2.1-t2v-14b where nothing is to be run
+    mesh     that its weights are read onto
+    pruned   shares of heads and neurons that a preset lacks
+    """
+
+    model: str
+    mesh: Mesh
+    pruned: tuple[float, float] = (0.0, 0.0)
+    _read: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def abstract(self) -> bool:
+        """Whether there are sizes alone."""
+        return self.model in PRESETS
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Its files; UserError for a preset, and for what is no pipeline or one with two experts."""
+        if self.abstract:
+            raise UserError(
+                f"{self.model} is a preset, which has sizes and no weights: expected a checkpoint; give its folder or "
+                "hub id (presets are for dit-plan)"
+            )
+        checkpoint = open_checkpoint(self.model)
+        if not checkpoint.is_pipeline:
+            raise UserError(
+                f"{self.model} is a lone model: expected a whole pipeline (transformer, VAE, text encoder, tokenizer)"
+            )
+        if LOW_NOISE in checkpoint.settings:
+            raise UserError(
+                f"{self.model} has two experts: expected one transformer; train each as a pipeline of its own"
+            )
+        return checkpoint
+
+    @cached_property
+    def component(self) -> Component:
+        """What its transformer is."""
+        if self.abstract:
+            return transformer_component(pruned_config(PRESETS[self.model], *self.pruned))
+        return self.checkpoint.component(HIGH_NOISE)
+
+    @property
+    def config(self) -> Config:
+        """Sizes of its transformer."""
+        return self.component.config
+
+    @property
+    def stacks(self) -> tuple[int, ...]:
+        """Blocks of each of its stacks."""
+        model: Any = self.component.abstract
+        return model.stacks
+
+    def transformer(self, dtype: Any = jnp.float32) -> Any:
+        """Its weights in this dtype (of leaves that are kept in fp32: fp32)."""
+        if self.abstract:
+            return cast(self.component.abstract, self.component.precision(dtype))
+        kind = self.component.model
+
+        def place(name: str, shape: tuple[int, ...]):
+            return sharding_of(kind, name, shape, self.mesh)
+
+        return load_model(self.checkpoint, HIGH_NOISE, shardings=place, dtype=dtype)
+
+    @cached_property
+    def parts(self) -> Mapping[str, Part]:
+        """What its checkpoint holds for methods."""
+        return {} if self.abstract else read_parts(self.checkpoint)
+
+    def part(self, name: str, seed: int) -> Part:
+        """That of its checkpoint, or an untrained one."""
+        if name in self.parts:
+            return self.parts[name]
+        leaves = {} if self.abstract else self.checkpoint.leaves(HIGH_NOISE)
+        return KINDS[name](self.component, leaves, seed)
+
+    def router(self, seed: int = 0) -> Router:
+        """Its router, or an untrained one."""
+        parts = {ROUTER: self.part(ROUTER, seed)}
+        blocks = sum(self.stacks)
+        if self.abstract:
+            return nnx.eval_shape(lambda: Router(router_config(parts, blocks), nnx.Rngs(0)))
+        return jax.tree.map(jnp.asarray, read_router(parts, blocks))
+
+    def adapters(self, seed: int = 0) -> tuple[Adapters, AdapterSettings]:
+        """Its DDiT adapters, or untrained ones, and their sizes."""
+        if self.abstract:
+            settings = AdapterSettings()
+            return abstract_adapters(self.config, settings), settings
+        part = self.part("ddit", seed)
+        settings = AdapterSettings(**{**part.settings, "scales": tuple(part.settings["scales"])})
+        return jax.tree.map(jnp.asarray, adapters_from(self.config, part)), settings

@@ -1,0 +1,202 @@
+"""What the recipes of distillation share: their options, what a training is made of, and how it is run and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.checkpoint import Checkpoint, CheckpointLayout
+from convert.leaves import Leaf
+from convert.progress import progress_bar
+from convert.transfer import convert
+from convert.wan import HIGH_NOISE
+from dit_jax.config import UserError
+from dit_jax.flops import Config
+from dit_jax.models.network import NetworkCall
+from dit_jax.models.wan import WanConfig
+from infer.random_pipeline import IMAGE_TOKENS, TEXT_TOKENS, usual
+from infer.tpu_programs import latents_shape
+from train.checkpoints import load_ema
+from train.encoders import encoder_hashes
+from train.loader import BatchSettings, ShardBatches, batches
+from train.loop import Hook, Outcome, RunConfig, train
+from train.losses import FlowSettings
+from train.models import Source
+from train.placement import training_mesh
+from train.shards import open_shards
+from train.step import Plan, TrainStep
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig(RunConfig):
+    """Options of every recipe of distillation.
+
+    variant        `full` (the paper's scale) or `demo` (two cores)
+    model          what is learnt from: a pipeline's folder, a hub id, a shipped model; for dit-plan also a preset
+    data           folder that dit-encode made of this model
+    batch          rows of one update, of all hosts; in so many `microbatches`, one after the other
+    dtype          that the transformers compute in; the weights that are trained are fp32
+    shift          of random noise levels towards noise
+    export         folder that the result is written to
+    size, frames   pixels WxH and frames, for dit-plan without data
+    """
+
+    variant: str = "full"
+    model: str = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+    data: str = ""
+    batch: int = 4
+    microbatches: int = 1
+    learning_rate: float = 3e-5
+    warmup: int = 100
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema_decay: float = 0.999
+    dtype: str = "bfloat16"
+    remat: bool = True
+    shift: float = 3.0
+    caption_dropout: float = 0.1
+    export: str = ""
+    size: str = ""
+    frames: int = 0
+
+    @property
+    def compute(self) -> Any:
+        """The dtype that the transformers compute in."""
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        return DTYPES[self.dtype]
+
+    @property
+    def flow(self) -> FlowSettings:
+        """Random noise levels, and how transformers are called."""
+        return FlowSettings(shift=self.shift, call=NetworkCall(remat=self.remat))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a recipe trains, and how.
+
+    trained, frozen  modules by name, arrays or shapes alone
+    plan             of a step
+    target           checkpoint that the trained modules are written into, and `result` of (it, these modules by name)
+    turn             which of the plan's updates a step does, of its number; None: all
+    around           what stands between the loop and the step, and hooks that go with it
+    """
+
+    trained: dict[str, Any]
+    frozen: dict[str, Any]
+    plan: Plan
+    target: Source
+    result: Callable[[Checkpoint, Mapping[str, Any]], Checkpoint]
+    turn: Callable[[int], int] | None = None
+    around: Callable[[TrainStep, ShardBatches, Path], tuple[Any, tuple[Hook, ...]]] | None = None
+
+
+Recipe = Callable[[Any, Source], Training]
+
+
+def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> Outcome:
+    """Trains, and writes the result to `config.export` once the last step is done; UserError for options and data that
+    do not fit."""
+    mesh = training_mesh(config.mesh)
+    source = Source(config.model, mesh)
+    feed = _feed(config, source)
+    training = recipe(config, source)
+    step = TrainStep(training.trained, training.plan, mesh, training.frozen)
+    state = step.init(training.trained)
+    training.trained.clear()  # the state holds them now
+    driven: Any = step if training.turn is None else partial(_in_turns, step, training.turn)
+    if training.around is not None:
+        driven, more = training.around(step, feed, Path(config.out))
+        hooks += more
+    outcome = train(config, state, driven, partial(told, feed), hooks)
+    if config.export and not outcome.stopped and jax.process_index() == 0:
+        export(config, training, step)
+    return outcome
+
+
+def _feed(config: RecipeConfig, source: Source) -> ShardBatches:
+    if not config.data:
+        raise UserError("there are no data: expected --set data=DIR; make them with `dit-encode --model ...`")
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    shards = open_shards(config.data, **processes)
+    shards.check_matches(encoder_hashes(source.checkpoint), config.model)
+    settings = BatchSettings(batch=config.batch, caption_dropout=config.caption_dropout, seed=config.seed, **processes)
+    return batches(shards, settings)
+
+
+def _in_turns(step: TrainStep, turn: Callable[[int], int], state, batch, key):
+    # How many steps were taken is read from the batch: the state's own number is on the device.
+    batch = dict(batch)
+    return step(state, batch, key, turn=turn(batch.pop(POSITION)))
+
+
+def told(feed: ShardBatches, position: int) -> dict[str, np.ndarray]:
+    """A batch as the losses take it: what is made of first frames are the channels behind the latents."""
+    batch = dict(feed(position))
+    if "first_frame" in batch:
+        batch["extra"] = batch.pop("first_frame")
+    return batch
+
+
+def abstract_batch(config: RecipeConfig, model: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of so many rows of `config.size` and `config.frames` (the model's usual, where not given), as
+    `told` gives them; UserError for a size that does not fit."""
+    defaults = usual(model)
+    size = config.size or "{}x{}".format(*defaults.size)
+    _, *grid, channels = latents_shape(size, config.frames or defaults.frames, model.out_channels)
+
+    def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *sizes), jnp.float16)
+
+    batch = {"latents": shape(*grid, channels), "text": shape(TEXT_TOKENS, model.text_width)}
+    if not isinstance(model, WanConfig):
+        return batch | {"pooled": shape(model.pooled_width)}
+    if model.image_width:
+        batch["image"] = shape(IMAGE_TOKENS, model.image_width)
+    if model.in_channels > model.out_channels:
+        batch["extra"] = shape(*grid, model.in_channels - model.out_channels)
+    return batch
+
+
+def export(config: RecipeConfig, training: Training, step: TrainStep) -> None:
+    """Writes the running mean of the newest checkpoint's weights into the target's checkpoint, at `config.export`."""
+    mean = load_ema(config.out)
+    names = {name.partition(".")[0] for name in mean}
+    modules = {name: values_of(mean, name) for name in names}
+    target = training.target.checkpoint
+    with progress_bar(unit="tensor", desc=config.export) as bar:
+        layout: CheckpointLayout = "native" if target.layout == "native" else "diffusers"
+        convert(training.result(target, modules), Path(config.export), layout, overwrite=True, progress=bar)
+
+
+def values_of(weights: Mapping[str, np.ndarray], module: str) -> dict[str, np.ndarray]:
+    """Those of one module, by their paths inside it."""
+    prefix = f"{module}."
+    return {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
+
+
+def with_transformer(checkpoint: Checkpoint, weights: Mapping[str, np.ndarray]) -> Checkpoint:
+    """The checkpoint with these weights as its transformer's, in the dtypes that its own have."""
+    own = checkpoint.leaves(HIGH_NOISE)
+
+    def leaf(name: str) -> Leaf:
+        array, old = weights[name].astype(own[name].dtype), own[name]
+        read = (lambda block: array[block]) if old.stacked else (lambda block: array)
+        return Leaf(array.shape, array.dtype, old.stacked, read)
+
+    return replace(checkpoint, edited={**checkpoint.edited, HIGH_NOISE: {name: leaf(name) for name in own}})
+
+
+def with_files(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> Checkpoint:
+    """The checkpoint with these files of methods (`convert.method_parts.part_files`) in place of those it has."""
+    return replace(checkpoint, files={**checkpoint.files, **files})

@@ -1,0 +1,102 @@
+"""PARE, stage I: a model that `dit-prune` made narrower learns to do what the whole one does (arXiv 2605.27336).
+
+    dit-prune --model demo-wan --prompts prompts.txt --heads 0.3 --ffn 0.3 --out pruned
+    dit-train pare_stage1 --set model=demo-wan --set student=pruned --set data=data --set variant=demo --set export=stage1
+
+Block outputs, velocities, the data and the change from frame to frame are matched (docs/losses.md). The paper trains
+7,000 steps of batch 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from convert.checkpoint import Checkpoint
+from dit_jax.config import UserError
+from dit_jax.models.wan import WanConfig
+from train import recipe
+from train.models import Source
+from train.optimizers import adamw, cosine
+from train.pare_loss import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, PareSettings, PareWeights, pare
+from train.recipe import RecipeConfig, Training, with_transformer
+from train.step import Plan, Update
+
+PRUNED = (0.3, 0.3)  # shares of heads and neurons that a preset's student lacks
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "model": "demo-wan", "steps": 300, "batch": 8, "learning_rate": 5e-4, "warmup": 20, "dtype": "float32",
+        "save_every": 50,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeConfig):
+    """Options of the recipe; `student` is the pruned model, `sampled_blocks` of how many blocks outputs are compared."""
+
+    out: str = "runs/pare-stage1"
+    student: str = ""
+    steps: int = 7000
+    sampled_blocks: int = 4
+
+    def settings(self, source: Source) -> PareSettings:
+        """Of the losses, for this model."""
+        return PareSettings(flow=self.flow, sampled_blocks=self.sampled_blocks, weights=weights_for(source.config))
+
+
+def weights_for(config: Any) -> PareWeights:
+    """The paper's for image-to-video, text-to-video, and without the term of motion for pictures."""
+    if not isinstance(config, WanConfig):
+        return replace(TEXT_TO_VIDEO, motion=0.0)
+    return IMAGE_TO_VIDEO if config.in_channels > config.out_channels else TEXT_TO_VIDEO
+
+
+def training(config: Config, source: Source) -> Training:
+    """The pruned student learns from the whole model."""
+    student = student_of(config.student, source)
+    rate = cosine(config.learning_rate, config.steps, config.warmup)
+    update = Update(
+        loss=partial(pare, settings=config.settings(source)),
+        optimizer=adamw(rate, weight_decay=config.weight_decay, clip=config.clip),
+        microbatches=config.microbatches,
+    )
+    return Training(
+        trained={"student": student.transformer()},
+        frozen={"teacher": source.transformer(config.compute)},
+        plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
+        target=student,
+        result=_result,
+    )
+
+
+def student_of(name: str, source: Source) -> Source:
+    """The student by its folder, or of a preset the pruned preset; UserError where it is no student of the model."""
+    if not name and not source.abstract:
+        raise UserError("there is no student: expected --set student=DIR; make one with `dit-prune`")
+    student = Source(name or source.model, source.mesh, pruned=PRUNED)
+    ours, theirs = student.config, source.config
+    for field in ("width", "in_channels", "out_channels", "patch", "text_width"):
+        if getattr(ours, field) != getattr(theirs, field):
+            raise UserError(
+                f"{name} is no student of {source.model}: its {field} is {getattr(ours, field)}, expected "
+                f"{getattr(theirs, field)}; prune that model"
+            )
+    if student.stacks != source.stacks:
+        raise UserError(
+            f"{name} is no student of {source.model}: it has {student.stacks} blocks, expected {source.stacks}; prune "
+            "that model"
+        )
+    return student
+
+
+def _result(checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
+    return with_transformer(checkpoint, trained["student"])
+
+
+def run(config: Config) -> None:
+    """Trains and exports."""
+    recipe.run(config, training)

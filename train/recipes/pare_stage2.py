@@ -1,0 +1,90 @@
+"""PARE, stage II: a router learns which blocks a step needs, and the student to do without the others
+(arXiv 2605.27336).
+
+    dit-train pare_stage2 --set model=demo-wan --set student=stage1 --set data=data --set variant=demo --set export=stage2
+    dit-generate --model stage2 --plan routing --prompt "a red 7 moving left" --out out.mp4
+
+The student is what stage I made (or, to compare with, the raw pruned model). A router that its checkpoint has is
+trained further. `least` and `most` are the blocks that run without noise and at pure noise: 20 and 35 of 40 in the
+paper, as many of another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from convert.checkpoint import Checkpoint
+from convert.method_parts import part_files
+from dit_jax.methods.method import Part
+from dit_jax.methods.routing import ROUTER, Routing
+from train import recipe
+from train.models import Source
+from train.optimizers import adamw, by_module, cosine
+from train.pare_loss import PareSettings, pare
+from train.recipe import Training, with_files, with_transformer
+from train.recipes.pare_stage1 import VARIANTS as STAGE1
+from train.recipes.pare_stage1 import Config as Stage1
+from train.recipes.pare_stage1 import student_of, weights_for
+from train.step import Plan, Update
+
+VARIANTS = {name: {**settings, "router_rate": 2e-3} for name, settings in STAGE1.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Stage1):
+    """Options of the recipe, besides those of stage I."""
+
+    out: str = "runs/pare-stage2"
+    router_rate: float = 5e-4
+    least: int | None = None
+    most: int | None = None
+
+    @property
+    def routing(self) -> Routing:
+        """How many blocks run."""
+        return Routing(least=self.least, most=self.most)
+
+    def settings(self, source: Source) -> PareSettings:
+        """Of the losses, for this model."""
+        return PareSettings(
+            flow=self.flow,
+            sampled_blocks=self.sampled_blocks,
+            weights=weights_for(source.config),
+            routing=self.routing,
+        )
+
+
+def training(config: Config, source: Source) -> Training:
+    """Student and router learn together, the router faster."""
+    student = student_of(config.student, source)
+    rates = {"student": config.learning_rate, "router": config.router_rate}
+    optimizers = {
+        name: adamw(cosine(rate, config.steps, config.warmup), weight_decay=config.weight_decay, clip=config.clip)
+        for name, rate in rates.items()
+    }
+    update = Update(
+        loss=partial(pare, settings=config.settings(source)),
+        optimizer=by_module(optimizers),
+        microbatches=config.microbatches,
+    )
+    router = student.part(ROUTER, config.seed)
+    return Training(
+        trained={"student": student.transformer(), "router": student.router(config.seed)},
+        frozen={"teacher": source.transformer(config.compute)},
+        plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
+        target=student,
+        result=partial(_result, router),
+    )
+
+
+def _result(router: Part, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
+    files = part_files({ROUTER: router._replace(leaves=trained["router"])})
+    return with_files(with_transformer(checkpoint, trained["student"]), files)
+
+
+def run(config: Config) -> None:
+    """Trains and exports."""
+    recipe.run(config, training)
