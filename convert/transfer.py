@@ -21,9 +21,10 @@ from convert.checkpoint import Checkpoint, CheckpointLayout
 from convert.components import Settings, component_of
 from convert.kinds import kind_to_write
 from convert.leaves import Leaf, check_leaves, tensors_from_leaves
+from convert.method_parts import part_weights
 from convert.native import PARAMS, write_native
 from convert.original import CONFIG, INDEX, SIDECAR
-from convert.safetensors_files import flush, write_durably, write_tensors
+from convert.safetensors_files import flush, write_durably, write_safetensors, write_tensors
 from dit_jax.config import UserError
 from dit_jax.parameters import named_leaves
 
@@ -50,12 +51,16 @@ def convert(
     # All components are opened before anything is written: most mistakes show in configs, names and shapes.
     leaves = {name: source.leaves(name) for name in source.settings}
     files = original.side_files(source.settings, source.files) if layout == "original" else source.files
+    weights_of_methods = {} if layout == "original" else part_weights(source, layout)
     if progress is not None:
         progress.total = sum(len(leaf.blocks) for part in leaves.values() for leaf in part.values())
         leaves = {name: {key: _watched(leaf, progress) for key, leaf in part.items()} for name, part in leaves.items()}
     with staged(destination, overwrite) as folder:
         for place, content in files.items():
-            _copy(content, folder / place)
+            if place not in weights_of_methods:
+                _copy(content, folder / place)
+        for place, outgoing in weights_of_methods.items():
+            write_safetensors(folder / place, outgoing)
         for name, part in leaves.items():
             component = source.component(name)
             if layout == "native":

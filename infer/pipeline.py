@@ -277,7 +277,7 @@ class Pipeline(ABC):
             stages = self._stages(job, schedule)
             shape = Shape.of(stages[0].denoiser(), (len(job.prompts), *self.latents_shape(job.size, job.frames)))
         begins = [stage.first for stage in stages]
-        methods = parse_plan(job.plan).methods
+        methods = parse_plan(job.plan).told(self.parts[stages[0].component]).methods
         measured = {m.name: m.measured(record) for m in methods if isinstance(m, Measured)} if record else {}
         return plan_cost(
             self.transformer_config, shape, methods, job.steps,

@@ -11,7 +11,6 @@ sampler steps.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 from dit_jax.config import UserError
 from dit_jax.flops import Config, Shape, StepAt, StepWork
 from dit_jax.methods.coherence import Lattice, cell_sizes, kept, taken, with_zeros
-from dit_jax.methods.coredit_ratios import CAP, Ratios, bucketed, read_ratios
+from dit_jax.methods.coredit_ratios import CAP, Ratios, bucketed, ratios_of, read_ratios
 from dit_jax.methods.method import Part, Run, Words
 from dit_jax.models.network import Attended, Dense, attended, grid, padded_length
 from dit_jax.ops import mesh as meshes
@@ -158,7 +157,7 @@ class RandomOrders:
 class Coredit:
     """CoReDiT as a plan has it.
 
-    ratios      share of the tokens that each block skips; one number is every block's
+    ratios      share of the tokens that each block skips; one number is every block's, none are the checkpoint's own
     experts     those of further transformers, by name (Wan 2.2), where they have their own
     late        what the ratios are multiplied with in the last steps
     late_share  of the steps that are the last ones
@@ -171,7 +170,7 @@ class Coredit:
     seed        of random selection
     """
 
-    ratios: tuple[float, ...]
+    ratios: tuple[float, ...] = ()
     experts: tuple[tuple[str, tuple[float, ...]], ...] = ()
     late: float = 0.25
     late_share: float = 0.25
@@ -186,6 +185,18 @@ class Coredit:
     name: ClassVar[str] = "coredit"
     solver: ClassVar[str | None] = None
     steps: ClassVar[int | None] = None
+
+    def told(self, parts: Mapping[str, Part]) -> Coredit:
+        """With the checkpoint's own ratios, those of all its transformers, where the plan has none; UserError where
+        the checkpoint has none either."""
+        if self.ratios:
+            return self
+        if self.name not in parts:
+            raise UserError(
+                "coredit needs ratios, which the model lacks: expected them in its folder methods/coredit; write "
+                "coredit:0.45, or coredit:ratios.json with a file of `dit-calibrate coredit`"
+            )
+        return replace(self, **ratios_of(parts[self.name].settings, "methods/coredit/config.json")._asdict())
 
     def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
         """UserError where the ratios are of another number of blocks."""
@@ -249,17 +260,10 @@ class Coredit:
 
 
 def parse_coredit(words: Words) -> Coredit:
-    """`coredit:0.45` (in every block), `coredit:ratios.json` (as dit-calibrate writes it); for ablations
-    `select=random:seed=1` and `rebuild=none`."""
-    if words.first is None:
-        raise words.error("expected a ratio or a file of ratios", "write coredit:0.45 or coredit:ratios.json")
-    usual = Coredit(ratios=(0.0,))
-    try:
-        told = Ratios((float(words.first),), (), usual.stride)
-    except ValueError:
-        told = read_ratios(Path(words.first))
-    for ratio in itertools.chain(told.ratios, *dict(told.experts).values()):
-        words.as_number("ratios", repr(ratio), low=0, high=CAP)
+    """`coredit:0.45` (in every block), `coredit:ratios.json` (as dit-calibrate writes it), `coredit` (the checkpoint's
+    own ratios); for ablations `select=random:seed=1` and `rebuild=none`."""
+    usual = Coredit()
+    told = _ratios(words, usual)
     select = words.choice("select", usual.select, get_args(Selection))
     if select != "random" and "seed" in words.options:
         raise words.error("found seed=, which only select=random reads", "remove it, or add select=random")
@@ -275,3 +279,13 @@ def parse_coredit(words: Words) -> Coredit:
     )
     words.finish()
     return coredit
+
+
+def _ratios(words: Words, usual: Coredit) -> Ratios:
+    if words.first is None:
+        return Ratios(usual.ratios, usual.experts, usual.stride)
+    try:
+        ratio = float(words.first)
+    except ValueError:
+        return read_ratios(Path(words.first))
+    return Ratios((words.as_number("ratios", repr(ratio), low=0, high=CAP),), (), usual.stride)

@@ -7,6 +7,7 @@ Shapes: B samples, R batch rows (guidance branches included), N tokens, G blocks
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -149,13 +150,20 @@ def read_ratios(path: Path) -> Ratios:
         ) from error
     except ValueError as error:
         raise UserError(f"{str(path)!r} is no JSON ({error}): expected ratios of dit-calibrate coredit") from error
-    told = told if isinstance(told, dict) else {}
+    return ratios_of(told if isinstance(told, dict) else {}, repr(str(path)))
+
+
+def ratios_of(told: Mapping[str, Any], source: str) -> Ratios:
+    """The ratios in the contents of such a file; UserError, which names the source, where there are none."""
     ratios, experts = told.get("ratios", []), told.get("experts", {})
     if not _are_ratios(ratios) or not isinstance(experts, dict) or not all(map(_are_ratios, experts.values())):
-        raise UserError(f'{str(path)!r} has no ratios: expected {{"ratios": [number of every block]}}; calibrate again')
+        raise UserError(f'{source} has no ratios: expected {{"ratios": [number of every block]}}; calibrate again')
+    for ratio in itertools.chain(ratios, *experts.values()):
+        if not 0 <= ratio <= CAP:
+            raise UserError(f"{source}: expected ratios from 0 to {CAP}, found {ratio!r}; calibrate again")
     stride = told.get("stride", 3)
     if not isinstance(stride, int) or stride < 2:
-        raise UserError(f"{str(path)!r} has stride {stride!r}: expected a whole number from 2; calibrate again")
+        raise UserError(f"{source} has stride {stride!r}: expected a whole number from 2; calibrate again")
     others = tuple((name, tuple(map(float, of_expert))) for name, of_expert in experts.items())
     return Ratios(tuple(map(float, ratios)), others, stride)
 

@@ -87,6 +87,14 @@ class Choosy(Protocol):
 
 
 @runtime_checkable
+class Told(Protocol):
+    """A method some of whose settings may be the checkpoint's own: `told` puts them where the plan has none; UserError
+    where the checkpoint has none either."""
+
+    def told(self, parts: Mapping[str, Part]) -> Method: ...
+
+
+@runtime_checkable
 class Measured(Protocol):
     """A method whose cost only a run tells: `measured(record)` is what `step_work` is told of each step [S]."""
 

@@ -6,7 +6,7 @@ A plan is frozen and hashable. What cannot work together is refused when it is b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dit_jax.config import UserError
@@ -14,7 +14,7 @@ from dit_jax.methods.coredit import parse_coredit
 from dit_jax.methods.ddit import parse_ddit
 from dit_jax.methods.hsa import parse_hsa
 from dit_jax.methods.magcache import parse_magcache
-from dit_jax.methods.method import Chooser, Choosy, Method, Part, Run, Words
+from dit_jax.methods.method import Chooser, Choosy, Method, Part, Run, Told, Words
 from dit_jax.methods.routing import parse_routing
 from dit_jax.methods.taylorseer import parse_taylorseer
 from dit_jax.methods.teacache import parse_teacache
@@ -81,15 +81,20 @@ class Plan:
         """Methods with nothing to gain in a run of so few steps."""
         return [method.name for method in self.methods if method.name in NEED_MANY_STEPS and steps <= FEW_STEPS]
 
+    def told(self, parts: Mapping[str, Part]) -> Plan:
+        """The plan with the checkpoint's own settings where it leaves them to that; UserError where there are none."""
+        methods = (method.told(parts) if isinstance(method, Told) else method for method in self.methods)
+        return replace(self, methods=tuple(methods))
+
     def check(self, stacks: tuple[int, ...], parts: Mapping[str, Part]) -> None:
         """UserError where a method cannot serve a model with these blocks and these parts for methods."""
-        for method in self.methods:
+        for method in self.told(parts).methods:
             if isinstance(method, Choosy):
                 method.check(stacks, parts)
 
     def applied(self, denoiser: Any, run: Run) -> Any:
         """The denoiser with every method applied."""
-        for method in self.methods:
+        for method in self.told(run.parts).methods:
             denoiser = method.applied(denoiser, run)
         return denoiser
 

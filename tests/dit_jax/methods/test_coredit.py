@@ -15,8 +15,8 @@ from dit_jax.methods import coredit as coredit_file
 from dit_jax.methods.coherence import Lattice, cell_sizes, coherence, protected, sub_cells
 from dit_jax.methods.coredit import Buckets, Coherent, Coredit, MaskedCoherent
 from dit_jax.methods.coredit_ratios import Recording, allocate, bucketed, ratios_file
-from dit_jax.methods.method import Run
-from dit_jax.methods.plan import parse_plan
+from dit_jax.methods.method import Part, Run
+from dit_jax.methods.plan import Plan, parse_plan
 from dit_jax.models.network import Dense, NetworkCall, Place
 from dit_jax.ops.rope import rope_table
 from dit_jax.sampling.solvers import Step
@@ -292,7 +292,6 @@ def test_experts_have_ratios_of_their_own_and_share_a_program():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("coredit", "expected a ratio or a file"),
         ("coredit:0.7", "ratios from 0 to 0.6, found '0.7'"),
         ("coredit:nan", "ratios from 0 to 0.6"),
         ("coredit:nowhere.json", "cannot read the ratios in 'nowhere.json'"),
@@ -313,9 +312,9 @@ def test_words_that_are_none_are_refused(text, told):
         ("[0.4]", "has no ratios"),
         ('{"ratios": []}', "has no ratios"),
         ('{"ratios": [0.1, "0.2"]}', "has no ratios"),
-        ('{"ratios": [0.1, 0.61]}', "found '0.61'"),
+        ('{"ratios": [0.1, 0.61]}', "found 0.61"),
         ('{"ratios": [0.1], "experts": [0.1]}', "has no ratios"),
-        ('{"ratios": [0.1], "experts": {"transformer_2": [0.7]}}', "found '0.7'"),
+        ('{"ratios": [0.1], "experts": {"transformer_2": [0.7]}}', "found 0.7"),
         ('{"ratios": [0.1], "stride": 1}', "stride 1"),
     ],
 )
@@ -324,6 +323,35 @@ def test_files_that_hold_no_ratios_are_refused(tmp_path, content, told):
     file.write_text(content)
     with pytest.raises(UserError, match=told):
         parse_plan(f"coredit:{file}")
+
+
+def test_ratios_may_be_the_checkpoints_own():
+    config = CONFIGS["wan"]
+    plain, latents = guided(config), noise(config)
+    told = ratios_file({"transformer": [0.5, 0.1, 0.3], "transformer_2": [0.2, 0.3, 0.4]}, stride=4)
+    parts = {"coredit": Part(told | {"model": "any"}, {})}
+    plan = parse_plan("coredit:late=0.5+routing")
+    coredit = Coredit(ratios=(0.5, 0.1, 0.3), experts=(("transformer_2", (0.2, 0.3, 0.4)),), stride=4, late=0.5)
+    assert plan.told(parts).methods == (plan.methods[0], coredit)
+    run = Run(latents_shape=latents.shape, first=0, stop=4, steps=4, sigmas=None, component="transformer_2")
+    own, given = (
+        alone.applied(plain, replace(run, parts=held))
+        for alone, held in ((parse_plan("coredit:late=0.5"), parts), (Plan((coredit,)), {}))
+    )
+    assert own.call == given.call and own.steering[0].table.tolist() == given.steering[0].table.tolist()
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ({}, "coredit needs ratios, which the model lacks"),
+        ({"coredit": Part({"ratios": [0.1, 0.9]}, {})}, r"methods/coredit/config.json: expected ratios .* found 0.9"),
+        ({"coredit": Part({"ratios": [0.1, 0.2]}, {})}, "ratios of 2 blocks: expected 3"),
+    ],
+)
+def test_a_checkpoint_without_ratios_that_fit_is_refused_before_it_runs(held, told):
+    with pytest.raises(UserError, match=told):
+        parse_plan("coredit").check((3,), held)
 
 
 def test_ratios_of_another_model_are_refused_before_it_runs():
