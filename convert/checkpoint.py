@@ -35,7 +35,7 @@ from convert.safetensors_files import Tensor
 from convert.tables import Layout
 from convert.weight_files import WEIGHT_SUFFIXES, read_tensors, weight_files
 from dit_jax.config import UserError
-from dit_jax.parameters import Precision, with_leaves
+from dit_jax.parameters import with_leaves
 
 CheckpointLayout = Literal["diffusers", "native", "original"]
 _DEMOS = Path(__file__).parents[1] / "dit_jax" / "demo"

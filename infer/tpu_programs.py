@@ -28,7 +28,7 @@ from dit_jax.methods.routing import ROUTER
 from dit_jax.models import vae_wan
 from dit_jax.models.network import Conditioning, grid
 from dit_jax.models.wan import WanConfig
-from dit_jax.parameters import Precision, cast
+from dit_jax.parameters import cast
 from dit_jax.sampling.sampler import Guided, sample, start
 from dit_jax.sampling.solvers import SOLVERS
 from dit_jax.sharding import batch_shardings, replicated, shardings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from train.loop import Hook, Outcome, RunConfig, train
 from train.losses import FlowSettings
 from train.models import Source
 from train.placement import training_mesh
-from train.shards import open_shards
-from train.step import Plan, TrainStep
+from train.shards import Shards, open_shards
+from train.step import Metrics, Plan, TrainState, TrainStep
 
+POSITION = "position"  # of a batch, beside its arrays
+EMPTY = "empty_"  # before the names of what is told of the empty caption
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
@@ -89,7 +91,8 @@ class Training:
     plan             of a step
     target           checkpoint that the trained modules are written into, and `result` of (it, these modules by name)
     turn             which of the plan's updates a step does, of its number; None: all
-    around           what stands between the loop and the step, and hooks that go with it
+    around           what stands between the loop and the step, if anything does
+    extra            shapes of what a batch has besides data, of the whole step; `empty_...` is of the empty caption
     """
 
     trained: dict[str, Any]
@@ -98,7 +101,8 @@ class Training:
     target: Source
     result: Callable[[Checkpoint, Mapping[str, Any]], Checkpoint]
     turn: Callable[[int], int] | None = None
-    around: Callable[[TrainStep, ShardBatches, Path], tuple[Any, tuple[Hook, ...]]] | None = None
+    around: Callable[[Driven], Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]] | None = None
+    extra: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
 
 
 Recipe = Callable[[Any, Source], Training]
@@ -109,40 +113,68 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
     do not fit."""
     mesh = training_mesh(config.mesh)
     source = Source(config.model, mesh)
-    feed = _feed(config, source)
+    shards = _shards(config, source)
     training = recipe(config, source)
+    feed = _feed(config, shards, training)
     step = TrainStep(training.trained, training.plan, mesh, training.frozen)
     state = step.init(training.trained)
     training.trained.clear()  # the state holds them now
-    driven: Any = step if training.turn is None else partial(_in_turns, step, training.turn)
+    driven: Any = Driven(step, training.turn)
     if training.around is not None:
-        driven, more = training.around(step, feed, Path(config.out))
-        hooks += more
-    outcome = train(config, state, driven, partial(told, feed), hooks)
+        driven = training.around(driven)
+    empty = any(name.startswith(EMPTY) for name in training.extra)
+    batch_at = partial(told, feed, _empty(feed) if empty else {})
+    outcome = train(config, state, driven, batch_at, hooks)
     if config.export and not outcome.stopped and jax.process_index() == 0:
         export(config, training, step)
     return outcome
 
 
-def _feed(config: RecipeConfig, source: Source) -> ShardBatches:
+def _shards(config: RecipeConfig, source: Source) -> Shards:
     if not config.data:
         raise UserError("there are no data: expected --set data=DIR; make them with `dit-encode --model ...`")
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    shards = open_shards(config.data, **processes)
+    shards = open_shards(config.data, process_index=jax.process_index(), process_count=jax.process_count())
     shards.check_matches(encoder_hashes(source.checkpoint), config.model)
-    settings = BatchSettings(batch=config.batch, caption_dropout=config.caption_dropout, seed=config.seed, **processes)
+    return shards
+
+
+def _feed(config: RecipeConfig, shards: Shards, training: Training) -> ShardBatches:
+    turns = 1 if training.turn else sum(update.turns for update in training.plan.updates)
+    settings = BatchSettings(
+        batch=config.batch * turns,
+        caption_dropout=config.caption_dropout,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     return batches(shards, settings)
 
 
-def _in_turns(step: TrainStep, turn: Callable[[int], int], state, batch, key):
-    # How many steps were taken is read from the batch: the state's own number is on the device.
-    batch = dict(batch)
-    return step(state, batch, key, turn=turn(batch.pop(POSITION)))
+@dataclass(frozen=True)
+class Driven:
+    """A step that is told of a batch's position by which of its updates are due."""
+
+    step: TrainStep
+    turn: Callable[[int], int] | None
+
+    def __call__(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array) -> tuple[TrainState, Metrics]:
+        position = batch[POSITION]
+        arrays = {name: array for name, array in batch.items() if name != POSITION}
+        return self.step(state, arrays, key, turn=None if self.turn is None else self.turn(position))
 
 
-def told(feed: ShardBatches, position: int) -> dict[str, np.ndarray]:
-    """A batch as the losses take it: what is made of first frames are the channels behind the latents."""
-    batch = dict(feed(position))
+def _empty(feed: ShardBatches) -> dict[str, np.ndarray]:
+    """What is told of the empty caption, its text with the padding that captions have."""
+    empty = feed.shards.empty
+    text = np.zeros(feed.shards.manifest.text, np.float16)
+    text[: len(empty["text"])] = empty["text"]
+    return {EMPTY + name: array for name, array in {**empty, "text": text}.items()}
+
+
+def told(feed: ShardBatches, extra: Mapping[str, np.ndarray], position: int) -> dict[str, Any]:
+    """A batch as the losses take it, with its position: what is made of first frames are the channels behind the
+    latents."""
+    batch: dict[str, Any] = {**feed(position), **extra, POSITION: position}
     if "first_frame" in batch:
         batch["extra"] = batch.pop("first_frame")
     return batch

@@ -139,6 +139,10 @@ class TrainStep:
         params = {name: on_mesh(leaf, jnp.float32, self.weights[name]) for name, leaf in params_of(trained).items()}
         return jax.jit(self._start, out_shardings=self.shardings(self.abstract_state()))(params)
 
+    def rebuilt(self, params: Params) -> Any:
+        """The trained modules with these weights."""
+        return with_leaves(self.trained, params)
+
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of a state."""
         params = {name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for name, leaf in params_of(self.trained).items()}
@@ -181,8 +185,8 @@ class TrainStep:
     def __call__(
         self, state: TrainState, batch: Mapping[str, Any], key: jax.Array, turn: int | None = None
     ) -> tuple[TrainState, Metrics]:
-        """One step, of one of the plan's updates if its number is given (a program each); UserError for rows that do not
-        divide into microbatches or over the mesh."""
+        """One step, of one of the plan's updates if its number is given (a program each); UserError for rows that do
+        not divide into microbatches or over the mesh."""
         with jax.set_mesh(self.mesh):
             return self.jitted(state, self.frozen, self.place(batch, turn), key, turn=turn)
 
@@ -253,7 +257,7 @@ class TrainStep:
         mine, others = update.of(params), {name: p for name, p in params.items() if name not in update.of(params)}
 
         def objective(mine: Params, batch: Any, key: jax.Array):
-            trained = in_dtype(with_leaves(self.trained, others | mine), self.plan.dtype)
+            trained = in_dtype(self.rebuilt(others | mine), self.plan.dtype)
             if update.trains:
                 still = {name: module for name, module in trained.items() if name not in update.trains}
                 trained = {name: trained[name] for name in update.trains}

@@ -1,7 +1,7 @@
 """Trains a transformer further on data of one's own, by flow matching (Lipman et al., arXiv 2210.02747).
 
     dit-encode --model demo-wan --videos clips --captions clips/captions.jsonl --out data
-    dit-train finetune --set model=demo-wan --set data=data --set variant=demo --set out=runs/finetune --set export=tuned
+    dit-train finetune --set model=demo-wan --set data=data --set variant=demo --set export=tuned
     dit-generate --model tuned --prompt "a red 7 moving left" --out out.mp4
 
 All its weights learn; the running mean of them is exported.

@@ -1,7 +1,7 @@
 """PARE, stage I: a model that `dit-prune` made narrower learns to do what the whole one does (arXiv 2605.27336).
 
     dit-prune --model demo-wan --prompts prompts.txt --heads 0.3 --ffn 0.3 --out pruned
-    dit-train pare_stage1 --set model=demo-wan --set student=pruned --set data=data --set variant=demo --set export=stage1
+    dit-train pare_stage1 --set model=demo-wan --set student=pruned --set data=data --set variant=demo --set export=s1
 
 Block outputs, velocities, the data and the change from frame to frame are matched (docs/losses.md). The paper trains
 7,000 steps of batch 4.
@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RecipeConfig):
-    """Options of the recipe; `student` is the pruned model, `sampled_blocks` of how many blocks outputs are compared."""
+    """Options of the recipe; `student` is the pruned model, outputs are compared of `sampled_blocks` blocks a step."""
 
     out: str = "runs/pare-stage1"
     student: str = ""

@@ -1,8 +1,8 @@
 """PARE, stage II: a router learns which blocks a step needs, and the student to do without the others
 (arXiv 2605.27336).
 
-    dit-train pare_stage2 --set model=demo-wan --set student=stage1 --set data=data --set variant=demo --set export=stage2
-    dit-generate --model stage2 --plan routing --prompt "a red 7 moving left" --out out.mp4
+    dit-train pare_stage2 --set model=demo-wan --set student=s1 --set data=data --set variant=demo --set export=s2
+    dit-generate --model s2 --plan routing --prompt "a red 7 moving left" --out out.mp4
 
 The student is what stage I made (or, to compare with, the raw pruned model). A router that its checkpoint has is
 trained further. `least` and `most` are the blocks that run without noise and at pure noise: 20 and 35 of 40 in the

@@ -1,0 +1,171 @@
+"""CoReDiT: a model learns to do without its most coherent tokens in self-attention, ever more of them
+(arXiv 2605.14191).
+
+    dit-train coredit --set model=demo-wan --set data=data --set variant=demo --set export=coherent
+    dit-generate --model coherent --plan coredit --prompt "a red 7 moving left" --out out.mp4
+
+Every `ramp_every` steps one block more skips 64 tokens more (as large a share of a smaller model's): the one whose next
+tokens are most like their neighbours in the batch at hand. No block skips more than 60 %; the ramp ends where their
+mean is `ratio`. Skipped tokens are masked while it lasts, so that nothing is compiled again; the result carries the
+ratios, and a run with the plan `coredit` gathers the kept tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert.checkpoint import Checkpoint
+from convert.method_parts import part_files
+from dit_jax.config import UserError
+from dit_jax.methods.coherence import Lattice
+from dit_jax.methods.coredit import Coredit
+from dit_jax.methods.coredit_ratios import CAP, most_skipped, ramped, ratios_file
+from dit_jax.methods.method import Part
+from dit_jax.sharding import replicated
+from train import recipe
+from train.coredit_loss import CoreditSettings, coredit, sorted_coherence
+from train.models import Source
+from train.optimizers import adamw, cosine
+from train.placement import in_dtype
+from train.recipe import POSITION, Driven, RecipeConfig, Training, with_files, with_transformer
+from train.shards import write_whole
+from train.step import Metrics, Plan, TrainState, Update
+
+SKIPPED = "skipped"
+RAMP = "ramp.json"
+
+VARIANTS = {
+    "demo": {
+        "model": "demo-wan", "steps": 600, "batch": 8, "learning_rate": 1e-4, "warmup": 20, "dtype": "float32",
+        "save_every": 50, "ramp_every": 5,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeConfig):
+    """Options of the recipe.
+
+    ratio           mean share of the tokens that blocks skip in the end
+    ramp_every      steps between two turns of the ramp
+    sampled_blocks  of how many blocks attention outputs are compared (0: of all, as in the paper)
+    """
+
+    out: str = "runs/coredit"
+    steps: int = 10000
+    learning_rate: float = 1e-5
+    ratio: float = 0.45
+    ramp_every: int = 15
+    sampled_blocks: int = 0
+
+    @property
+    def settings(self) -> CoreditSettings:
+        """Of the loss."""
+        return CoreditSettings(flow=self.flow, sampled_blocks=self.sampled_blocks or None)
+
+
+@dataclass(kw_only=True)
+class Ramp:
+    """A step that is told how many tokens each block skips, and makes them more from time to time.
+
+    Every change is written to ramp.json in the run's folder: a run that goes on from a checkpoint begins with what was
+    skipped there. Shares of the tokens are kept, since batches may be of several shapes.
+    """
+
+    config: Config
+    driven: Driven
+    source: Source
+    shares: np.ndarray | None = None
+    changes: list[tuple[int, list[float]]] = field(default_factory=list)
+    full: bool = False
+
+    def __call__(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array) -> tuple[TrainState, Metrics]:
+        position = batch[POSITION]
+        if self.shares is None:
+            self._resume(position)
+        assert self.shares is not None
+        lattice = self.config.settings.lattice(np.shape(batch["latents"]), self.source.config.patch)
+        batch = {**batch, SKIPPED: self._skipped(lattice)}
+        if position % self.config.ramp_every == 0 and not self.full:
+            self._turn(state, batch, jax.random.fold_in(key, position), lattice)
+            batch[SKIPPED] = self._skipped(lattice)
+        state, metrics = self.driven(state, batch, key)
+        return state, {**metrics, "mean_skipped": self.shares.mean()}
+
+    def _skipped(self, lattice: Lattice) -> np.ndarray:
+        assert self.shares is not None
+        return np.minimum(np.rint(self.shares * lattice.tokens), most_skipped(lattice)).astype(np.int32)
+
+    @cached_property
+    def _coherence(self):
+        step, settings = self.driven.step, self.config.settings
+
+        def sorted_of(params, batch, key):
+            student = in_dtype(step.rebuilt(params), step.plan.dtype)["student"]
+            first = {name: array if name == SKIPPED else array[0] for name, array in batch.items()}
+            return sorted_coherence(student, first, key, settings=settings)
+
+        return jax.jit(sorted_of, out_shardings=replicated(step.mesh))
+
+    def _turn(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array, lattice: Lattice) -> None:
+        step = self.driven.step
+        arrays = {name: array for name, array in batch.items() if name != POSITION}
+        with jax.set_mesh(step.mesh):
+            coherence = np.asarray(self._coherence(state.params, step.place(arrays), key))
+        more = ramped(coherence, batch[SKIPPED], self.config.ratio, most_skipped(lattice))
+        self.full = bool((more == batch[SKIPPED]).all())
+        self.shares = more / lattice.tokens
+        self.changes.append((batch[POSITION], self.shares.tolist()))
+        if jax.process_index() == 0:
+            write_whole(Path(self.config.out) / RAMP, json.dumps(self.changes).encode())
+
+    def _resume(self, position: int) -> None:
+        self.changes = [(step, shares) for step, shares in read_ramp(self.config.out) if step < position]
+        self.shares = np.array(self.changes[-1][1] if self.changes else [0.0] * sum(self.source.stacks))
+
+
+def read_ramp(out: str) -> list[tuple[int, list[float]]]:
+    """(step, share of the tokens that each block skipped from there on) of the run in this folder, if it has begun."""
+    file = Path(out) / RAMP
+    return [(step, shares) for step, shares in json.loads(file.read_text())] if file.exists() else []
+
+
+def training(config: Config, source: Source) -> Training:
+    """A student in the masked form learns from its dense self."""
+    if not 0 < config.ratio <= CAP:
+        raise UserError(f"ratio is {config.ratio}, expected above 0 and at most {CAP}")
+    rate = cosine(config.learning_rate, config.steps, config.warmup)
+    update = Update(
+        loss=partial(coredit, settings=config.settings),
+        optimizer=adamw(rate, weight_decay=config.weight_decay, clip=config.clip),
+        microbatches=config.microbatches,
+    )
+    return Training(
+        trained={"student": source.transformer()},
+        frozen={"teacher": source.transformer(config.compute)},
+        plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay, whole=(SKIPPED,)),
+        target=source,
+        result=partial(_result, config),
+        around=lambda driven: Ramp(config=config, driven=driven, source=source),
+        extra={SKIPPED: jax.ShapeDtypeStruct((sum(source.stacks),), np.int32)},
+    )
+
+
+def _result(config: Config, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
+    """The student, with the share of the tokens that each block skips in the end."""
+    ratios = [round(share, 6) for share in read_ramp(config.out)[-1][1]]
+    part = Part(ratios_file({"transformer": ratios}, config.settings.stride), {})
+    return with_files(with_transformer(checkpoint, trained["student"]), part_files({Coredit.name: part}))
+
+
+def run(config: Config) -> None:
+    """Trains and exports."""
+    recipe.run(config, training)
