@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -29,23 +28,14 @@ from dit_jax.methods.patch_adapters import size_name
 from dit_jax.methods.plan import DENSE
 from dit_jax.parameters import named_leaves
 from dit_jax.sharding import make_mesh, parse_mesh, shardings
+from infer.chips import CHIPS, GIB, SLICES, chip_name, tpu_devices
+from infer.program_costs import needed_bytes
 from infer.random_pipeline import PRESETS, transformer_component, usual
-from infer.tpu_programs import Case, config_of, lower, plan_of
+from infer.tpu_programs import Case, config_of, plan_of, trace
 
-GIB = 1 << 30
 MOSAIC = "tpu_custom_call"  # a Pallas kernel in a lowered program
 STACKS = ("blocks.", "double.", "single.")
 VMEM = "S(1)"  # on-chip memory in the layout of a compiled program's array
-
-# Cloud names of slices. v5p counts TensorCores, two a chip; the others count chips.
-SLICES = {
-    "v5e-4": "v5e:2x2", "v5e-8": "v5e:2x4", "v5e-16": "v5e:4x4", "v5e-32": "v5e:4x8",
-    "v5p-8": "v5p:2x2x1", "v5p-16": "v5p:2x2x2", "v5p-32": "v5p:2x2x4",
-    "v6e-4": "v6e:2x2", "v6e-8": "v6e:2x4", "v6e-16": "v6e:4x4",
-}  # fmt: skip
-
-# What the compiler lets a program use of a chip's HBM (it keeps a little for itself), in GiB.
-CAPACITY = {"v5e": 15.75, "v5p": 95.73, "v6e": 31.24}
 
 # The tables in docs/tpu.md: models by size, slice and mesh; methods on one size of two models.
 SIZES = ("832x480", "1280x720")
@@ -94,44 +84,18 @@ class Memory:
     copies: int | None = None
 
 
-def chip(topology: str) -> str:
-    """`v5e` of `v5e-8` or `v5e:2x4`; UserError for one whose HBM is not known."""
-    name = SLICES.get(topology, topology).partition(":")[0]
-    if name not in CAPACITY:
-        raise UserError(
-            f"unknown topology {topology!r}: expected one of {', '.join(SLICES)} or a shape such as v5p:2x2x4"
-        )
-    return name
-
-
-def tpu_devices(topology: str) -> list[Any]:
-    """Chips of a slice (`v5e-8`) or topology (`v5e:2x4`), described by libtpu; UserError if it cannot."""
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    chip(topology)
-    try:
-        return list(topologies.get_topology_desc(SLICES.get(topology, topology), platform="tpu").devices)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"libtpu cannot describe {topology!r} ({reason}): install libtpu, or name a shape that exists"
-        ) from error
-
-
 def measure(component: Component, case: Case) -> Memory:
     """Compiles a model as the case says; UserError for a size, plan, mesh or topology that cannot be."""
     mesh = make_mesh(parse_mesh(case.mesh), tpu_devices(case.topology))
-    lowered, kept = lower(component, case, mesh)
+    program = trace(component, case, mesh)
+    lowered, kept = program.traced.lower(), program.kept
     if MOSAIC not in lowered.as_text():
         raise RuntimeError("the program holds no splash attention: expected a Mosaic kernel for a TPU topology")
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return _over_capacity(error, kept, time.perf_counter() - began)
+        return Memory(peak=needed_bytes(error), kept=kept, seconds=time.perf_counter() - began, fits=False)
     seconds = time.perf_counter() - began
     found = compiled.memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -143,7 +107,7 @@ def measure(component: Component, case: Case) -> Memory:
         kept=kept,
         copies=_copies(compiled, component, mesh),
         seconds=seconds,
-        fits=peak <= CAPACITY[chip(case.topology)] * GIB,
+        fits=peak <= CHIPS[chip_name(case.topology)].capacity,
     )
 
 
@@ -154,15 +118,6 @@ def _copies(compiled, component: Component, mesh) -> int | None:
     except jax.errors.JaxRuntimeError:
         return None
     return copied_stacks(text, component, mesh)
-
-
-def _over_capacity(error: Exception, kept: int, seconds: float) -> Memory:
-    """What a program needs that the compiler refuses because it exceeds HBM; any other error is raised again."""
-    needed = re.search(r"\(([\d.]+)([GM])\) exceeds available HBM", str(error))
-    if needed is None:
-        raise error
-    peak = round(float(needed[1]) * (GIB if needed[2] == "G" else GIB >> 10))
-    return Memory(peak=peak, kept=kept, seconds=seconds, fits=False)
 
 
 def copied_stacks(text: str, component: Component, mesh) -> int:
@@ -217,7 +172,7 @@ def table_row(columns: tuple[str, ...], case: Case, memory: Memory) -> str:
         "plan": plan_cell(case),
         "slice": case.topology,
         "mesh": case.mesh,
-        "capacity": f"{CAPACITY[chip(case.topology)]:.2f}",
+        "capacity": f"{CHIPS[chip_name(case.topology)].capacity / GIB:.2f}",
         "fits": "yes" if memory.fits else "no",
         "compile s": f"{memory.seconds:.0f}",
     }

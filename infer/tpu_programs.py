@@ -17,11 +17,11 @@ import numpy as np
 
 from convert.components import Component
 from dit_jax.config import UserError
-from dit_jax.flops import Config
+from dit_jax.flops import Config, Shape, plan_cost
 from dit_jax.methods.ddit import Ddit
 from dit_jax.methods.magcache import MagCache
 from dit_jax.methods.method import Part, Run
-from dit_jax.methods.patch_adapters import AdapterSettings, abstract_adapters, part_of
+from dit_jax.methods.patch_adapters import AdapterSettings, abstract_adapters, part_of, size_name
 from dit_jax.methods.plan import DENSE, Plan, parse_plan
 from dit_jax.methods.pruning import pruned_config
 from dit_jax.methods.routing import ROUTER
@@ -61,10 +61,18 @@ class Case:
 
 
 class Program(NamedTuple):
-    """A lowered program, and the bytes a chip that its method keeps from step to step (of its arguments)."""
+    """A traced program, and the bytes a chip that its method keeps from step to step (of its arguments).
 
-    lowered: Any
+    steps   of the run that it makes
+    tokens  of the latents at the model's own patch size, and `flops` of matrix products, on all chips together, where
+            the plan is what it costs on average
+    """
+
+    traced: Any
     kept: int
+    steps: int
+    tokens: int
+    flops: float
 
 
 def config_of(case: Case) -> Config:
@@ -130,7 +138,7 @@ def abstract_parts(component: Component) -> dict[str, Part]:
     }
 
 
-def lower(component: Component, case: Case, mesh) -> Program:
+def trace(component: Component, case: Case, mesh) -> Program:
     """The program of one sampling segment on the mesh; UserError for a size, plan or mesh that does not fit."""
     config = component.config
     guided, latents = abstract_request(component, case.size, case.frames)
@@ -155,7 +163,24 @@ def lower(component: Component, case: Case, mesh) -> Program:
         started = jax.jit(lambda denoiser, latents: start(denoiser, solver, latents)).lower(denoiser, latents).compile()
         carry = jax.tree.map(_like, started.out_info, started.output_shardings)
         program = jax.jit(segment, donate_argnames="carry", out_shardings=started.output_shardings)
-        return Program(program.lower(denoiser, carry, schedule, first), _bytes_a_chip(carry.denoiser))
+        traced = program.trace(denoiser, carry, schedule, first)
+    tokens = math.prod(grid(latents.shape, config.patch))
+    return Program(
+        traced, _bytes_a_chip(carry.denoiser), count, tokens, _flops(config, case, plan, tokens, steps) * count
+    )
+
+
+def _flops(config: Config, case: Case, plan: Plan, tokens: int, steps: int) -> float:
+    """Of a step of the plan, on average; at a patch size, of a step at that size."""
+    methods = plan.methods
+    if plan.chooser:
+        fixed = f"{Ddit.name}:{size_name(case.variant)}@0-{steps - 1}"
+        methods = () if case.variant == 1 else parse_plan(fixed).methods
+    seen = config.image_width if isinstance(config, WanConfig) else None
+    shape = Shape(
+        tokens=tokens, text=TEXT_TOKENS, branches=2 if usual(config).video else 1, image=IMAGE_TOKENS if seen else 0
+    )
+    return plan_cost(config, shape, methods, steps).flops / steps
 
 
 def _on_mesh(guided: Guided, component: Component, mesh) -> Guided:

@@ -1,7 +1,7 @@
 """Writes made-up training media with captions, as `dit-encode` reads them: clips of moving digits, or pictures.
 
-    python -m train.demo_media --clips 256 --out clips
-    python -m train.demo_media --pictures 256 --out pictures
+python -m train.demo_media --clips 256 --out clips
+python -m train.demo_media --pictures 256 --out pictures
 """
 
 from __future__ import annotations

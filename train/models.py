@@ -35,22 +35,24 @@ class Source:
     model    folder, hub id, shipped model, or a preset such as wan2.1-t2v-14b where nothing is to be run
     mesh     that its weights are read onto
     pruned   shares of heads and neurons that a preset lacks
+    planned  whether its sizes are enough, to compile for a pod
     """
 
     model: str
     mesh: Mesh
     pruned: tuple[float, float] = (0.0, 0.0)
+    planned: bool = False
     _read: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def abstract(self) -> bool:
         """Whether there are sizes alone."""
-        return self.model in PRESETS
+        return self.planned or self.model in PRESETS
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """Its files; UserError for a preset, and for what is no pipeline or one with two experts."""
-        if self.abstract:
+        if self.model in PRESETS:
             raise UserError(
                 f"{self.model} is a preset, which has sizes and no weights: expected a checkpoint; give its folder or "
                 "hub id (presets are for dit-plan)"
@@ -69,7 +71,7 @@ class Source:
     @cached_property
     def component(self) -> Component:
         """What its transformer is."""
-        if self.abstract:
+        if self.model in PRESETS:
             return transformer_component(pruned_config(PRESETS[self.model], *self.pruned))
         return self.checkpoint.component(HIGH_NOISE)
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import UserError
 from dit_jax.models import flux, wan
-from dit_jax.ops.mesh import axis_size
+from dit_jax.ops.mesh import activation_axes, axis_size
 from dit_jax.parameters import Precision, cast, named_leaves
 from dit_jax.sharding import AxesTable, leaf_sharding, make_mesh, parse_mesh, replicated
 
@@ -98,12 +98,12 @@ def state_sharding(path: tuple[Any, ...], leaf: Any, weights: Mapping[str, Named
 
 
 def rows_sharding(mesh: Mesh, batch: int) -> NamedSharding:
-    """Arrays [K, B, ...] by rows of each of K microbatches; UserError where the mesh does not divide B."""
-    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
-    needed = axis_size(mesh, axes)
-    if batch % needed:
-        raise UserError(f"a batch of {batch} does not divide over {needed} devices: choose a multiple of {needed}")
-    return NamedSharding(mesh, PartitionSpec(None, axes or None))
+    """Arrays [K, B, ...] by rows of each of K microbatches, over `data` and, where it divides them too, `fsdp` (which
+    splits the tokens where it does not); UserError where `data` does not divide B."""
+    data = mesh.shape.get("data", 1)
+    if batch % data:
+        raise UserError(f"a batch of {batch} does not divide over data={data}: choose a multiple of {data}")
+    return NamedSharding(mesh, PartitionSpec(None, activation_axes(mesh, batch)[0] or None))
 
 
 def in_dtype(tree: Any, dtype: Any) -> Any:

@@ -154,7 +154,7 @@ class TrainStep:
         mean = jax.tree.map(jnp.copy, self.plan.of_mean(params))
         return TrainState(jnp.zeros((), jnp.int32), params, states, mean, jnp.ones((), bool))
 
-    def lower(self, batch: Mapping[str, jax.ShapeDtypeStruct], turn: int | None = None) -> jax.stages.Lowered:
+    def trace(self, batch: Mapping[str, jax.ShapeDtypeStruct], turn: int | None = None) -> Any:
         """The step for abstract arrays of a batch [K·B, ...], to be compiled ahead of time."""
 
         def placed(leaf, sharding):
@@ -170,7 +170,7 @@ class TrainStep:
         key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.mesh))
         with jax.set_mesh(self.mesh):
             placed_state = jax.tree.map(placed, state, self.shardings(state))
-            return self.jitted.lower(placed_state, self.frozen, arrays, key, turn=turn)
+            return self.jitted.trace(placed_state, self.frozen, arrays, key, turn=turn)
 
     def shardings(self, state: TrainState) -> Any:
         """The sharding of every leaf of a state."""
@@ -244,7 +244,7 @@ class TrainStep:
                 updates, after = update.optimizer.update(gradients, opt_state, mine)
                 params = params | _if(sound, optax.apply_updates(mine, updates), mine)
                 opt_state = _if(sound, after, opt_state)
-            prefix = "_".join(update.trains) + "_" if len(self.plan.updates) > 1 else ""
+            prefix = f"{update.trains[0]}_" if len(self.plan.updates) > 1 else ""
             metrics |= {prefix + name: value for name, value in told.items()}
             states.append(opt_state)
         decay = jnp.minimum(self.plan.ema_decay, (1.0 + state.step) / (10.0 + state.step))

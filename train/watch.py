@@ -14,21 +14,9 @@ import jax
 
 from convert.progress import progress_bar
 from dit_jax.config import UserError
+from infer.chips import PEAK_FLOPS
 
 SMOOTHING = 0.95
-
-# Most bf16 multiply-adds of a chip, in FLOP/s, by `device_kind` (vendors' data sheets, dense).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 class Phases:

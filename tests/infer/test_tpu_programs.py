@@ -14,9 +14,10 @@ from dit_jax.models.flux import FLUX_DEV, FluxConfig
 from dit_jax.models.wan import WAN_14B, WanConfig
 from dit_jax.parameters import named_leaves
 from dit_jax.sharding import logical_axes, make_mesh, parse_mesh
+from infer.chips import tpu_devices
 from infer.random_pipeline import transformer_component
-from infer.tpu_memory import measure, tpu_devices
-from infer.tpu_programs import Case, abstract_parts, abstract_request, config_of, lower, plan_of
+from infer.tpu_memory import measure
+from infer.tpu_programs import Case, abstract_parts, abstract_request, config_of, plan_of, trace
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'dit-jax[dev]'"
@@ -88,7 +89,7 @@ def test_what_a_method_keeps_is_counted(plan):
     """On four chips, against the method's own arithmetic; padding and what is of a token's size come on top."""
     shape = Shape(tokens=3 * 11 * 15, text=512, branches=2, itemsize=2)
     expected = sum(method.kept_bytes(WAN.config, shape) for method in plan_of(WAN.config, plan).methods)
-    kept = 4 * lower(WAN, replace(ON_WAN, plan=plan), mesh_of(ON_WAN)).kept
+    kept = 4 * trace(WAN, replace(ON_WAN, plan=plan), mesh_of(ON_WAN)).kept
     padded = 512 / shape.tokens
     assert expected <= kept / padded * 1.001 and kept <= 1.2 * padded * expected
 
@@ -105,13 +106,13 @@ def test_what_a_method_keeps_is_counted(plan):
 def test_a_plan_that_does_not_fit_is_refused_before_it_is_lowered(component, plan, message):
     case = ON_FLUX if component is FLUX else ON_WAN
     with pytest.raises(UserError, match=message):
-        lower(component, replace(case, plan=plan), mesh_of(case))
+        trace(component, replace(case, plan=plan), mesh_of(case))
 
 
 @needs_libtpu
 def test_each_patch_size_has_a_program_of_its_own():
     cases = [replace(ON_WAN, frames=17, plan="ddit", variant=size) for size in (1, 2, 4)]
-    texts = [lower(WAN, case, mesh_of(case)).lowered.as_text() for case in cases]
+    texts = [trace(WAN, case, mesh_of(case)).traced.lower().as_text() for case in cases]
     # Tokens of a branch, in whole lanes of 128 on each of the two chips that share them.
     assert ["tensor<2x1024x256xbf16>" in text for text in texts] == [True, False, False]
     assert ["tensor<2x256x256xbf16>" in text for text in texts] == [False, True, True]

@@ -160,8 +160,14 @@ def test_each_device_updates_a_share_of_a_stack_that_all_hold():
 
 def test_a_batch_that_the_mesh_does_not_divide_is_told():
     mesh = jax.sharding.AbstractMesh((3, 1), ("data", "fsdp"))
-    with pytest.raises(UserError, match="batch of 8 does not divide over 3 devices"):
+    with pytest.raises(UserError, match="batch of 8 does not divide over data=3: choose a multiple of 3"):
         rows_sharding(mesh, 8)
+
+
+def test_rows_that_fsdp_does_not_divide_leave_it_the_tokens():
+    mesh = jax.sharding.AbstractMesh((2, 16), ("data", "fsdp"))
+    assert spec(rows_sharding(mesh, 4)) == (None, ("data",))
+    assert spec(rows_sharding(mesh, 32)) == (None, ("data", "fsdp"))
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch(batch):

@@ -8,7 +8,7 @@ import pytest
 
 from dit_jax.ops.memory_order import row_major
 from dit_jax.sharding import make_mesh
-from infer.tpu_memory import tpu_devices
+from infer.chips import tpu_devices
 
 
 def test_off_tpu_nothing_is_said_about_order():
