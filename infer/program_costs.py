@@ -36,11 +36,13 @@ def needed_bytes(error: Exception) -> int:
     return round(float(needed[1]) * (GIB if needed[2] == "G" else GIB >> 10))
 
 
-def matmul_flops(jaxpr: Any) -> int:
+def matmul_flops(jaxpr: Any, trips: int | None = None) -> int:
     """FLOPs of all matrix products of a jaxpr on all devices together; those of a loop times its length.
 
     In a `shard_map` every device does what is written once, in a Pallas kernel every step of the grid. Of the branches
-    of a conditional the most expensive one counts. ValueError for a loop whose length only a run tells.
+    of a conditional the most expensive one counts.
+
+    trips  of a loop whose length only a run tells; ValueError for one if this is None
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -50,16 +52,18 @@ def matmul_flops(jaxpr: Any) -> int:
             shape = equation.invars[0].aval.shape
             total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
             continue
-        inner = [matmul_flops(each) for each in jax.core.jaxprs_in_params(params)]
+        inner = [matmul_flops(each, trips) for each in jax.core.jaxprs_in_params(params)]
         if not any(inner):
             continue
-        if name == "while":
-            raise ValueError("the program has a loop of unknown length: its FLOPs cannot be counted")
-        total += _times(name, params) * (max(inner) if name == "cond" else sum(inner))
+        total += _times(name, params, trips) * (max(inner) if name == "cond" else sum(inner))
     return total
 
 
-def _times(name: str, params: Mapping[str, Any]) -> int:
+def _times(name: str, params: Mapping[str, Any], trips: int | None) -> int:
+    if name == "while":
+        if trips is None:
+            raise ValueError("the program has a loop whose length only a run tells: say how often it runs")
+        return trips
     if name == "scan":
         return params["length"]
     if name == "shard_map":
@@ -99,18 +103,17 @@ class CompiledText:
 
         One that is spread over several fusions, so as to overlap with them, has one channel and counts once.
         """
-        found, seen = [], set()
+        found: dict[str, Sent] = {}
         for name, times in self._run(self.entry, 1):
             for line in self.computations[name]:
                 operation = _OPERATION.search(line)
                 if operation is None or not operation[1].startswith(COLLECTIVES):
                     continue
                 channel = re.search(r"channel_id=(\d+)", line)
-                if channel is not None and channel[1] in seen:
-                    continue
-                seen.add(channel[1] if channel else line)
-                found.append(self._sent(operation[1].removesuffix("-start"), line, operation.start(), name, times))
-        return found
+                sent = self._sent(operation[1].removesuffix("-start"), line, operation.start(), name, times)
+                place = channel[1] if channel else line
+                found[place] = max(found.get(place, sent), sent, key=lambda each: each.size)
+        return list(found.values())
 
     def _run(self, name: str, times: int) -> Iterator[tuple[str, int]]:
         """(computation, how often it runs), of this one and all that it calls."""

@@ -1,6 +1,5 @@
 """The arithmetic of `dit_jax/flops.py` against the matrix products that a traced program holds, and XLA's count."""
 
-import math
 from dataclasses import replace
 
 import jax
@@ -28,6 +27,7 @@ from dit_jax.models.flux import FLUX_DEV, Flux, FluxConfig
 from dit_jax.models.network import Aux, Conditioning, NetworkCall, Route, State, Tokens, TokenTimesteps, network
 from dit_jax.models.wan import WAN_1_3B, WAN_14B, Wan, WanConfig
 from dit_jax.parameters import named_leaves
+from infer.program_costs import matmul_flops
 
 WAN = WanConfig(
     blocks=3, width=48, heads=4, head_width=12, mlp_width=80, in_channels=5, out_channels=4, text_width=11,
@@ -47,24 +47,6 @@ CASES = {
     "flux": (FLUX, Shape(tokens=35, text=7, samples=2, branches=2)),
     "schnell": (replace(FLUX, guidance=False), Shape(tokens=35, text=6)),
 }
-
-
-def products(jaxpr, trips: int | None = None) -> int:
-    """FLOPs of all `dot_general`s of a jaxpr, those of a loop times its length; `trips` of a loop without one."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        times = 1
-        if equation.primitive.name == "scan":
-            times = equation.params["length"]
-        if equation.primitive.name == "while":
-            assert trips is not None
-            times = trips
-        total += times * sum(products(inner, trips) for inner in jax.core.jaxprs_in_params(equation.params))
-    return total
 
 
 def abstract(*shape, dtype=jnp.float32):
@@ -98,7 +80,7 @@ def plain(model, tokens, t, told):
 def test_flops_are_those_of_the_programs_products(name):
     config, shape = CASES[name]
     jaxpr = jax.make_jaxpr(plain)(*arguments(config, shape)).jaxpr
-    assert step_cost(config, shape, dense_work(config, shape)).flops == products(jaxpr)
+    assert step_cost(config, shape, dense_work(config, shape)).flops == matmul_flops(jaxpr)
 
 
 @pytest.mark.parametrize("config", [WAN, FLUX], ids=["wan", "flux"])
@@ -112,7 +94,7 @@ def test_a_step_of_hsa_projects_what_is_due_and_attends_all(config):
     jaxpr = jax.make_jaxpr(refreshed)(*arguments(config, shape, due), KeysValues(keys, keys)).jaxpr
     hsa = replace(PRESETS["50"], shares=(0.25, 0.75))
     inside = StepAt(hsa.margin + 1, hsa.steps, False, {})
-    assert step_cost(config, shape, hsa.step_work(dense_work(config, shape), inside)).flops == products(jaxpr)
+    assert step_cost(config, shape, hsa.step_work(dense_work(config, shape), inside)).flops == matmul_flops(jaxpr)
 
 
 def test_a_block_that_is_skipped_costs_nothing():
@@ -125,8 +107,8 @@ def test_a_block_that_is_skipped_costs_nothing():
     jaxpr = jax.make_jaxpr(routed)(*arguments(WAN, shape)).jaxpr
     work = dense_work(WAN, shape)
     skipping = work._replace(blocks=(work.blocks[0], work.blocks[1]._replace(share=0.0), work.blocks[2]))
-    assert step_cost(WAN, shape, skipping).flops == products(jaxpr, trips=2)
-    assert step_cost(WAN, shape, work).flops == products(jaxpr, trips=3)
+    assert step_cost(WAN, shape, skipping).flops == matmul_flops(jaxpr, trips=2)
+    assert step_cost(WAN, shape, work).flops == matmul_flops(jaxpr, trips=3)
 
 
 def test_pruned_tokens_and_larger_patches_by_hand():

@@ -1,0 +1,62 @@
+"""dit-plan: what is told of a recipe's step and of sampling on a described slice."""
+
+import importlib.util
+import json
+
+import pytest
+
+from infer.chips import GIB
+from train import plan
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'dit-jax[dev]'"
+)
+SMALL = ["--set", "model=demo-wan", "--set", "size=128x128", "--set", "frames=17", "--set", "batch=4"]
+
+
+@needs_libtpu
+def test_a_recipes_step_is_compiled_and_told(capsys):
+    words = ["finetune", "--topology", "v5e:2x2", "--mesh", "data=2,fsdp=2", *SMALL]
+    assert plan.main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] and 0 < told["peak_bytes"] < told["capacity_bytes"] == int(15.75 * GIB)
+    # Of 3.2 M weights that 320 tokens of 4 samples pass, forward, again, and twice backward; attention besides.
+    assert told["flops"] > 8 * 3.0e6 * 320 * 4 / 4
+    assert told["floor_seconds"] == max(told[f"{what}_seconds"] for what in ("compute", "memory", "network"))
+    assert told["sent_bytes"]["all-gather"] > 0
+    found = plan.Report(**told)
+    assert "finetune demo-wan: fits" in plan.told(found)
+    assert found.tokens_per_second == pytest.approx(4 * 320 / found.floor_seconds)
+
+
+def test_what_does_not_fit_says_by_how_much():
+    report = plan.Report(
+        what="x", topology="v5e:2x2", slices=2, mesh="data=8", chips=8, fits=False, peak_bytes=20 * GIB,
+        capacity_bytes=15 * GIB, flops=1e12, arguments=None, temporaries=None, moved_bytes=None, sent_bytes={},
+        compute_seconds=1.0, memory_seconds=0.0, network_seconds=0.0, floor_seconds=1.0, tokens_per_second=5.0,
+        compile_seconds=3.0,
+    )  # fmt: skip
+    assert "x: does not fit, short by 5.00 GiB a chip" in plan.told(report)
+    assert "2 x v5e:2x2, 8 chips" in plan.told(report)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["finetune", "--topology", "v9x:2x2"], "unknown topology 'v9x:2x2'"),
+        (["finetune", "--topology", "v5e:2x2", "--mesh", "data=3"], "mesh data=3 needs 3 devices, found 4"),
+        (["demo_text", "--topology", "v5e:2x2"], "has no `training"),
+        (["finetun", "--topology", "v5e:2x2"], "did you mean finetune"),
+        (["finetune", "--topology", "v5e:2x2", "--set", "bach=4"], "did you mean 'batch'"),
+        (
+            ["finetune", "--topology", "v5e:2x2", "--mesh", "data=4", *SMALL[:-1], "batch=6"],
+            "does not divide over data=4",
+        ),
+        (["wan2.1-t2v-1.3b", "--topology", "v5e:2x2", "--plan", "hsa:99"], "hsa"),
+    ],
+)
+@needs_libtpu
+def test_bad_input_is_one_sentence(capsys, words, expected):
+    assert plan.main(words) == 2
+    told = capsys.readouterr().err
+    assert expected in told and told.count("\n") == 1
