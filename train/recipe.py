@@ -20,6 +20,7 @@ from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.flops import Config
 from dit_jax.models.network import NetworkCall
+from dit_jax.models.remat import parse_remat
 from dit_jax.models.wan import WanConfig
 from infer.random_pipeline import IMAGE_TOKENS, TEXT_TOKENS, usual
 from infer.tpu_programs import latents_shape
@@ -46,6 +47,7 @@ class RecipeConfig(RunConfig):
     model          what is learnt from: a pipeline's folder, a hub id, a shipped model; for dit-plan also a preset
     data           folder that dit-encode made of this model
     batch          rows of one update, of all hosts; in so many `microbatches`, one after the other
+    remat          what of a block is kept for its gradient (dit_jax/models/remat.py)
     dtype          that the transformers compute in; the weights that are trained are fp32
     shift          of random noise levels towards noise
     export         folder that the result is written to
@@ -63,7 +65,7 @@ class RecipeConfig(RunConfig):
     clip: float = 1.0
     ema_decay: float = 0.999
     dtype: str = "bfloat16"
-    remat: bool = True
+    remat: str = "blocks"
     shift: float = 3.0
     caption_dropout: float = 0.1
     export: str = ""
@@ -80,7 +82,7 @@ class RecipeConfig(RunConfig):
     @property
     def flow(self) -> FlowSettings:
         """Random noise levels, and how transformers are called."""
-        return FlowSettings(shift=self.shift, call=NetworkCall(remat=self.remat))
+        return FlowSettings(shift=self.shift, call=NetworkCall(remat=parse_remat(self.remat)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.models.remat import Remat, rematerialised
 from dit_jax.ops import mesh as meshes
 from dit_jax.ops.attention import attend
 from dit_jax.ops.rope import Rope
@@ -167,7 +168,7 @@ class NetworkCall:
 
     attention: Strategy = Dense()
     cache: TrunkCache | None = None
-    remat: bool = False
+    remat: Remat = "none"
 
 
 class Route(NamedTuple):
@@ -342,7 +343,7 @@ def run_blocks(blocks, x, signal, place: Place, call: NetworkCall, state=None, a
             after = _gated(x, after, jax.lax.dynamic_index_in_dim(aux.gates, first + index, axis=1))
         return _pinned(after), cache
 
-    run = jax.checkpoint(step) if call.remat and aux.routes is None else step
+    run = step if aux.routes is not None else rematerialised(step, call.remat)
     run = run if aux.taps is None else _tapping(run, aux.taps, first)
     carry = (_pinned(x), state)
     if aux.routes is not None:

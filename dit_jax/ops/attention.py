@@ -12,12 +12,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from dit_jax.ops import mesh as meshes
 
 TPU_BLOCK = 512
 TPU_LANES = 128
+ATTENDED = "attended"  # its results, where a gradient chooses what to keep (`models.remat`)
 CPU_SCORES = 1 << 17  # scores a CPU block holds at once: 512 KiB in fp32, about one L2 cache
 
 
@@ -34,8 +36,10 @@ def attend(
     body = functools.partial(_BODIES[meshes.platform()], scale=scale)
     mesh = meshes.current_mesh()
     if mesh is None:
-        return body(q_BNHK, k_BMHK, v_BMHK, valid_BM)
-    return _on_mesh(mesh, body, q_BNHK, k_BMHK, v_BMHK, valid_BM)
+        found = body(q_BNHK, k_BMHK, v_BMHK, valid_BM)
+    else:
+        found = _on_mesh(mesh, body, q_BNHK, k_BMHK, v_BMHK, valid_BM)
+    return checkpoint_name(found, ATTENDED)
 
 
 def _on_mesh(mesh, body, q, k, v, valid):
@@ -133,6 +137,7 @@ def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM=None, *, scale, interpret=False):
         ),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=ATTENDED,
         interpret=interpret,
     )  # fmt: skip
     scaled = (q_BNHK.astype(jnp.float32) * scale).astype(q_BNHK.dtype)  # a scale rounded to bf16 would tilt every score

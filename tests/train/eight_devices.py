@@ -34,7 +34,7 @@ def new_model():
 
 
 def loss_of():
-    return partial(flow_matching, settings=FlowSettings(call=NetworkCall(remat=True)))
+    return partial(flow_matching, settings=FlowSettings(call=NetworkCall(remat="blocks")))
 
 
 def run(out, steps, mesh, optimizer=None):

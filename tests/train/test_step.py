@@ -166,7 +166,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_told():
 
 def test_rows_that_fsdp_does_not_divide_leave_it_the_tokens():
     mesh = jax.sharding.AbstractMesh((2, 16), ("data", "fsdp"))
-    assert spec(rows_sharding(mesh, 4)) == (None, ("data",))
+    assert spec(rows_sharding(mesh, 4)) == (None, "data")
     assert spec(rows_sharding(mesh, 32)) == (None, ("data", "fsdp"))
 
 

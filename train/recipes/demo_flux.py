@@ -108,7 +108,7 @@ def run(config: Config) -> None:
     rate = schedule(config.learning_rate, config.steps, warmup=50, decay=config.decay_steps)
     optimizer = muon(rate, rate)
     # On a CPU recomputing the blocks is quicker than writing down what their gradients need.
-    settings = FlowSettings(shift=config.shift, call=NetworkCall(remat=True))
+    settings = FlowSettings(shift=config.shift, call=NetworkCall(remat="blocks"))
     loss = partial(flow_matching, settings=settings)
     step = TrainStep(model, alone(loss, optimizer, ema_decay=0.998), mesh)
     embed = in_groups(partial(_embed, text))
