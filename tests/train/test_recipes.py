@@ -1,0 +1,182 @@
+"""Every recipe of distillation, run by its command on a handful of small clips: what it learns, writes, goes on from."""
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from convert.checkpoint import open_checkpoint
+from convert.method_parts import read_parts
+from dit_jax.methods.plan import parse_plan
+from infer.adapt import main as adapt
+from infer.generate import main as generate
+from infer.prune import main as prune
+from train.checkpoints import load_ema, newest_step
+from train.cli import main as train
+from train.demo_media import main as demo_media
+from train.encode import main as encode
+from train.recipes.coredit import read_ramp
+
+SMALL = ["steps=3", "save_every=2", "log_every=1", "batch=4", "mesh=fsdp=1", "warmup=1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Encoded data of demo-wan in small clips, and of demo-flux in small pictures."""
+    made = {}
+    for kind, model, bucket in (("clips", "demo-wan", "64x64x5"), ("pictures", "demo-flux", "64x64")):
+        folder = tmp_path_factory.mktemp(kind)
+        assert demo_media([f"--{kind}", "12", "--out", str(folder / "media")]) == 0
+        media = ["--videos" if kind == "clips" else "--images", str(folder / "media")]
+        captions = ["--captions", str(folder / "media" / "metadata.jsonl")]
+        out = ["--out", str(folder / "data"), "--buckets", bucket]
+        assert encode(["--model", model, *media, *captions, *out]) == 0
+        made[model] = folder / "data"
+    return made
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """demo-wan with fewer neurons: no prompts are needed to choose them."""
+    out = tmp_path_factory.mktemp("pruned") / "model"
+    assert prune(["--model", "demo-wan", "--heads", "0", "--ffn", "0.5", "--out", str(out)]) == 0
+    return out
+
+
+def run(recipe, out, data, *settings, model="demo-wan", steps=None):
+    words = [*SMALL, f"model={model}", f"data={data[model]}", f"out={out}", f"export={out}-model", *settings]
+    words += [f"steps={steps}"] if steps else []
+    code = train([recipe, "--set", "variant=demo", *(word for each in words for word in ("--set", each))])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if not code else []
+    return code, lines
+
+
+def weights(model):
+    return {name: leaf.rectangle(None) for name, leaf in open_checkpoint(model).leaves("transformer").items()}
+
+
+def changed(left, right):
+    return [name for name in right if not np.array_equal(left[name], right[name])]
+
+
+def test_finetuning_changes_the_weights_and_nothing_else(data, tmp_path):
+    code, lines = run("finetune", tmp_path / "run", data)
+    assert code == 0
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    tuned = tmp_path / "run-model"
+    assert len(changed(weights(tuned), weights("demo-wan"))) > 30
+    vae = {name: leaf.rectangle(None) for name, leaf in open_checkpoint(tuned).leaves("vae").items()}
+    before = {name: leaf.rectangle(None) for name, leaf in open_checkpoint("demo-wan").leaves("vae").items()}
+    assert changed(vae, before) == []
+
+
+def test_pare_takes_both_stages(data, pruned, tmp_path):
+    code, lines = run("pare_stage1", tmp_path / "one", data, f"student={pruned}")
+    assert code == 0
+    assert {"loss_features", "loss_teacher", "loss_data", "loss_motion"} <= set(lines[-1])
+    code, lines = run("pare_stage2", tmp_path / "two", data, f"student={tmp_path}/one-model")
+    assert code == 0
+    student = open_checkpoint(tmp_path / "two-model")
+    assert student.component("transformer").config.mlp_width < 432
+    parts = read_parts(student)
+    parse_plan("routing").check((10,), parts)
+
+
+def test_ddit_trains_adapters_by_turns_and_leaves_the_model(data, tmp_path):
+    code, lines = run("ddit", tmp_path / "run", data, steps=6)
+    assert code == 0
+    sizes = {name.partition("_")[0] for line in lines for name in line if name.endswith("_loss")}
+    assert {"2p", "4p"} <= sizes
+    adapted = tmp_path / "run-model"
+    assert changed(weights(adapted), weights("demo-wan")) == []
+    assert adapt(["--model", "demo-wan", "--add", "ddit", "--out", str(tmp_path / "untrained")]) == 0
+    left, right = (read_parts(open_checkpoint(each))["ddit"].leaves for each in (adapted, tmp_path / "untrained"))
+    assert {name.partition(".")[0] for name in changed(left, right)} == {"2p", "4p"}
+
+
+def test_coredit_skips_ever_more_and_goes_on_bit_for_bit(data, tmp_path):
+    """The run that goes on finds a ramp that was already further than its checkpoint."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    settings = ("ramp_every=1", "ratio=0.02", "keep=9")
+    assert run("coredit", straight, data, *settings, steps=4)[0] == 0
+    ramp = read_ramp(str(straight))
+    shares = [np.mean(share) for _, share in ramp]
+    assert all(before < after for before, after in itertools.pairwise(shares) if before < 0.02)
+    assert shares[-1] == pytest.approx(0.02, abs=0.01)
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "4")
+    assert run("coredit", resumed, data, *settings, steps=4)[0] == 0
+    assert changed(load_ema(resumed), load_ema(straight)) == []
+    assert read_ramp(str(resumed)) == ramp
+    parts = read_parts(open_checkpoint(f"{resumed}-model"))
+    assert parts["coredit"].settings["ratios"] == pytest.approx(ramp[-1][1], abs=1e-6)
+
+
+def test_step_distillation_makes_a_student_of_four_steps(data, tmp_path):
+    code, lines = run("step_distill", tmp_path / "run", data, "fake_turns=2", "batch=2")
+    assert code == 0
+    assert {"fake_loss", "student_loss"} <= set(lines[-1])
+    parts = read_parts(open_checkpoint(tmp_path / "run-model"))
+    assert parts["few_step"].settings["timesteps"] == [1000.0, 750.0, 500.0, 250.0]
+    assert len(changed(weights(tmp_path / "run-model"), weights("demo-wan"))) > 30
+
+
+def test_flux_is_trained_as_wan_is(data, tmp_path):
+    code, lines = run("pare_stage1", tmp_path / "run", data, "student=demo-flux", model="demo-flux")
+    assert code == 0
+    assert "loss_motion" not in lines[-1] or lines[-1]["loss_motion"] == 0
+
+
+@pytest.mark.long
+def test_what_was_trained_runs(data, tmp_path):
+    """The exported models by dit-generate, each with its plan."""
+    assert run("ddit", tmp_path / "ddit", data)[0] == 0
+    assert run("coredit", tmp_path / "coredit", data, "ramp_every=1")[0] == 0
+    for name, plan in (("ddit", "ddit:2p@0-1"), ("coredit", "coredit")):
+        out = tmp_path / f"{name}.mp4"
+        words = ["--model", f"{tmp_path}/{name}-model", "--plan", plan, "--prompt", "a red 7", "--steps", "2"]
+        assert generate([*words, "--out", str(out)]) == 0
+        assert out.stat().st_size > 0
+
+
+def test_bad_input_is_one_sentence_and_keeps_the_last_checkpoint(data, pruned, tmp_path, capsys):
+    assert run("finetune", tmp_path / "run", data, steps=2)[0] == 0
+    before = load_ema(tmp_path / "run")
+    cases = [
+        ("finetune", ["data="], "there are no data"),
+        ("finetune", [f"data={data['demo-flux']}"], "vae"),
+        ("finetune", ["dtype=float8"], "dtype is 'float8', expected one of bfloat16, float32"),
+        ("finetune", ["remat=full"], "remat is 'full'"),
+        ("finetune", ["mesh=data=3"], "needs 3 devices"),
+        ("finetune", ["microbatches=3"], "does not divide into the 3 microbatches"),
+        ("finetune", ["variant=huge"], "no variant 'huge'"),
+        ("finetune", ["model=wan2.1-t2v-14b"], "is a preset, which has sizes and no weights"),
+        ("pare_stage1", [], "there is no student"),
+        ("pare_stage1", ["student=demo-flux"], "demo-flux is no student of demo-wan"),
+        ("ddit", ["optimizer=sgd"], "optimizer is 'sgd', expected one of adamw, prodigy"),
+        ("coredit", ["ratio=0.9"], "ratio is 0.9, expected above 0"),
+        ("pare_stage1", [f"student={pruned}"], "are of another run"),
+    ]
+    for recipe, settings, expected in cases:
+        capsys.readouterr()
+        assert run(recipe, tmp_path / "run", data, *settings)[0] == 2, (recipe, settings)
+        told = capsys.readouterr().err
+        assert expected in told, told
+    assert newest_step(tmp_path / "run") == 2
+    after = load_ema(tmp_path / "run")
+    assert changed(after, before) == []
+
+
+def test_a_damaged_shard_is_named(data, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(data["demo-wan"], folder)
+    shard = next(folder.glob("*.array_record"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert run("finetune", tmp_path / "run", {"demo-wan": folder})[0] == 2
+    assert shard.name in capsys.readouterr().err
+    assert newest_step(tmp_path / "run") is None
