@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
     add("--guidance", type=float, metavar="G", help="guidance scale; 1 turns guidance off (default: the model's)")
     add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance; 1 is off (default: the model's)")
-    add("--solver", metavar="S", help="unipc or euler (default: the model's)")
+    add("--solver", metavar="S", help="unipc, euler or renoise (default: the model's)")
     add("--plan", metavar="PLAN", default=DENSE, help="methods that make it cheaper, joined by +, such as hsa:50")
     add("--seed", type=int, default=0, metavar="N", help="seed of the first prompt's starting noise (default 0)")
     add("--seeds", type=int, default=1, metavar="N", help="samples of each prompt (default 1)")

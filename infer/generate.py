@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance against --negative-prompt; 1 is off")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="samples of each prompt; outputs are numbered")
     add("--seeds", type=int, metavar="N", help="samples of each prompt; sample i of every prompt has seed --seed + i")
-    add("--solver", metavar="S", help="unipc or euler (default: the model's)")
+    add("--solver", metavar="S", help="unipc, euler or renoise (default: the model's)")
     add(
         "--plan", "--method", action="append", default=[], metavar="PLAN",
         help="methods that make it cheaper, joined by +, such as hsa:50; repeated plans are joined (docs/methods.md)",

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, metavar="N", help="denoising steps of plans without their own (default: the model's)")
     add("--guidance", metavar="G", help="guidance scale; 1 turns guidance off (default: the model's)")
     add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance (default: the model's)")
-    add("--solver", metavar="S", help="unipc or euler (default: what the plans need, or else the model's)")
+    add("--solver", metavar="S", help="unipc, euler or renoise (default: what the plans need, or the model's)")
     add("--rounds", type=int, default=3, metavar="R", help="warm runs of each plan, by turns (default 3)")
     add("--prompts", metavar="FILE", help="a file with one prompt a line (default: one prompt)")
     add("--image", metavar="FILE", help="the first frame, for an image-to-video model")

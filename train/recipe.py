@@ -19,9 +19,9 @@ from convert.transfer import convert
 from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.flops import Config
+from dit_jax.models.flux import FluxConfig
 from dit_jax.models.network import NetworkCall
 from dit_jax.models.remat import parse_remat
-from dit_jax.models.wan import WanConfig
 from infer.random_pipeline import IMAGE_TOKENS, TEXT_TOKENS, usual
 from infer.tpu_programs import latents_shape
 from train.checkpoints import load_ema
@@ -50,6 +50,7 @@ class RecipeConfig(RunConfig):
     remat          what of a block is kept for its gradient (dit_jax/models/remat.py)
     dtype          that the transformers compute in; the weights that are trained are fp32
     shift          of random noise levels towards noise
+    guidance       scale that a model with embedded guidance (FLUX.1 dev) is told
     export         folder that the result is written to
     size, frames   pixels WxH and frames, for dit-plan without data
     """
@@ -68,6 +69,7 @@ class RecipeConfig(RunConfig):
     remat: str = "blocks"
     shift: float = 3.0
     caption_dropout: float = 0.1
+    guidance: float = 3.5
     export: str = ""
     size: str = ""
     frames: int = 0
@@ -125,7 +127,10 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
     if training.around is not None:
         driven = training.around(driven)
     empty = any(name.startswith(EMPTY) for name in training.extra)
-    batch_at = partial(told, feed, _empty(feed) if empty else {})
+    extra = _empty(feed) if empty else {}
+    if is_guided(source.config):
+        extra["guidance"] = np.full(len(feed(0)["latents"]), config.guidance, np.float32)
+    batch_at = partial(told, feed, extra)
     outcome = train(config, state, driven, batch_at, hooks)
     if config.export and not outcome.stopped and jax.process_index() == 0:
         export(config, training, step)
@@ -182,6 +187,11 @@ def told(feed: ShardBatches, extra: Mapping[str, np.ndarray], position: int) -> 
     return batch
 
 
+def is_guided(model: Config) -> bool:
+    """Whether a model is told a guidance scale."""
+    return isinstance(model, FluxConfig) and model.guidance
+
+
 def abstract_batch(config: RecipeConfig, model: Config, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch of so many rows of `config.size` and `config.frames` (the model's usual, where not given), as
     `told` gives them; UserError for a size that does not fit."""
@@ -193,8 +203,9 @@ def abstract_batch(config: RecipeConfig, model: Config, rows: int) -> dict[str, 
         return jax.ShapeDtypeStruct((rows, *sizes), jnp.float16)
 
     batch = {"latents": shape(*grid, channels), "text": shape(TEXT_TOKENS, model.text_width)}
-    if not isinstance(model, WanConfig):
-        return batch | {"pooled": shape(model.pooled_width)}
+    if isinstance(model, FluxConfig):
+        guidance = {"guidance": jax.ShapeDtypeStruct((rows,), jnp.float32)} if is_guided(model) else {}
+        return batch | {"pooled": shape(model.pooled_width)} | guidance
     if model.image_width:
         batch["image"] = shape(IMAGE_TOKENS, model.image_width)
     if model.in_channels > model.out_channels:

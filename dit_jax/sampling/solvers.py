@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -131,4 +131,30 @@ def _corrector(sigmas: np.ndarray, index: int, order: int) -> tuple[float, float
     return here / before, weight * (1 - rho_now) - slope, slope, weight * rho_now
 
 
-SOLVERS: dict[str, Solver] = {"unipc": UniPC(), "euler": Euler()}
+@dataclass(frozen=True)
+class Renoise:
+    """x ← (1 − σ_next)·x0 + σ_next·ε with x0 = x − σ·v and fresh noise ε: how students of few steps are run
+    (Self-Forcing, arXiv 2506.08009).
+
+    A sample's noise comes from a key that its starting noise gives, so that a request has the same in any batch.
+    """
+
+    def schedule(self, steps: int, shift: Shift, tokens: int) -> Schedule:
+        """σ spaced evenly from 1 to 1/S and shifted once."""
+        spaced = Shift(**{**asdict(shift), "to_last_step": True})
+        return Euler().schedule(steps, spaced, tokens)
+
+    def init(self, latents):
+        return jax.lax.bitcast_convert_type(latents.reshape(len(latents), -1)[:, :2], jnp.uint32)
+
+    def step(self, latents, velocity, step, state, schedule):
+        def fresh(key, sample):
+            key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step.index)
+            return jax.random.normal(key, sample.shape, jnp.float32)
+
+        clean = latents - step.sigma * velocity
+        noise = jax.vmap(fresh)(state, latents)
+        return (1 - step.sigma_next) * clean + step.sigma_next * noise, state
+
+
+SOLVERS: dict[str, Solver] = {"unipc": UniPC(), "euler": Euler(), "renoise": Renoise()}

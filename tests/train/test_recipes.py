@@ -1,4 +1,4 @@
-"""Every recipe of distillation, run by its command on a handful of small clips: what it learns, writes, goes on from."""
+"""Every recipe of distillation, run by its command on a few small clips: what it learns, writes and goes on from."""
 
 import itertools
 import json
@@ -13,6 +13,8 @@ from dit_jax.methods.plan import parse_plan
 from infer.adapt import main as adapt
 from infer.generate import main as generate
 from infer.prune import main as prune
+from infer.request import Defaults
+from infer.side_files import read_defaults, read_shift
 from train.checkpoints import load_ema, newest_step
 from train.cli import main as train
 from train.demo_media import main as demo_media
@@ -122,6 +124,9 @@ def test_step_distillation_makes_a_student_of_four_steps(data, tmp_path):
     parts = read_parts(open_checkpoint(tmp_path / "run-model"))
     assert parts["few_step"].settings["timesteps"] == [1000.0, 750.0, 500.0, 250.0]
     assert len(changed(weights(tmp_path / "run-model"), weights("demo-wan"))) > 30
+    defaults = read_defaults(open_checkpoint(tmp_path / "run-model"), Defaults())
+    assert (defaults.steps, defaults.guidance, defaults.solver) == (4, 1.0, "renoise")
+    assert read_shift(open_checkpoint(tmp_path / "run-model")).constant == 5.0
 
 
 def test_flux_is_trained_as_wan_is(data, tmp_path):
@@ -135,7 +140,8 @@ def test_what_was_trained_runs(data, tmp_path):
     """The exported models by dit-generate, each with its plan."""
     assert run("ddit", tmp_path / "ddit", data)[0] == 0
     assert run("coredit", tmp_path / "coredit", data, "ramp_every=1")[0] == 0
-    for name, plan in (("ddit", "ddit:2p@0-1"), ("coredit", "coredit")):
+    assert run("step_distill", tmp_path / "four", data, "fake_turns=1", "batch=2")[0] == 0
+    for name, plan in (("ddit", "ddit:2p@0-1"), ("coredit", "coredit"), ("four", "dense")):
         out = tmp_path / f"{name}.mp4"
         words = ["--model", f"{tmp_path}/{name}-model", "--plan", plan, "--prompt", "a red 7", "--steps", "2"]
         assert generate([*words, "--out", str(out)]) == 0

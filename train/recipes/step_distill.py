@@ -11,6 +11,7 @@ student's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from dit_jax.methods.method import Part
 from dit_jax.methods.routing import ROUTER, Routing
 from dit_jax.models.flux import FluxConfig
 from infer.random_pipeline import TEXT_TOKENS
+from infer.side_files import DEFAULTS_FILE, SCHEDULER_FILE, read_settings
 from train import recipe
 from train.losses import FlowSettings
 from train.models import Source
@@ -136,21 +138,20 @@ def _abstract_empty(source: Source) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _result(config: Config, router: Part | None, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
-    settings = config.settings
-    parts = {
-        FEW_STEP: Part(
-            {
-                "timesteps": list(settings.timesteps),
-                "shift": settings.shift,
-                "guidance_scale": 1.0,
-                "sampler": "renoise",
-            },
-            {},
-        )
-    }
+    """The student, with what it is run with as its defaults."""
+    settings, sampler = config.settings, "renoise"
+    told = {"timesteps": list(settings.timesteps), "shift": settings.shift, "guidance_scale": 1.0, "sampler": sampler}
+    parts = {FEW_STEP: Part(told, {})}
     if router is not None:
         parts[ROUTER] = router._replace(leaves=trained[ROUTER])
-    return with_files(with_transformer(checkpoint, trained["student"]), part_files(parts))
+    usual = {"steps": len(settings.timesteps), "guidance": 1.0, "true_cfg": 1.0, "solver": sampler}
+    shift = {"shift": settings.shift, "flow_shift": settings.shift, "use_dynamic_shifting": False}
+    files = part_files(parts) | _changed(checkpoint, DEFAULTS_FILE, usual) | _changed(checkpoint, SCHEDULER_FILE, shift)
+    return with_files(with_transformer(checkpoint, trained["student"]), files)
+
+
+def _changed(checkpoint: Checkpoint, file: str, settings: Mapping[str, Any]) -> dict[str, bytes]:
+    return {file: json.dumps(read_settings(checkpoint, file) | dict(settings), indent=2).encode() + b"\n"}
 
 
 def run(config: Config) -> None:
