@@ -105,6 +105,14 @@ class Pipeline(ABC):
         parts = read_parts(self.checkpoint, component)
         return {name: part._replace(leaves=jax.tree.map(self._replicated, part.leaves)) for name, part in parts.items()}
 
+    def take_parts(self, checkpoint: Checkpoint) -> None:
+        """What methods need from this checkpoint, in place of what came with the pipeline's own."""
+        held, self.checkpoint = self.checkpoint, checkpoint
+        try:
+            self.parts = {name: self._read_parts(name) for name in transformers(checkpoint)}
+        finally:
+            self.checkpoint = held
+
     def lora_models(self) -> dict[str, Held]:
         """Component that a LoRA may add to -> where its model is held."""
         held = vars(self)

@@ -46,7 +46,7 @@ class Preview:
             latents = noise(list(range(first, first + len(texts))), shape)
             parts.append(np.asarray(self._generate(model, pairs, latents)))
         video = np.concatenate(parts)
-        _draw(video, self.folder / f"{taken:06d}.png")
+        draw(video, self.folder / f"{taken:06d}.png")
         (self.folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
         return video
 
@@ -65,11 +65,12 @@ def _program(model, vae, pairs, latents, schedule, guidance, steps):
     return jnp.round((video + 1) * 127.5).astype(jnp.uint8)
 
 
-def _draw(video: np.ndarray, path: Path) -> None:
+def draw(video: np.ndarray, path: Path) -> None:
     """Stills in a grid of four columns; of clips five frames each, two clips a row."""
     shown = video[:, np.linspace(0, video.shape[1] - 1, min(5, video.shape[1])).round().astype(int)]
     strips = [np.concatenate(list(frames), axis=1) for frames in shown]
     columns = 4 if video.shape[1] == 1 else 2
+    strips += [np.zeros_like(strips[0])] * (-len(strips) % columns)
     rows = [np.concatenate(strips[i : i + columns], axis=1) for i in range(0, len(strips), columns)]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows)).save(path)

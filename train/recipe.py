@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from convert.checkpoint import Checkpoint, CheckpointLayout
 from convert.leaves import Leaf
@@ -22,6 +23,7 @@ from dit_jax.flops import Config
 from dit_jax.models.flux import FluxConfig
 from dit_jax.models.network import NetworkCall
 from dit_jax.models.remat import parse_remat
+from infer.loading import load_pipeline
 from infer.random_pipeline import IMAGE_TOKENS, TEXT_TOKENS, usual
 from infer.tpu_programs import latents_shape
 from train.checkpoints import load_ema
@@ -31,6 +33,7 @@ from train.loop import Hook, Outcome, RunConfig, train
 from train.losses import FlowSettings
 from train.models import Source
 from train.placement import training_mesh
+from train.samples import Samples, SampleSettings
 from train.shards import Shards, open_shards
 from train.step import Metrics, Plan, TrainState, TrainStep
 
@@ -51,6 +54,8 @@ class RecipeConfig(RunConfig):
     dtype          that the transformers compute in; the weights that are trained are fp32
     shift          of random noise levels towards noise
     guidance       scale that a model with embedded guidance (FLUX.1 dev) is told
+    sample_every   steps between two looks at samples (0: none): of the lines of the file `prompts`, and the scores of
+                   `scored` prompts of the model's suite, with `sample_plan`
     export         folder that the result is written to
     size, frames   pixels WxH and frames, for dit-plan without data
     """
@@ -70,6 +75,10 @@ class RecipeConfig(RunConfig):
     shift: float = 3.0
     caption_dropout: float = 0.1
     guidance: float = 3.5
+    sample_every: int = 0
+    prompts: str = ""
+    scored: int = 0
+    sample_plan: str = ""
     export: str = ""
     size: str = ""
     frames: int = 0
@@ -126,6 +135,8 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
     driven: Any = Driven(step, training.turn)
     if training.around is not None:
         driven = training.around(driven)
+    if config.sample_every:
+        hooks += (Hook(config.sample_every, _samples(config, training, step, mesh)),)
     empty = any(name.startswith(EMPTY) for name in training.extra)
     extra = _empty(feed) if empty else {}
     if is_guided(source.config):
@@ -168,6 +179,12 @@ class Driven:
         position = batch[POSITION]
         arrays = {name: array for name, array in batch.items() if name != POSITION}
         return self.step(state, arrays, key, turn=None if self.turn is None else self.turn(position))
+
+
+def _samples(config: RecipeConfig, training: Training, step: TrainStep, mesh: Mesh) -> Samples:
+    settings = SampleSettings(prompts=config.prompts, scored=config.scored, plan=config.sample_plan)
+    pipe = load_pipeline(training.target.model, mesh=mesh, dtype=config.compute)
+    return Samples(out=Path(config.out), settings=settings, step=step, pipe=pipe, result=training.result)
 
 
 def _empty(feed: ShardBatches) -> dict[str, np.ndarray]:
@@ -235,9 +252,13 @@ def with_transformer(checkpoint: Checkpoint, weights: Mapping[str, np.ndarray]) 
     own = checkpoint.leaves(HIGH_NOISE)
 
     def leaf(name: str) -> Leaf:
-        array, old = weights[name].astype(own[name].dtype), own[name]
-        read = (lambda block: array[block]) if old.stacked else (lambda block: array)
-        return Leaf(array.shape, array.dtype, old.stacked, read)
+        old = own[name]
+
+        def read(block: int | None) -> np.ndarray:
+            array = weights[name] if block is None else weights[name][block]
+            return np.asarray(array).astype(old.dtype)
+
+        return Leaf(old.shape, old.dtype, old.stacked, read)
 
     return replace(checkpoint, edited={**checkpoint.edited, HIGH_NOISE: {name: leaf(name) for name in own}})
 

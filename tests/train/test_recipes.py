@@ -6,19 +6,23 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from convert.checkpoint import open_checkpoint
 from convert.method_parts import read_parts
 from dit_jax.methods.plan import parse_plan
+from infer import load_pipeline
 from infer.adapt import main as adapt
 from infer.generate import main as generate
 from infer.prune import main as prune
 from infer.request import Defaults
 from infer.side_files import read_defaults, read_shift
+from infer.similarity import psnr
 from train.checkpoints import load_ema, newest_step
 from train.cli import main as train
 from train.demo_media import main as demo_media
 from train.encode import main as encode
+from train.preview import draw
 from train.recipes.coredit import read_ramp
 
 SMALL = ["steps=3", "save_every=2", "log_every=1", "batch=4", "mesh=fsdp=1", "warmup=1"]
@@ -73,6 +77,24 @@ def test_finetuning_changes_the_weights_and_nothing_else(data, tmp_path):
     vae = {name: leaf.rectangle(None) for name, leaf in open_checkpoint(tuned).leaves("vae").items()}
     before = {name: leaf.rectangle(None) for name, leaf in open_checkpoint("demo-wan").leaves("vae").items()}
     assert changed(vae, before) == []
+
+
+def test_samples_on_the_way_are_those_of_the_model_that_is_exported(data, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("a red 7 moving left\n")
+    settings = ("sample_every=3", f"prompts={prompts}", "learning_rate=0.01", "ema_decay=0.0")
+    assert run("finetune", out, data, *settings)[0] == 0
+    with Image.open(out / "samples" / "000003.png") as grid:
+        drawn = np.asarray(grid)
+    assert (out / "samples" / "000003-0.mp4").stat().st_size > 0
+    again = {}
+    for name, model in (("exported", f"{out}-model"), ("untrained", "demo-wan")):
+        frames = load_pipeline(model)("a red 7 moving left", seed=0).frames
+        draw(frames, tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as grid:
+            again[name] = np.asarray(grid)
+    # What is exported is rounded to bf16.
+    assert psnr(drawn, again["exported"]) > 30 > 25 > psnr(drawn, again["untrained"])
 
 
 def test_pare_takes_both_stages(data, pruned, tmp_path):

@@ -1,0 +1,102 @@
+"""A look at what is trained while it is trained: prompts sampled and drawn, and the scores of `dit-eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert.wan import HIGH_NOISE
+from dit_jax.config import UserError
+from dit_jax.methods.plan import DENSE
+from dit_jax.parameters import named_leaves, with_leaves
+from infer import evaluate
+from infer.media import save
+from infer.pipeline import Pipeline
+from infer.prompts_file import read_prompts
+from train.placement import in_dtype
+from train.preview import draw
+from train.step import TrainState, TrainStep
+
+FOLDER = "samples"
+NOT_SCORES = ("suite", "samples", "seeds", "model", "settings", "ceiling", "margins", "videos", "pictures")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """What is sampled: each line of the file `prompts`, and `scored` prompts of the model's suite, with a plan."""
+
+    prompts: str = ""
+    scored: int = 0
+    plan: str = ""
+
+
+@dataclass(kw_only=True)
+class Samples:
+    """`samples(state, taken)` samples the running mean of the weights into `out`/samples and returns scores.
+
+    pipe    the pipeline of the checkpoint that is trained; its transformer and parts are replaced each time
+    result  trained modules by name -> the checkpoint with them (`Training.result`)
+    """
+
+    out: Path
+    settings: SampleSettings
+    step: TrainStep
+    pipe: Pipeline
+    result: Any
+
+    def __post_init__(self) -> None:
+        if jax.process_count() > 1:
+            raise UserError(
+                "samples are drawn by one process: expected sample_every=0 with several; draw them from the exported "
+                "model"
+            )
+        if self.pipe.limits.image == "always":
+            raise UserError(
+                f"{self.pipe.name} starts from an image, which training has none of: expected sample_every=0; draw "
+                "samples from the exported model"
+            )
+
+    @cached_property
+    def _prompts(self) -> list[str]:
+        return read_prompts(self.settings.prompts) if self.settings.prompts else []
+
+    def __call__(self, state: TrainState, taken: int) -> dict[str, float]:
+        self._take(self.step.rebuilt({**state.params, **state.ema}), {**state.params, **state.ema})
+        if self._prompts:
+            self._draw(taken)
+        if not self.settings.scored:
+            return {}
+        words = ["--model", self.pipe.name, "--samples", str(self.settings.scored)]
+        words += ["--plan", self.settings.plan] if self.settings.plan else []
+        report = evaluate.evaluate(evaluate.parser().parse_args(words), self.pipe)
+        return {name: float(report[name]) for name in report if name not in NOT_SCORES}
+
+    def _take(self, modules: Any, weights: Mapping[str, jax.Array]) -> None:
+        """The pipeline with what is trained in place of what it was."""
+        named: dict[str, dict[str, jax.Array]] = {}
+        for name, array in weights.items():
+            module, _, path = name.partition(".")
+            named.setdefault(module, {})[path] = array
+        self.pipe.take_parts(self.result(self.pipe.checkpoint, named))
+        if "student" in modules:
+            model = in_dtype(modules["student"], self.step.plan.dtype)
+            abstract: Any = self.pipe.checkpoint.component(HIGH_NOISE).abstract
+            held, name = self.pipe.lora_models()[HIGH_NOISE]
+            held[name] = with_leaves(abstract, dict(named_leaves(model)))
+
+    def _draw(self, taken: int) -> None:
+        plan = self.settings.plan or DENSE
+        frames = [self.pipe(prompt, seed=0, plan=plan).frames[0] for prompt in self._prompts]
+        video = np.stack([each if each.ndim == 4 else each[None] for each in frames])
+        folder = self.out / FOLDER
+        draw(video, folder / f"{taken:06d}.png")
+        (folder / "prompts.txt").write_text("\n".join(self._prompts) + "\n", encoding="utf-8")
+        if video.shape[1] > 1:
+            for number, clip in enumerate(video):
+                save(folder / f"{taken:06d}-{number}.mp4", clip, self.pipe.defaults.fps, {"step": taken})
