@@ -93,6 +93,7 @@ def test_samples_on_the_way_are_those_of_the_model_that_is_exported(data, tmp_pa
         draw(frames, tmp_path / f"{name}.png")
         with Image.open(tmp_path / f"{name}.png") as grid:
             again[name] = np.asarray(grid)
+    drawn, again = drawn[:, :640], {name: grid[:, :640] for name, grid in again.items()}  # the rest of the row is empty
     # What is exported is rounded to bf16.
     assert psnr(drawn, again["exported"]) > 30 > 25 > psnr(drawn, again["untrained"])
 
