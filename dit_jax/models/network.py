@@ -360,10 +360,10 @@ def run_blocks(blocks, x, signal, place: Place, call: NetworkCall, state=None, a
 
 
 def _tapping(run: Callable, taps_P: jax.Array, first: int) -> Callable:
-    """A step of the block loop that also keeps its output where it is tapped.
+    """A step of the block loop that also keeps its output where it is tapped, in a buffer that no block saves.
 
-    Outside of what is checkpointed, which would save all outputs with every block; and a write at an index, whose
-    gradient needs that index alone.
+    The gradient of a write at an index needs that index alone; a `where` over the buffer would save its mask with every
+    block.
     """
 
     def tapping(carry, block, index):
