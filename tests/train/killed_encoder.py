@@ -47,16 +47,18 @@ def kill_at(count):
         return write(self, content)
 
     Path.write_bytes = torn
-    for owner, name in (
-        (Path, "replace"), (Path, "unlink"), (shards.ShardWriter, "write"), (shards.ShardWriter, "close"),
-    ):  # fmt: skip
 
-        def counted(self, *arguments, call=getattr(owner, name), **options):
+    def counted(call):
+        def instead(self, *arguments, **options):
             if due():
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(self, *arguments, **options)
 
-        setattr(owner, name, counted)
+        return instead
+
+    for owner, names in ((Path, ("replace", "unlink")), (shards.ShardWriter, ("write", "close"))):
+        for name in names:
+            setattr(owner, name, counted(getattr(owner, name)))
 
 
 def in_child(work):

@@ -156,7 +156,7 @@ def test_a_folder_holds_data_of_one_setting(change, told, job):
 def test_another_vae_is_refused(job, monkeypatch):
     run(job)
     monkeypatch.setattr(encoding, "encoder_hashes", lambda _: fake_encoders.hashes(_) | {"vae": "cccccccccc"})
-    with pytest.raises(UserError, match='holds data of encoders .*aaaaaaaaaa.*, this run has .*"vae": "cccccccccc"'):
+    with pytest.raises(UserError, match=r'holds data of encoders .*aaaaaaaaaa.*, this run has .*"vae": "cccccccccc"'):
         Encoding(job, fake_encoders.FakeEncoders()).run(job.portions)
 
 
@@ -178,3 +178,12 @@ def test_a_failure_leaves_no_half_shard(job, monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"), pytest.warns():
         Encoding(job, fake_encoders.FakeEncoders()).run(job.portions)
     assert not [file for file in job.out.rglob("*") if file.is_file()]
+
+
+def test_no_manifest_tells_of_shards_that_are_being_replaced(job, monkeypatch):
+    run(job)
+    changed = replace(job, captions=[Caption("1.png", "another"), *job.captions[1:]])
+    monkeypatch.setattr(fake_encoders.FakeEncoders, "encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Encoding(changed, fake_encoders.FakeEncoders()).run(changed.portions)
+    assert not (job.out / MANIFEST).exists()

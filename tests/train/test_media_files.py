@@ -79,6 +79,16 @@ def test_what_is_too_wide_loses_its_sides(clip, tmp_path):
     assert bucket == SQUARE and psnr(frames, clip[:9]) > 26
 
 
+def test_what_is_cropped_is_the_middle(tmp_path):
+    """A picture of its own coordinates: columns in red, rows in green."""
+    rows, columns = np.mgrid[:160, :240]
+    Image.fromarray(np.stack([columns, rows, rows * 0], -1).astype(np.uint8)).save(tmp_path / "a.png")
+    for width, height, left, top in ((160, 160, 40, 0), (240, 80, 0, 40), (240, 160, 0, 0), (100, 160, 70, 0)):
+        _, frames = read_picture(tmp_path / "a.png", [Bucket(width=width, height=height, frames=1)])
+        np.testing.assert_array_equal(frames[0, 0, :, 0], np.arange(left, left + width))
+        np.testing.assert_array_equal(frames[0, :, 0, 1], np.arange(top, top + height))
+
+
 @pytest.mark.parametrize("rotation", [90, -90, 180])
 def test_a_turned_video_is_turned_back(rotation, clip, tmp_path):
     tall = clip[:, :, 8:56]
