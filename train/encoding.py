@@ -227,7 +227,7 @@ class Encoding:
         for file in self.job.out.glob(f"*{SUFFIX}"):
             if file.name not in shards:
                 file.unlink(missing_ok=True)
-        for file in self.job.out.glob(f".*{SUFFIX}.*.partial"):
+        for file in self.job.out.rglob(".*.partial"):
             file.unlink(missing_ok=True)
         kept = {_file_of(self.job.out, number) for number in range(portions)}
         for file in (self.job.out / PORTIONS).iterdir():

@@ -140,7 +140,8 @@ class ShardBatches:
         if order is None:
             rng = np.random.default_rng([self.settings.seed, _ORDER, what, epoch])
             order = held[epoch] = rng.permutation(np.arange(count, dtype=np.int32))
-            for old in sorted(held)[:-2]:  # threads may be reading the end of one epoch and the start of the next
+            # Two are held: threads may be reading the end of one epoch and the start of the next.
+            for old in sorted(held, key=lambda other: abs(other - epoch))[2:]:
                 held.pop(old, None)
         return order
 
