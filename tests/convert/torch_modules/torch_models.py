@@ -32,6 +32,10 @@ SIZE, FRAMES = (112, 80), 9  # 14x10 latent cells: 7x5 tokens a frame, which nei
 PROMPTS, NEGATIVE = ["a red cat runs under the moon", "a blue fish sleeps"], "the dog"
 HEADS, KEPT, MLP, BLOCKS = 5, 3, 23, 5
 CONTENT = {"text-to-video": ("latents", 9), "image-to-video": ("image", tiny_wan.IMAGE_WIDTH), "flux": ("pooled", 16)}
+# Of routers that tell two samples apart, and of noise for which no choice of tokens is one between equals (the two
+# tokens of a cell that has no more are equally coherent, so that rounding alone would choose).
+ROUTERS = {"text-to-video": 3, "image-to-video": 0, "flux": 4}
+NOISES = {"text-to-video": 2, "image-to-video": 3, "flux": 3}
 ADAPTERS = AdapterSettings(rank=3, residual_channels=5)
 RATIOS = {"ratios": [0.1, 0.45, 0.0, 0.6, 0.3], "stride": 3, "target": 0.29}
 
@@ -82,9 +86,10 @@ def filled(module, seed):
     return jax.tree.map(fill, module)
 
 
-def random_parts(kind, component, seed=0):
+def random_parts(kind, component, seed=None):
     """A router that is told what a model of this kind has, adapters of 2p and 4p, ratios."""
     content, features = CONTENT[kind]
+    seed = ROUTERS[kind] if seed is None else seed
     config = RouterConfig(content=content, features=features, blocks=BLOCKS, hidden=24, time_frequencies=16)
     router = filled(nnx.eval_shape(lambda: Router(config, nnx.Rngs(0))), seed)
     settings = {"content": content, "features": features, "blocks": BLOCKS, "hidden": 24, "time_frequencies": 16}
@@ -129,7 +134,7 @@ class Written:
 
     def noise(self, count):
         shape = (count, 1 if self.kind == "flux" else 3, SIZE[1] // 8, SIZE[0] // 8, 4)
-        return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+        return np.random.default_rng(NOISES[self.kind]).standard_normal(shape).astype(np.float32)
 
     @property
     def image(self):

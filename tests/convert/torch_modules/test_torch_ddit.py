@@ -1,0 +1,76 @@
+"""DDiT in PyTorch against this project's own runs: the same sizes are chosen, and run alike."""
+
+import numpy as np
+import pytest
+import torch
+from torch_models import relative
+
+from convert.torch_modules.ddit import PatchSizes, ThirdDifference, deviations
+from dit_jax.methods import ddit as ours
+
+
+def added(written, pipeline, choose, guided=True):
+    """Wan's pipelines call the transformer once a branch, as FLUX's do."""
+    return PatchSizes(pipeline.transformer, written.folder / "methods/ddit", choose, branches=2 if guided else 1)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize(("steps", "guided"), [(1, False), (3, True)])
+def test_a_larger_size_is_the_same(written, scale, steps, guided):
+    pipeline = written.theirs()
+    sizes = added(written, pipeline, lambda t, latents: scale if t > 900 else 1, guided)
+    theirs = written.by_diffusers(pipeline, steps, 2, guided)
+    large = sum(used > 1 for used in sizes.used) // (2 if guided else 1)
+    assert sizes.used[0] == scale and large == (1 if steps == 1 else sizes.used.count(scale) // 2) and large
+    ours_too = written.by_ours(f"ddit:{scale}p@0-{large - 1}", steps, 2, guided)
+    assert relative(ours_too, theirs) <= 1e-4
+    assert relative(theirs, written.by_diffusers(written.theirs(), steps, 2, guided)) > 1e-2
+
+
+def test_sizes_are_chosen_alike(written):
+    values, steps = [], 7
+
+    def remember(step, scale, told):
+        values.append((scale, *told))
+
+    written.by_ours("ddit:tau=0", steps, chosen=remember)
+    # A threshold between the values of the two sizes where they differ most.
+    finite = np.asarray([told[1:] for told in values if np.isfinite(told[1])])
+    tau = float(finite[np.argmax(np.abs(finite[:, 0] - finite[:, 1]) / finite.mean(1))].mean())
+    values.clear()
+    mine = written.by_ours(f"ddit:tau={tau!r}", steps, chosen=remember)
+    pipeline = written.theirs()
+    sizes = added(written, pipeline, ThirdDifference(threshold=tau))
+    theirs = written.by_diffusers(pipeline, steps)
+    assert sizes.used[::2] == sizes.used[1::2] == [scale for scale, *_ in values]
+    assert max(sizes.used) > 1
+    assert relative(mine, theirs) <= 1e-4
+    # Another run begins anew.
+    again = written.by_diffusers(pipeline, steps)
+    assert sizes.used[: 2 * steps] == sizes.used[2 * steps :]
+    np.testing.assert_array_equal(again, theirs)
+
+
+def test_the_base_size_is_the_plain_model(written):
+    pipeline = written.theirs()
+    plain = written.by_diffusers(pipeline, 2)
+    added(written, pipeline, lambda t, latents: 4 if t > 900 else 1)
+    written.by_diffusers(pipeline, 1)
+    pipeline = written.theirs()
+    sizes = added(written, pipeline, lambda t, latents: 1)
+    np.testing.assert_array_equal(written.by_diffusers(pipeline, 2), plain)
+    assert set(sizes.used) == {1}
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 10, 14), (1, 3, 1, 5, 9)])
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_deviations_leave_out_what_lies_beyond_the_lattice(shape, scale):
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = deviations(torch.tensor(x), (1, 2, 2), scale)
+    expected = ours.deviations(np.moveaxis(x, 1, -1), (1, 2 * scale, 2 * scale))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_samples_choose_one_by_one():
+    with pytest.raises(AssertionError, match="one by one"):
+        ThirdDifference()(900.0, torch.zeros(2, 4, 1, 4, 4))
