@@ -90,7 +90,7 @@ def test_a_student_that_is_its_teacher_and_skips_nothing_has_the_datas_loss_alon
 def test_recomputed_and_of_sampled_blocks():
     """All blocks but for rounding with remat; of two blocks, the mean over these."""
     trained, frozen, batch = given("wan", SKIPPED["wan"])
-    remat = replace(SETTINGS, flow=FlowSettings(call=NetworkCall(remat=True)), sampled_blocks=2)
+    remat = replace(SETTINGS, flow=FlowSettings(call=NetworkCall(remat="blocks")), sampled_blocks=2)
     (loss, metrics), gradients = ours(trained, frozen, batch, KEY, remat)
     places, count = compared_blocks(jax.random.split(KEY)[1], 4, 2)
     chosen = np.flatnonzero(np.asarray(places) < count)

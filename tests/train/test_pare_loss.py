@@ -153,7 +153,7 @@ def test_recomputing_blocks_changes_nothing():
     trained, frozen = {"student": twin("wan", 1, narrower=5).model}, {"teacher": twin("wan", 0).model}
     batch = as_jax(batch_of("wan"))
     plain, gradients = ours(trained, frozen, batch, KEY, SETTINGS)
-    remat = replace(SETTINGS, flow=FlowSettings(call=NetworkCall(remat=True)))
+    remat = replace(SETTINGS, flow=FlowSettings(call=NetworkCall(remat="blocks")))
     again, recomputed = ours(trained, frozen, batch, KEY, remat)
     assert relative(again[0], plain[0]) <= 1e-6 and relative(recomputed, gradients) <= 1e-5
 

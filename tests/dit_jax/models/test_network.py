@@ -74,7 +74,7 @@ def test_taps_are_what_lies_behind_blocks_and_their_gates(kind):
     expected = block_by_block(model, latents, conditioning, gates)
     rows, nothing = tapped(model, latents, conditioning, Aux(gates=gates))
     assert nothing is None
-    for call in (NetworkCall(), NetworkCall(remat=True)):
+    for call in (NetworkCall(), NetworkCall(remat="blocks")):
         found, taps = tapped(model, latents, conditioning, Aux(gates=gates, taps=jnp.array([3, 0, 2])), call)
         np.testing.assert_allclose(found, rows, atol=1e-5)
         for tap, block in zip(taps, (3, 0, 2), strict=True):
@@ -97,7 +97,7 @@ def test_taps_cost_memory_that_does_not_grow_with_the_blocks():
         def loss(model, latents, conditioning, taps):
             tokens = layout(latents, config.patch)
             out, state = network(
-                model, NetworkCall(remat=True), tokens, jnp.full(2, 700.0), conditioning, aux=Aux(taps=taps)
+                model, NetworkCall(remat="blocks"), tokens, jnp.full(2, 700.0), conditioning, aux=Aux(taps=taps)
             )
             return jnp.sum(out**2) + (0 if state.taps is None else jnp.sum(state.taps**2))
 
