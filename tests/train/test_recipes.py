@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,6 +26,7 @@ from train.checkpoints import load_ema, newest_step
 from train.cli import main as train
 from train.demo_media import main as demo_media
 from train.encode import main as encode
+from train.hosts import ADDRESS, COUNT, NUMBER
 from train.preview import draw
 from train.recipes.coredit import read_ramp
 
@@ -169,6 +174,39 @@ def test_what_was_trained_runs(data, tmp_path):
         words = ["--model", f"{tmp_path}/{name}-model", "--plan", plan, "--prompt", "a red 7", "--steps", "2"]
         assert generate([*words, "--out", str(out)]) == 0
         assert out.stat().st_size > 0
+
+
+@pytest.mark.long
+def test_two_processes_run_the_command_and_one_of_them_exports(data, tmp_path):
+    """As on a pod: the same command on every host, each with a device of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        *(word for word in SMALL if not word.startswith("mesh")),
+        "mesh=data=2",
+        "variant=demo",
+        f"data={data['demo-wan']}",
+        f"out={tmp_path}/two",
+    ]
+    words += [f"export={tmp_path}/two-model"]
+    processes = []
+    for number in range(2):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        environment |= {ADDRESS: f"127.0.0.1:{port}", COUNT: "2", NUMBER: str(number)}
+        command = [sys.executable, "-m", "train.cli", "finetune", *(w for each in words for w in ("--set", each))]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert run("finetune", tmp_path / "one", data)[0] == 0
+    left, right = (load_ema(tmp_path / each) for each in ("two", "one"))
+    # Adam divides by the gradient's size: where that is all rounding, a weight may move by the learning rate, 2e-4.
+    gaps = np.concatenate([np.abs(left[name] - right[name]).ravel() for name in right])
+    assert np.quantile(gaps, 0.99) < 2e-5 and gaps.max() < 1e-3
+    assert open_checkpoint(tmp_path / "two-model").is_pipeline
 
 
 def test_bad_input_is_one_sentence_and_keeps_the_last_checkpoint(data, pruned, tmp_path, capsys):
