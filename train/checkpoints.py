@@ -144,10 +144,20 @@ def load_ema(out: str | Path) -> dict[str, np.ndarray]:
     if step is None:
         raise UserError(f"{out} holds no checkpoint; expected one under {out}/checkpoints, train first.")
     folder = Path(out).resolve() / FOLDER / str(step) / STATE
-    with ocp.PyTreeCheckpointer() as reader:
+    with _lone_reader() as reader:
         tree = reader.metadata(folder).item_metadata.tree
         restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return {name: np.asarray(leaf) for name, leaf in reader.restore(folder, restore_args=restore)["ema"].items()}
+
+
+def _lone_reader() -> ocp.Checkpointer:
+    """Reads in this process alone, whatever the others of the run do."""
+    alone = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=alone, active_processes={alone}, barrier_sync_key_prefix=f"alone{alone}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def code_version() -> str:
