@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -76,6 +77,16 @@ def wan():
     return load_pipeline("demo-wan")
 
 
+@jax.jit
+def _decode(vae, latents):
+    return vae.decode(vae.denormalise(latents))
+
+
+def decoded(vae, latents):
+    """uint8 frames of one example's latents."""
+    return np.round((np.asarray(_decode(vae, latents[None]))[0] + 1) * 127.5).astype(np.uint8)
+
+
 def cropped(video, bucket):
     """The middle of the frames that are larger than the bucket, at the size that they have."""
     top, left = (video.shape[1] - bucket.height) // 2, (video.shape[2] - bucket.width) // 2
@@ -94,8 +105,7 @@ def test_the_latents_of_clips_are_the_clips(clips, encoded, wan):
             seen[one.file] = bucket.name
             if one.file == "5.mp4":
                 continue  # a square of 96, which has been made smaller
-            video = np.asarray(wan.vae.decode(wan.vae.denormalise(latents[None]))[0])
-            shown = np.round((video + 1) * 127.5).astype(np.uint8)
+            shown = decoded(wan.vae, latents)
             assert psnr(shown, cropped(clips[1][one.file], bucket)) > 22, one.file
     assert seen == dict(zip([f"{i}.mp4" for i in range(6)], [*BUCKETS, "64x64x9", "64x64x9"], strict=True))
 
@@ -167,9 +177,8 @@ def test_pictures(tmp_path):
         # What FLUX is told of the padding are states like any: all of them are kept.
         np.testing.assert_allclose(one.arrays["text"], text[row], rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(one.arrays["pooled"], pooled[row], rtol=1e-3, atol=1e-3)
-        latents = one.arrays["latents"].astype(np.float32)[None]
-        shown = np.round((np.asarray(pipe.vae.decode(pipe.vae.denormalise(latents)))[0, 0] + 1) * 127.5)
-        assert latents.shape == (1, 1, 32, 32, 4) and psnr(shown.astype(np.uint8), pictures[row + 1]) > 29
+        latents = one.arrays["latents"].astype(np.float32)
+        assert latents.shape == (1, 32, 32, 4) and psnr(decoded(pipe.vae, latents)[0], pictures[row + 1]) > 29
     assert shards.read(tall, [0])[0].arrays["latents"].shape == (1, 32, 24, 4)
     batch = batches(shards, BatchSettings(batch=4)).at(0)
     assert batch["text"].shape == (4, 16, 96) and batch["pooled"].shape == (4, 64)
