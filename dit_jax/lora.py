@@ -1,4 +1,5 @@
-"""Low-rank adapters (LoRA; Hu et al., 2021, arXiv 2106.09685): as data, and merged into a model's weights.
+"""Low-rank adapters (LoRA; Hu et al., 2021, arXiv 2106.09685): as data, merged into a model's weights, or beside them
+where they are trained.
 
 Shapes: G blocks, R rank. One block of a kernel is [*inputs, *outputs].
 """
@@ -7,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Sharding
 
 from dit_jax.config import UserError
@@ -107,3 +110,39 @@ def merged(model, loras: Sequence[tuple[Lora, float]]):
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: merged_leaf(leaf, of_leaf(leaf_name(path), loras)), model
     )
+
+
+class Beside(nnx.Module):
+    """A linear map and, beside it, x·down·up·alpha/rank, so that neither a merged weight nor its gradient is held."""
+
+    def __init__(self, base: Any, adapter: Adapter):
+        assert adapter.alpha is not None and adapter.rank is not None
+        self.base = base
+        self.down, self.up = nnx.Param(jnp.asarray(adapter.down)), nnx.Param(jnp.asarray(adapter.up))
+        # Settings, though they are arrays: not to be trained.
+        self.scale = nnx.Param(jax.lax.stop_gradient(jnp.asarray(adapter.alpha / adapter.rank)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.base(x)
+        down, up = self.down[...].astype(y.dtype), self.up[...].astype(y.dtype)
+        added = jnp.tensordot(jnp.tensordot(x.astype(y.dtype), down, axes=down.ndim - 1), up, axes=1)
+        return y + self.scale[...].astype(y.dtype) * added
+
+
+def beside(model: Any, lora: Lora) -> Any:
+    """A copy of a model whose linear maps have a LoRA beside them; the weights are the model's own.
+
+    Raises UserError for an adapter of another kind than low-rank factors of a linear map's kernel.
+    """
+    copy = jax.tree.map(lambda leaf: leaf, model)
+    for name, adapter in lora.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf != "kernel" or adapter.down is None or adapter.up is None or adapter.full is not None:
+            raise UserError(
+                f"the LoRA's {name} cannot lie beside the weights: expected low-rank factors of a kernel; merge it "
+                "instead, or leave it out"
+            )
+        *parents, last = path.split(".")
+        parent = reduce(getattr, parents, copy)
+        setattr(parent, last, Beside(getattr(parent, last), adapter))
+    return copy

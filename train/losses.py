@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dit_jax.lora import beside
 from dit_jax.models.network import Aux, Conditioning, NetworkCall, State, layout, network, unlayout
 from dit_jax.sampling.schedules import TRAIN_STEPS, shifted
 
@@ -131,8 +132,10 @@ def flow_matching(model, batch: Batch, key: jax.Array, settings: FlowSettings):
 
 
 def finetune(trained: Models, frozen: Models, batch: Batch, key: jax.Array, *, settings: FlowSettings):
-    """`flow_matching` of trained["student"], in the form of the losses of distillation; nothing is frozen."""
-    return flow_matching(trained["student"], batch, key, settings)
+    """`flow_matching` in the form of the losses of distillation: of trained["student"], or of frozen["student"] with
+    trained["lora"] (a `Lora`) beside it, whose alpha and rank get no gradient."""
+    student = beside(frozen["student"], trained["lora"]) if "lora" in trained else trained["student"]
+    return flow_matching(student, batch, key, settings)
 
 
 def conditioning_of(told: Batch) -> Conditioning:

@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 
 from dit_jax.config import UserError
-from dit_jax.lora import Adapter, delta, merged, merged_leaf
+from dit_jax.lora import Adapter, beside, delta, merged, merged_leaf
+from dit_jax.models.network import Conditioning, NetworkCall, layout, network
 from dit_jax.models.wan import Wan, WanConfig
-from dit_jax.parameters import named_leaves
+from dit_jax.parameters import named_leaves, with_leaves
 
 TINY = WanConfig(
     blocks=3, width=24, heads=2, head_width=12, mlp_width=20, in_channels=4, out_channels=4, text_width=11,
@@ -135,3 +136,47 @@ def test_a_sharded_model_gets_the_same_weights_and_keeps_its_shardings(on_eight,
     assert on_eight[mesh]["error"] <= 1e-6
     assert on_eight[mesh]["shardings kept"]
     assert on_eight[mesh]["sharded leaves"] == (2 if "fsdp" in mesh else 0)
+
+
+def velocity_rows(model):
+    tokens, text = layout(jnp.asarray(random(2, 2, 4, 6, 4)), TINY.patch), jnp.asarray(random(2, 5, 11))
+    return network(model, NetworkCall(), tokens, jnp.float32([700, 20]), Conditioning(text))[0]
+
+
+def test_a_lora_beside_the_weights_is_a_merged_one_and_so_are_its_gradients():
+    """Of maps to heads, from heads and of plain ones; nothing else gets a gradient."""
+    shapes = {
+        QUERY: ((24,), (2, 12)), "blocks.attn2.o.kernel": ((2, 12), (24,)), "blocks.mlp.up.kernel": ((24,), (20,))
+    }  # fmt: skip
+    plain, adapters = model(), {name: low_rank(*of, blocks=(3,), seed=7) for name, of in shapes.items()}
+    adapters[OUT] = low_rank((24,), (16,), seed=7)
+    adapters = jax.tree.map(jnp.asarray, adapters)
+
+    def with_merged(plain, lora):
+        total = {
+            name: jax.vmap(lambda down, up, scale: jnp.tensordot(down, up, 1) * scale)(
+                adapter.down, adapter.up, adapter.alpha / adapter.rank
+            )
+            if adapter.stacked
+            else delta(adapter)
+            for name, adapter in lora.items()
+        }
+        leaves = {name: leaf + total.get(name, 0) for name, leaf in named_leaves(plain)}
+        return with_leaves(plain, leaves)
+
+    def loss(lora, place):
+        return jnp.mean(jnp.square(velocity_rows(place(plain, lora))))
+
+    found, gradients = jax.jit(jax.value_and_grad(lambda lora: loss(lora, beside)))(adapters)
+    expected, wanted = jax.jit(jax.value_and_grad(lambda lora: loss(lora, with_merged)))(adapters)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for name, adapter in wanted.items():
+        for part in ("down", "up"):
+            one, other = getattr(gradients[name], part), getattr(adapter, part)
+            assert np.linalg.norm(one - other) <= 1e-4 * np.linalg.norm(other) and np.abs(other).max() > 0
+        assert not np.any(gradients[name].alpha) and not np.any(gradients[name].rank)
+
+
+def test_what_is_no_low_rank_kernel_cannot_lie_beside():
+    with pytest.raises(UserError, match=r"mlp\.up\.bias cannot lie beside"):
+        beside(model(), lora())

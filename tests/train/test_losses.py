@@ -4,12 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
+from torch_twins import as_jax, batch_of, relative, twin, use_rounded_frequencies, velocity
 
+from dit_jax.lora import Adapter, merged
 from dit_jax.models.vae_wan import WanVAE, WanVAEConfig
 from dit_jax.models.wan import Wan, WanConfig
 from train import losses
-from train.losses import AutoencoderWeights, FlowSettings, autoencoding, decibels, flow_matching, noise_levels, pixels
+from train.losses import (
+    AutoencoderWeights,
+    FlowSettings,
+    autoencoding,
+    decibels,
+    finetune,
+    flow_matching,
+    noise_levels,
+    noised,
+    pixels,
+)
 
 TINY = WanConfig(blocks=2, width=24, heads=2, head_width=12, mlp_width=32, text_width=8, in_channels=4, out_channels=4)
 
@@ -57,6 +70,39 @@ def test_flow_matching_learns_from_text_and_time(batch):
     gradients = jax.grad(lambda model: flow_matching(model, batch, jax.random.key(0), FlowSettings())[0])(model)
     for leaf in (gradients.text.up.kernel, gradients.time.up.kernel, gradients.blocks.attn1.q.linear.kernel):
         assert float(jnp.abs(leaf[...]).max()) > 0
+
+
+@jax.jit
+def finetuned(trained, frozen, batch, key):
+    return jax.value_and_grad(finetune, has_aux=True)(trained, frozen, batch, key, settings=FlowSettings())
+
+
+@pytest.mark.parametrize("kind", ["wan", "flux", pytest.param("wan-i2v", marks=pytest.mark.long)])
+def test_finetuning_is_pytorchs(kind, monkeypatch):
+    use_rounded_frequencies(monkeypatch)
+    student, batch = twin(kind, 1), batch_of(kind)
+    (loss, metrics), gradients = finetuned({"student": student.model}, {}, as_jax(batch), jax.random.key(3))
+    at = noised(jnp.asarray(batch["latents"]), jax.random.key(3), FlowSettings())
+    levels, truth = np.asarray(at.levels), np.asarray(at.velocity)
+    found = velocity(student, torch.tensor(np.asarray(at.latents)), levels, batch)[0]
+    expected = (found - torch.tensor(truth)).square().mean()
+    expected.backward()
+    assert relative(loss, expected.detach()) <= 1e-4
+    assert relative(gradients["student"], student.gradients()) <= 1e-4
+    errors = np.mean((found.detach().numpy().astype(np.float64) - truth) ** 2, axis=(1, 2, 3, 4))
+    for name, of in (("loss_low_noise", levels < 0.5), ("loss_high_noise", levels >= 0.5)):
+        np.testing.assert_allclose(metrics[name], errors[of].mean() if of.any() else 0, rtol=1e-4)
+
+
+def test_finetuning_a_lora_leaves_the_weights(batch):
+    model, rng = Wan(TINY, nnx.Rngs(0)), np.random.default_rng(0)
+    down, up = (jnp.asarray(rng.standard_normal(shape), jnp.float32) / 5 for shape in ((2, 24, 3), (2, 3, 2, 12)))
+    lora = {"blocks.attn1.v.kernel": Adapter(stacked=True, down=down, up=up, alpha=jnp.ones(2), rank=jnp.full(2, 3.0))}
+    (loss, _), gradients = finetuned({"lora": lora}, {"student": model}, batch, jax.random.key(3))
+    plain = flow_matching(model, batch, jax.random.key(3), FlowSettings())[0]
+    merged_in = flow_matching(merged(model, [(lora, 1.0)]), batch, jax.random.key(3), FlowSettings())[0]
+    assert relative(loss, merged_in) <= 1e-5 and abs(loss - plain) > 1e-4
+    assert all(np.abs(part).max() > 0 for part in (gradients["lora"][name].down for name in lora))
 
 
 def test_noise_levels_are_logit_normal_shifted_and_spread():
