@@ -143,8 +143,8 @@ class add_coredit:  # noqa: N801 - used as a function
         first = len(blocks) * list(every).index(component if component in every else "transformer")
         self.ratios, self.stride, self.late = rounded[first : first + len(blocks)], ratios.get("stride", 3), late
         early = len(timesteps) - int(late_share * len(timesteps))
-        ends = [float(t) for t in timesteps[early - 1 : early + 1]]
-        self.late_below = sum(ends) / 2 if len(ends) == 2 and early else -1.0
+        ends = [math.inf, *map(float, timesteps), -math.inf]
+        self.late_below = (ends[early] + ends[early + 1]) / 2
         self.wan, self.signature = wan, inspect.signature(transformer.forward)
         transformer.register_forward_pre_hook(self._look, with_kwargs=True)
         for index, block in enumerate(blocks):

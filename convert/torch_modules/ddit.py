@@ -26,7 +26,8 @@ class ThirdDifference:
 
     def __init__(self, threshold: float = 0.001, quantile: float = 0.4, scales=(2, 4), patch=(1, 2, 2), held: int = 0):
         self.threshold, self.quantile, self.scales, self.patch, self.held = threshold, quantile, scales, patch, held
-        self.last, self.t = [], -1.0
+        self.last: list[torch.Tensor] = []
+        self.t = -1.0
 
     def __call__(self, t: float, latents_BCTYX) -> int:
         assert len(latents_BCTYX) == 1, "each sample chooses for itself: run them one by one"
@@ -92,14 +93,16 @@ class PatchSizes:
 
     def __init__(self, transformer, folder, choose, branches: int = 1):
         self.scales = json.loads((Path(folder) / "config.json").read_text())["scales"]
-        self.choose, self.branches, self.used, self.scale = choose, branches, [], 1
+        self.choose, self.branches, self.scale = choose, branches, 1
+        self.used: list[int] = []
         self.wan, self.signature = hasattr(transformer, "blocks"), inspect.signature(transformer.forward)
         self.embedding = "patch_embedding" if self.wan else "x_embedder"
         self.layers = {1: {name: getattr(transformer, name) for name in (self.embedding, "proj_out")}}
         self.patch = tuple(transformer.config.patch_size) if self.wan else (1, 2, 2)
         if self.wan:
             self.layers[1]["rope"] = transformer.rope
-        self.low_rank, self.residual = {}, {}
+        self.low_rank: dict[tuple[int, str], tuple] = {}
+        self.residual: dict[int, dict] = {}
         tensors = load_file(Path(folder) / "weights.safetensors", device=str(transformer.device))
         for scale in self.scales:
             mark = f"{scale}p."
@@ -116,7 +119,7 @@ class PatchSizes:
         bias = tensors[f"{self.embedding}.bias"] + tensors["size_embedding"]
         if self.wan:
             kernel = tuple(weight.shape[2:])
-            embedding: nn.Module = nn.Conv3d(*weight.shape[1::-1], kernel, kernel)
+            embedding: nn.Module = nn.Conv3d(weight.shape[1], weight.shape[0], kernel, kernel)
         else:
             embedding = nn.Linear(*weight.shape[::-1])
         out = nn.Linear(*tensors["proj_out.weight"].shape[::-1])

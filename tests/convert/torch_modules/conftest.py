@@ -8,7 +8,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "infer"))
 
 
-@pytest.fixture(scope="session", params=["text-to-video", "image-to-video", "flux"])
+@pytest.fixture(
+    scope="session",
+    params=[
+        "text-to-video",
+        "flux",
+        pytest.param("image-to-video", marks=pytest.mark.long),
+        pytest.param("first-frame", marks=pytest.mark.long),
+    ],
+)
 def written(request, tmp_path_factory):
     """A pipeline of each kind, pruned, with a router, adapters and ratios."""
     from torch_models import Written

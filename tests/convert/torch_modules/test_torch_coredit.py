@@ -5,22 +5,22 @@ import json
 import numpy as np
 import pytest
 import torch
-from torch_models import RATIOS, relative
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from torch_models import FRAMES, RATIOS, relative
 
 from convert.torch_modules.coredit import add_coredit, bucketed, cell_sides, cells_of, coherence, protected
 from dit_jax.methods import coherence as ours
 from dit_jax.methods import coredit_ratios
+from dit_jax.methods.coredit import Coredit
+from infer.request import Request
 
 
 def timesteps(written, steps):
     """Of a run, as this project has them; diffusers' are the same."""
-    from infer.request import Request
-
-    frames = 1 if written.kind == "flux" else 9
-    solver = "unipc" if written.kind != "flux" and steps > 1 else "euler"
-    request = Request(prompt="a", size=(112, 80), frames=frames, steps=steps, solver=solver, image=written.image)
-    if written.kind != "image-to-video":
-        request = Request(prompt="a", size=(112, 80), frames=frames, steps=steps, solver=solver)
+    options = {} if written.kind == "flux" else dict(frames=FRAMES, solver="unipc" if steps > 1 else "euler")
+    if written.has_image:
+        options["image"] = written.image
+    request = Request(prompt="a", size=written.size, steps=steps, **options)
     return list(written.pipe.schedule(written.pipe.prepare(request)).timesteps)
 
 
@@ -45,6 +45,36 @@ def test_late_steps_skip_less_and_fewer_buckets_round(written):
     assert relative(written.by_ours("coredit:buckets=2:late=0.5", 4, guided=False), theirs) <= 1e-4
     assert skipped[:3] == skipped[:1] * 3 and sum(skipped[3]) < sum(skipped[0])
     assert len(set(skipped[0])) == 2
+
+
+def test_experts_have_ratios_of_their_own():
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=8, ffn_dim=8,
+        num_layers=3,
+    )  # fmt: skip
+    told = {"ratios": [0.5, 0.1, 0.3], "stride": 4, "experts": {"transformer_2": [0.2]}}
+    coredit = Coredit(ratios=(0.5, 0.1, 0.3), experts=(("transformer_2", (0.2,)),), stride=4, buckets=3)
+    table = coredit.skipped(coredit.lattice((1, 3, 18, 22, 4), (1, 2, 2)), 3, 8)
+    timesteps = np.linspace(1000, 100, 8)
+    for index, name in enumerate(("transformer", "transformer_2")):
+        state = add_coredit(model, told, timesteps, component=name, buckets=3)
+        for step, t in enumerate(timesteps):
+            state._look(model, (torch.zeros(1, 4, 3, 18, 22), torch.tensor([t]), torch.zeros(1, 5, 8)), {})
+            assert [state.skipped(block) for block in range(3)] == table[index, step].tolist()
+
+
+@pytest.mark.parametrize(("steps", "late_share"), [(1, 1.0), (3, 0.0), (4, 1.0)])
+def test_all_or_no_steps_may_be_late(steps, late_share):
+    model = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    state = add_coredit(model, {"ratios": [0.4]}, np.linspace(1000, 300, steps), late_share=late_share)
+    ids = torch.tensor([[0, y, x] for y in range(5) for x in range(7)])
+    for t in np.linspace(1, 0.3, steps):
+        told = {"timestep": torch.tensor([t]), "encoder_hidden_states": torch.zeros(1, 3, 8), "img_ids": ids}
+        state._look(model, (torch.zeros(1, 35, 16),), told)
+        assert (state.grid, state.text, state.is_late) == ((1, 5, 7), 3, late_share == 1)
 
 
 def test_no_ratio_is_the_plain_model(written):

@@ -1,19 +1,12 @@
 """Few-step students in PyTorch: their loop against the same steps of this project's models, with the same new noise."""
 
-import json
-from dataclasses import replace
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from torch_models import PROMPTS, relative
 
-from convert.checkpoint import open_checkpoint
-from convert.method_parts import part_files, read_parts
 from convert.torch_modules.few_step import flux_velocity, noise_levels, sample, wan_velocity
-from convert.transfer import convert
-from dit_jax.methods.method import Part
 from dit_jax.sampling.schedules import shifted
 from dit_jax.sampling.solvers import Step
 from infer.request import Request
@@ -26,7 +19,7 @@ def velocities(written):
     """(this project's velocity of latents at a σ, channels last; diffusers' for `sample`, and how its latents lie)."""
     pipe = written.pipe
     options = {} if written.kind == "flux" else dict(frames=9, guidance=1.0)
-    if written.kind == "image-to-video":
+    if written.has_image:
         options["image"] = [written.image] * 2
     job = pipe.prepare(Request(prompt=PROMPTS, size=(112, 80), steps=1, **options))
     denoiser = pipe._stages(job, pipe.schedule(job))[0].denoiser()
@@ -54,6 +47,9 @@ def as_theirs(written, latents):
     return torch.nn.functional.pixel_unshuffle(x[:, :, 0], 2).flatten(2).transpose(1, 2)
 
 
+@pytest.mark.parametrize(
+    "written", ["text-to-video", "flux", pytest.param("image-to-video", marks=pytest.mark.long)], indirect=True
+)
 @pytest.mark.parametrize("sampler", ["renoise", "euler"])
 def test_the_loop_is_that_of_this_project(written, sampler):
     settings = SETTINGS | {"sampler": sampler}
@@ -73,14 +69,3 @@ def test_the_loop_is_that_of_this_project(written, sampler):
 
 def test_levels_are_shifted_timesteps():
     np.testing.assert_allclose(noise_levels(SETTINGS), [1, 0.9375, 5 / 6, 0.625, 0])
-
-
-def test_settings_lie_in_the_checkpoint_without_weights(written, tmp_path):
-    source = open_checkpoint(written.folder)
-    added = replace(source, files=source.files | part_files({"few_step": Part(SETTINGS, {})}))
-    for layout in ("native", "diffusers"):
-        convert(added, tmp_path / layout, layout)
-        files = [file.name for file in (tmp_path / layout / "methods/few_step").iterdir()]
-        assert files == ["config.json"]
-        assert json.loads((tmp_path / layout / "methods/few_step/config.json").read_text()) == SETTINGS
-        assert read_parts(open_checkpoint(tmp_path / layout))["few_step"] == Part(SETTINGS, {})

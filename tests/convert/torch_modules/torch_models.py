@@ -32,10 +32,11 @@ SIZE, FRAMES = (112, 80), 9  # 14x10 latent cells: 7x5 tokens a frame, which nei
 PROMPTS, NEGATIVE = ["a red cat runs under the moon", "a blue fish sleeps"], "the dog"
 HEADS, KEPT, MLP, BLOCKS = 5, 3, 23, 5
 CONTENT = {"text-to-video": ("latents", 9), "image-to-video": ("image", tiny_wan.IMAGE_WIDTH), "flux": ("pooled", 16)}
+CONTENT["first-frame"] = CONTENT["text-to-video"]
 # Of routers that tell two samples apart, and of noise for which no choice of tokens is one between equals (the two
 # tokens of a cell that has no more are equally coherent, so that rounding alone would choose).
-ROUTERS = {"text-to-video": 3, "image-to-video": 0, "flux": 4}
-NOISES = {"text-to-video": 2, "image-to-video": 3, "flux": 3}
+ROUTERS = {"text-to-video": 3, "first-frame": 3, "image-to-video": 0, "flux": 4}
+NOISES = {"text-to-video": 2, "first-frame": 2, "image-to-video": 3, "flux": 3}
 ADAPTERS = AdapterSettings(rank=3, residual_channels=5)
 RATIOS = {"ratios": [0.1, 0.45, 0.0, 0.6, 0.3], "stride": 3, "target": 0.29}
 
@@ -105,10 +106,14 @@ class Written:
 
     def __init__(self, kind, folder):
         self.kind, self.native, self.folder = kind, folder / "native", folder / "torch"
-        if kind == "flux":
-            plain = tiny_flux.pipeline(dev=True)
-        else:
-            plain = tiny_wan.image_to_video() if kind == "image-to-video" else tiny_wan.text_to_video()
+        self.size = (2 * SIZE[0], 2 * SIZE[1]) if kind == "first-frame" else SIZE
+        made = {
+            "flux": lambda: tiny_flux.pipeline(dev=True),
+            "text-to-video": tiny_wan.text_to_video,
+            "image-to-video": tiny_wan.image_to_video,
+            "first-frame": tiny_wan.text_or_image,
+        }
+        plain = made[kind]()
         plain.register_modules(transformer=transformer(kind))
         plain.save_pretrained(folder / "plain")
         source = open_checkpoint(folder / "plain")
@@ -129,12 +134,18 @@ class Written:
         loaded = getattr(diffusers, index["_class_name"]).from_pretrained(
             self.folder, transformer=load_transformer(self.folder / "transformer")
         )
+        if self.kind == "first-frame":
+            loaded = diffusers.WanImageToVideoPipeline(**loaded.components, expand_timesteps=True)
         loaded.set_progress_bar_config(disable=True)
         return loaded
 
     def noise(self, count):
         shape = (count, 1 if self.kind == "flux" else 3, SIZE[1] // 8, SIZE[0] // 8, 4)
         return np.random.default_rng(NOISES[self.kind]).standard_normal(shape).astype(np.float32)
+
+    @property
+    def has_image(self):
+        return self.kind in ("image-to-video", "first-frame")
 
     @property
     def image(self):
@@ -146,10 +157,10 @@ class Written:
             options = dict(true_cfg=3.0 if guided else 1.0, guidance=2.5)
         else:
             options = dict(frames=FRAMES, guidance=3.5 if guided else 1.0, solver="euler" if steps == 1 else "unipc")
-        if self.kind == "image-to-video":
+        if self.has_image:
             options["image"] = self.image if count == 1 else [self.image] * count
         request = Request(
-            prompt=PROMPTS[:count], negative_prompt=NEGATIVE, size=SIZE, steps=steps, plan=plan,
+            prompt=PROMPTS[:count], negative_prompt=NEGATIVE, size=self.size, steps=steps, plan=plan,
             latents=self.noise(count), **options,
         )  # fmt: skip
         return self.pipe.denoise(self.pipe.prepare(request), **told)
@@ -157,7 +168,7 @@ class Written:
     def by_diffusers(self, pipeline, steps, count=1, guided=True):
         """The same by diffusers' pipeline, whatever has been done to its transformer."""
         shared = dict(
-            prompt=PROMPTS[:count], negative_prompt=[NEGATIVE] * count, width=SIZE[0], height=SIZE[1],
+            prompt=PROMPTS[:count], negative_prompt=[NEGATIVE] * count, width=self.size[0], height=self.size[1],
             num_inference_steps=steps, output_type="latent",
         )  # fmt: skip
         noise = torch.tensor(self.noise(count)).permute(0, 4, 1, 2, 3)
@@ -172,7 +183,7 @@ class Written:
                 pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
             scale = 3.5 if guided else 1.0
             more = dict(num_frames=FRAMES, guidance_scale=scale, latents=noise)
-            if self.kind == "image-to-video":
+            if self.has_image:
                 more["image"] = self.image
             return pipeline(**shared, **more).frames.permute(0, 2, 3, 4, 1).numpy()
 
