@@ -22,6 +22,8 @@ from dit_jax.parameters import leaf_name, named_leaves
 
 Array = jax.Array | np.ndarray
 
+STACKS = ("blocks.", "double.", "single.")  # how the names of stacked blocks' weights begin
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,24 @@ def _merge(leaf, adapters: tuple[Adapter, ...], strengths):
     if not adapters[0].stacked:
         return block(leaf, adapters)
     return jax.lax.fori_loop(0, leaf.shape[0], next_block, leaf)
+
+
+def untrained(model: Any, rank: int, seed: int = 0) -> Lora:
+    """A LoRA that adds nothing yet, to every linear map of a model's blocks: `down` is random, `up` zero, alpha the
+    rank."""
+    rng = np.random.default_rng(seed)
+    lora = {}
+    for name, leaf in named_leaves(model):
+        if not name.startswith(STACKS) or not name.endswith(".kernel") or ".modulation." in name:
+            continue
+        # From heads [G, H, K, D]; any other from the width [G, D, ...].
+        inputs = 2 if name.endswith(".o.kernel") and len(leaf.shape) == 4 else 1
+        blocks, wide, out = leaf.shape[0], leaf.shape[1 : 1 + inputs], leaf.shape[1 + inputs :]
+        down = rng.standard_normal((blocks, *wide, rank), np.float32) / np.sqrt(np.prod(wide))
+        every = np.full(blocks, rank, np.float32)
+        up = np.zeros((blocks, rank, *out), np.float32)
+        lora[name] = Adapter(stacked=True, down=down, up=up, alpha=every, rank=every.copy())
+    return lora
 
 
 def of_leaf(name: str, loras: Sequence[tuple[Lora, float]]) -> list[tuple[Adapter, float]]:

@@ -84,6 +84,22 @@ def test_finetuning_changes_the_weights_and_nothing_else(data, tmp_path):
     assert changed(vae, before) == []
 
 
+def test_a_lora_is_trained_beside_the_weights_and_exported_in_them(data, tmp_path):
+    out = tmp_path / "run"
+    assert run("finetune", out, data, "lora=3", "learning_rate=0.01")[0] == 0
+    mean = load_ema(out)
+    assert {name.partition(".")[0] for name in mean} == {"lora"}
+    assert mean["lora.blocks.attn1.q.linear.kernel.down"].shape == (10, 144, 3)
+    assert mean["lora.blocks.attn1.o.kernel.up"].shape == (10, 3, 144)
+    assert {name.rpartition(".")[2] for name in mean} == {"down", "up"}
+    different = changed(weights(f"{out}-model"), weights("demo-wan"))
+    assert different and all(name.startswith("blocks.") and name.endswith(".kernel") for name in different)
+    name = "blocks.mlp.up.kernel"
+    added = np.einsum("gir,gro->gio", mean[f"lora.{name}.down"], mean[f"lora.{name}.up"])
+    found = weights(f"{out}-model")[name].astype(np.float32) - weights("demo-wan")[name].astype(np.float32)
+    assert np.linalg.norm(found - added) < 0.2 * np.linalg.norm(added)
+
+
 def test_samples_on_the_way_are_those_of_the_model_that_is_exported(data, tmp_path):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
     prompts.write_text("a red 7 moving left\n")
