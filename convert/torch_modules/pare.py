@@ -33,7 +33,7 @@ class NormCountingPruned(nn.RMSNorm):
         return (x.float() * torch.rsqrt(mean + self.eps) * self.weight.float()).type_as(x)
 
 
-def load_transformer(folder, dtype=None):
+def load_transformer(folder, dtype=torch.float32):
     """diffusers' transformer from a folder whose config.json may say that heads and neurons were pruned."""
     folder = Path(folder)
     settings = json.loads((folder / "config.json").read_text())
@@ -47,8 +47,7 @@ def load_transformer(folder, dtype=None):
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         for key, tensor in load_file(file).items():
-            keep = dtype is None or any(name in key.split(".") for name in exact)
-            tensors[key] = tensor if keep else tensor.to(dtype)
+            tensors[key] = tensor.to(torch.float32 if any(name in key.split(".") for name in exact) else dtype)
     model.load_state_dict(tensors, assign=True)
     if hasattr(model, "rope"):  # its tables are no weights
         model.rope = type(model.rope)(

@@ -28,6 +28,7 @@ from dit_jax.parameters import named_leaves
 from infer import load_pipeline
 from infer.request import Request
 
+torch.set_num_threads(1)  # threads of a busy machine wait for each other, and these models need none
 SIZE, FRAMES = (112, 80), 9  # 14x10 latent cells: 7x5 tokens a frame, which neither 3 nor the cells of 4p divide
 PROMPTS, NEGATIVE = ["a red cat runs under the moon", "a blue fish sleeps"], "the dog"
 HEADS, KEPT, MLP, BLOCKS = 5, 3, 23, 5
