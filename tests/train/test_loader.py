@@ -12,8 +12,10 @@ from small_data import BUCKETS, COUNTS, TEXT, example, write_data
 from dit_jax.config import UserError
 from train.loader import BatchSettings, batches
 from train.loop import RunConfig, train
+from train.optimizers import adam
+from train.placement import training_mesh
 from train.shards import open_shards
-from train.step import adam, build_step, init_state, training_mesh
+from train.step import TrainStep, alone
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +167,8 @@ def squares(model, batch, key):
 def test_a_training_run_that_was_stopped_goes_on_exactly(shards, tmp_path):
     def run(out, steps):
         config = RunConfig(out=str(tmp_path / out), steps=steps, log_every=1, save_every=3)
-        optimizer, mesh = adam(0.05), training_mesh()
-        step = build_step(Scale(), squares, optimizer, mesh)
-        return train(config, init_state(Scale(), optimizer, mesh), step, made(shards)).state
+        step = TrainStep(Scale(), alone(squares, adam(0.05)), training_mesh())
+        return train(config, step.init(Scale()), step, made(shards)).state
 
     straight = run("straight", 7)
     run("stopped", 3)

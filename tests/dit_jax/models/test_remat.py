@@ -56,6 +56,7 @@ def test_what_is_kept_takes_memory(gradients):
     assert taken["blocks"] < taken["attention"] < taken["matmuls"] < taken["none"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_offloading_moves_block_inputs_to_the_host_of_a_tpu():
     mesh = make_mesh({"fsdp": 4}, tpu_devices("v5e:2x2"))
