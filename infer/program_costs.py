@@ -36,15 +36,15 @@ def needed_bytes(error: Exception) -> int:
     return round(float(needed[1]) * (GIB if needed[2] == "G" else GIB >> 10))
 
 
-def matmul_flops(jaxpr: Any, trips: int | None = None) -> int:
+def matmul_flops(jaxpr: Any, trips: float | None = None) -> float:
     """FLOPs of all matrix products of a jaxpr on all devices together; those of a loop times its length.
 
     In a `shard_map` every device does what is written once, in a Pallas kernel every step of the grid. Of the branches
     of a conditional the most expensive one counts.
 
-    trips  of a loop whose length only a run tells; ValueError for one if this is None
+    trips  of a loop whose length only a run tells, on average; ValueError for one if this is None
     """
-    total = 0
+    total: float = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
@@ -59,7 +59,7 @@ def matmul_flops(jaxpr: Any, trips: int | None = None) -> int:
     return total
 
 
-def _times(name: str, params: Mapping[str, Any], trips: int | None) -> int:
+def _times(name: str, params: Mapping[str, Any], trips: float | None) -> float:
     if name == "while":
         if trips is None:
             raise ValueError("the program has a loop whose length only a run tells: say how often it runs")

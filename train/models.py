@@ -18,6 +18,7 @@ from convert.method_parts import read_parts
 from convert.wan import HIGH_NOISE, LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.flops import Config
+from dit_jax.methods.ddit import Ddit
 from dit_jax.methods.method import Part
 from dit_jax.methods.patch_adapters import Adapters, AdapterSettings, abstract_adapters, adapters_from
 from dit_jax.methods.pruning import pruned_config
@@ -45,14 +46,19 @@ class Source:
     _read: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
+    def is_preset(self) -> bool:
+        """Whether there is no checkpoint."""
+        return self.model in PRESETS
+
+    @property
     def abstract(self) -> bool:
-        """Whether there are sizes alone."""
-        return self.planned or self.model in PRESETS
+        """Whether sizes are all that is there, or all that is wanted."""
+        return self.planned or self.is_preset
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """Its files; UserError for a preset, and for what is no pipeline or one with two experts."""
-        if self.model in PRESETS:
+        if self.is_preset:
             raise UserError(
                 f"{self.model} is a preset, which has sizes and no weights: expected a checkpoint; give its folder or "
                 "hub id (presets are for dit-plan)"
@@ -71,7 +77,7 @@ class Source:
     @cached_property
     def component(self) -> Component:
         """What its transformer is."""
-        if self.model in PRESETS:
+        if self.is_preset:
             return transformer_component(pruned_config(PRESETS[self.model], *self.pruned))
         return self.checkpoint.component(HIGH_NOISE)
 
@@ -100,13 +106,13 @@ class Source:
     @cached_property
     def parts(self) -> Mapping[str, Part]:
         """What its checkpoint holds for methods."""
-        return {} if self.abstract else read_parts(self.checkpoint)
+        return {} if self.is_preset else read_parts(self.checkpoint)
 
     def part(self, name: str, seed: int) -> Part:
         """That of its checkpoint, or an untrained one."""
         if name in self.parts:
             return self.parts[name]
-        leaves = {} if self.abstract else self.checkpoint.leaves(HIGH_NOISE)
+        leaves = {} if self.is_preset else self.checkpoint.leaves(HIGH_NOISE)
         return KINDS[name](self.component, leaves, seed)
 
     def router(self, seed: int = 0) -> Router:
@@ -119,9 +125,9 @@ class Source:
 
     def adapters(self, seed: int = 0) -> tuple[Adapters, AdapterSettings]:
         """Its DDiT adapters, or untrained ones, and their sizes."""
-        if self.abstract:
-            settings = AdapterSettings()
+        part = None if self.is_preset else self.part(Ddit.name, seed)
+        told = {} if part is None else {**part.settings, "scales": tuple(part.settings["scales"])}
+        settings = AdapterSettings(**told)
+        if part is None or self.abstract:
             return abstract_adapters(self.config, settings), settings
-        part = self.part("ddit", seed)
-        settings = AdapterSettings(**{**part.settings, "scales": tuple(part.settings["scales"])})
         return jax.tree.map(jnp.asarray, adapters_from(self.config, part)), settings

@@ -175,7 +175,8 @@ def of_recipe(name: str, settings: list[str], target: Target) -> Report:
     batch = abstract_batch(config, source.config, config.batch * turns)
     tokens = config.batch * turns * math.prod(grid(batch["latents"].shape, source.config.patch))
     traced = step.trace({**batch, **training.extra}, turn)
-    return report(f"{Path(name).stem} {config.model}", target, mesh, traced, tokens, matmul_flops(traced.jaxpr))
+    flops = matmul_flops(traced.jaxpr, training.trips)
+    return report(f"{Path(name).stem} {config.model}", target, mesh, traced, tokens, flops)
 
 
 def of_sampling(model: str, options: argparse.Namespace, target: Target) -> list[Report]:

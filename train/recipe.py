@@ -24,6 +24,7 @@ from dit_jax.models.flux import FluxConfig
 from dit_jax.models.network import NetworkCall
 from dit_jax.models.remat import parse_remat
 from infer.loading import load_pipeline
+from infer.program_costs import matmul_flops
 from infer.random_pipeline import IMAGE_TOKENS, TEXT_TOKENS, usual
 from infer.tpu_programs import latents_shape
 from train.checkpoints import load_ema
@@ -105,6 +106,7 @@ class Training:
     target           checkpoint that the trained modules are written into, and `result` of (it, these modules by name)
     turn             which of the plan's updates a step does, of its number; None: all
     around           what stands between the loop and the step, if anything does
+    trips            how often a loop of the step runs on average whose length only a run tells
     extra            shapes of what a batch has besides data, of the whole step; `empty_...` is of the empty caption
     """
 
@@ -116,6 +118,7 @@ class Training:
     turn: Callable[[int], int] | None = None
     around: Callable[[Driven], Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]] | None = None
     extra: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
+    trips: float | None = None
 
 
 Recipe = Callable[[Any, Source], Training]
@@ -142,10 +145,26 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
     if is_guided(source.config):
         extra["guidance"] = np.full(len(feed(0)["latents"]), config.guidance, np.float32)
     batch_at = partial(told, feed, extra)
-    outcome = train(config, state, driven, batch_at, hooks)
+    flops = model_flops(config, recipe, mesh, batch_at(0))
+    outcome = train(config, state, driven, batch_at, hooks, flops)
     if config.export and not outcome.stopped and jax.process_index() == 0:
         export(config, training, step)
     return outcome
+
+
+def model_flops(config: RecipeConfig, recipe: Recipe, mesh: Mesh, batch: Mapping[str, Any]) -> float:
+    """FLOPs of the matrix products of a step on such a batch of this host's, of all hosts; what is only computed again
+    for gradients left out, as in the usual meaning of MFU."""
+    training = recipe(replace(config, remat="none"), Source(config.model, mesh, planned=True))
+    step = TrainStep(training.trained, training.plan, mesh, training.frozen)
+
+    def shape(array: Any) -> jax.ShapeDtypeStruct:
+        rows, *rest = np.shape(array)
+        return jax.ShapeDtypeStruct((rows * jax.process_count(), *rest), np.asarray(array).dtype)
+
+    arrays = {name: shape(array) for name, array in batch.items() if name not in (POSITION, *training.extra)}
+    traced = step.trace({**arrays, **training.extra}, None if training.turn is None else 0)
+    return matmul_flops(traced.jaxpr, training.trips)
 
 
 def _shards(config: RecipeConfig, source: Source) -> Shards:

@@ -151,6 +151,23 @@ def test_metrics_and_hooks_are_logged(tmp_path):
     assert losses == [1, 2, 3, 4]
 
 
+def test_tensorboard_has_what_the_log_has(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    run(tmp_path, 3, tensorboard=True)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content, found, place = file.read_bytes(), {}, 0
+    while place < len(content):  # each record: its length, a checksum, itself, a checksum
+        size = int.from_bytes(content[place : place + 8], "little")
+        event = Event.FromString(content[place + 12 : place + 12 + size])
+        found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        place += size + 16
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert found[line["step"], "loss"] == pytest.approx(line["loss"], rel=1e-5)
+    assert {tag for _, tag in found} >= {"loss", "gradient_norm", "seconds_per_step", "seconds_of_compute"}
+
+
 STOPPED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})

@@ -77,6 +77,8 @@ def test_finetuning_changes_the_weights_and_nothing_else(data, tmp_path):
     assert code == 0
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(np.isfinite(line["loss"]) for line in lines)
+    # 3.0 M weights in products, 32 tokens of 4 samples: forward, and twice backward; text and attention besides.
+    assert 1 < lines[-1]["flops_per_second"] * lines[-1]["seconds_per_step"] / (6 * 3.0e6 * 32 * 4) < 3
     tuned = tmp_path / "run-model"
     assert len(changed(weights(tuned), weights("demo-wan"))) > 30
     vae = {name: leaf.rectangle(None) for name, leaf in open_checkpoint(tuned).leaves("vae").items()}

@@ -77,7 +77,7 @@ def student_of(name: str, source: Source) -> Source:
     """The student by its folder, or of a preset the pruned preset; UserError where it is no student of the model."""
     if not name and not source.abstract:
         raise UserError("there is no student: expected --set student=DIR; make one with `dit-prune`")
-    student = Source(name or source.model, source.mesh, pruned=PRUNED)
+    student = Source(name or source.model, source.mesh, pruned=PRUNED, planned=source.planned)
     ours, theirs = student.config, source.config
     for field in ("width", "in_channels", "out_channels", "patch", "text_width"):
         if getattr(ours, field) != getattr(theirs, field):

@@ -82,7 +82,7 @@ class Config(RecipeConfig):
 
 def training(config: Config, source: Source) -> Training:
     """Student (with its router) and fake score, by turns."""
-    student = Source(config.student, source.mesh) if config.student else source
+    student = Source(config.student, source.mesh, planned=source.planned) if config.student else source
     trained: dict[str, Any] = {"student": student.transformer(), "fake": source.transformer()}
     moved = ["student"]
     if ROUTER in student.parts:
@@ -115,6 +115,8 @@ def training(config: Config, source: Source) -> Training:
         target=student,
         result=partial(_result, config, student.parts.get(ROUTER)),
         extra=_abstract_empty(source),
+        # The roll-out ends at a random one of the steps.
+        trips=(len(config.settings.timesteps) - 1) / 2,
     )
 
 
