@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_checkpoints import FLUX_PIPELINE, WAN_PIPELINE, pipeline_folder
+from tiny_checkpoints import pipeline_folder
 
 from convert.checkpoint import open_checkpoint
 from convert.cli import main
@@ -18,10 +18,10 @@ from dit_jax.config import UserError
 from dit_jax.methods.method import Part
 
 PIPELINES = {
-    "wan": WAN_PIPELINE,
-    "experts": WAN_PIPELINE | {"transformer_2": "wan"},
-    "image": WAN_PIPELINE | {"transformer": "wan-image"},
-    "flux": FLUX_PIPELINE,
+    "wan": {"transformer": "wan"},
+    "experts": {"transformer": "wan", "transformer_2": "wan"},
+    "image": {"transformer": "wan-image"},
+    "flux": {"transformer": "flux-dev"},
 }
 RATIOS = {"ratios": [0.1, 0.5], "stride": 3, "experts": {"transformer_2": [0.2, 0.3]}}
 FEW_STEP = {"timesteps": [1000, 500], "shift": 5.0, "guidance_scale": 1.0, "sampler": "euler"}
@@ -125,7 +125,7 @@ def test_settings_alone_are_told_to_both_experts(tmp_path):
 
 def test_our_own_keys_in_diffusers_layout_are_read_and_rewritten(tmp_path):
     """What was written before there were keys for PyTorch."""
-    plain = open_checkpoint(pipeline_folder(tmp_path / "plain", WAN_PIPELINE))
+    plain = open_checkpoint(pipeline_folder(tmp_path / "plain", PIPELINES["wan"]))
     parts = parts_of(plain.component("transformer"), 3)
     for place, content in part_files(parts).items():
         (tmp_path / "plain" / place).parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("keys", ["ours", "theirs"])
 def test_damage_is_one_sentence_and_nothing_is_written(damage, keys, tmp_path, capsys):
-    plain = open_checkpoint(pipeline_folder(tmp_path / "plain", WAN_PIPELINE))
+    plain = open_checkpoint(pipeline_folder(tmp_path / "plain", PIPELINES["wan"]))
     files = part_files(parts_of(plain.component("transformer"), 0))
     layout = "native" if keys == "ours" else "diffusers"
     convert(replace(plain, files=plain.files | files), tmp_path / "good", layout)
@@ -182,7 +182,7 @@ def test_damage_is_one_sentence_and_nothing_is_written(damage, keys, tmp_path, c
     ],
 )
 def test_settings_of_another_model_are_refused(name, settings, told, tmp_path):
-    plain = open_checkpoint(pipeline_folder(tmp_path / "plain", WAN_PIPELINE))
+    plain = open_checkpoint(pipeline_folder(tmp_path / "plain", PIPELINES["wan"]))
     files = part_files(parts_of(plain.component("transformer"), 0))
     convert(replace(plain, files=plain.files | files), tmp_path / "good", "diffusers")
     config = tmp_path / f"good/methods/{name}/config.json"

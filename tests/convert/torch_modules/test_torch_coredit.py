@@ -36,6 +36,7 @@ def test_equals_this_project(written, steps, guided, count):
     assert relative(theirs, plain) > 1e-3
 
 
+@pytest.mark.parametrize("written", ["text-to-video", "flux"], indirect=True)
 def test_late_steps_skip_less_and_fewer_buckets_round(written):
     pipeline = written.theirs()
     state = add_coredit(pipeline.transformer, RATIOS, timesteps(written, 4), buckets=2, late=0.5)
