@@ -1,6 +1,7 @@
 """Tiny pipelines, pruned and with random parts of every method, in a native checkpoint and as `to-torch` writes that;
 one request run by this project from the first and by diffusers from the second."""
 
+import copy
 from dataclasses import replace
 from functools import cached_property
 
@@ -34,8 +35,7 @@ PROMPTS, NEGATIVE = ["a red cat runs under the moon", "a blue fish sleeps"], "th
 HEADS, KEPT, MLP, BLOCKS = 5, 3, 23, 5
 CONTENT = {"text-to-video": ("latents", 9), "image-to-video": ("image", tiny_wan.IMAGE_WIDTH), "flux": ("pooled", 16)}
 CONTENT["first-frame"] = CONTENT["text-to-video"]
-# Of routers that tell two samples apart, and of noise for which no choice of tokens is one between equals (the two
-# tokens of a cell that has no more are equally coherent, so that rounding alone would choose).
+# Of routers that tell two samples apart, and of noise.
 ROUTERS = {"text-to-video": 3, "first-frame": 3, "image-to-video": 0, "flux": 4}
 NOISES = {"text-to-video": 2, "first-frame": 2, "image-to-video": 3, "flux": 3}
 ADAPTERS = AdapterSettings(rank=3, residual_channels=5)
@@ -107,7 +107,7 @@ class Written:
 
     def __init__(self, kind, folder):
         self.kind, self.native, self.folder = kind, folder / "native", folder / "torch"
-        self.size = (2 * SIZE[0], 2 * SIZE[1]) if kind == "first-frame" else SIZE
+        self._of_size(SIZE)
         made = {
             "flux": lambda: tiny_flux.pipeline(dev=True),
             "text-to-video": tiny_wan.text_to_video,
@@ -125,6 +125,16 @@ class Written:
         convert(replace(pruned, files=pruned.files | part_files(parts)), self.native, "native")
         assert main(["to-torch", str(self.native), str(self.folder)]) == 0
 
+    def _of_size(self, size):
+        self.size = (2 * size[0], 2 * size[1]) if self.kind == "first-frame" else size
+        self.cells = size[0] // 8, size[1] // 8
+
+    def with_size(self, size):
+        """The same pipeline, run at another size."""
+        other = copy.copy(self)
+        other._of_size(size)
+        return other
+
     @cached_property
     def pipe(self):
         return load_pipeline(self.native)
@@ -141,7 +151,7 @@ class Written:
         return loaded
 
     def noise(self, count):
-        shape = (count, 1 if self.kind == "flux" else 3, SIZE[1] // 8, SIZE[0] // 8, 4)
+        shape = (count, 1 if self.kind == "flux" else 3, self.cells[1], self.cells[0], 4)
         return np.random.default_rng(NOISES[self.kind]).standard_normal(shape).astype(np.float32)
 
     @property
@@ -178,7 +188,7 @@ class Written:
                 cells = torch.nn.functional.pixel_unshuffle(noise[:, :, 0], 2).flatten(2).transpose(1, 2)
                 cfg = 3.0 if guided else 1.0
                 found = pipeline(**shared, latents=cells, true_cfg_scale=cfg, guidance_scale=2.5).images
-                cells = found.transpose(1, 2).unflatten(2, (SIZE[1] // 16, SIZE[0] // 16))
+                cells = found.transpose(1, 2).unflatten(2, (self.cells[1] // 2, self.cells[0] // 2))
                 return torch.nn.functional.pixel_shuffle(cells, 2).permute(0, 2, 3, 1)[:, None].numpy()
             if steps == 1:
                 pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
