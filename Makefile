@@ -11,7 +11,7 @@ export TPU_SKIP_MDS_QUERY := 1
 PROMPT ?= a red 7 moving left above a blue 2 on a striped background
 SEED ?= 0
 
-.PHONY: demo test check-long check-convert check-tpu check-demo check-methods lint newest clean
+.PHONY: demo test check-long check-convert check-tpu check-demo check-methods check-train lint newest clean
 
 demo: $(VENV)/.core
 	@mkdir -p out
@@ -22,7 +22,7 @@ test: $(VENV)/.dev lint
 	$(BIN)/pytest -n 2 -m "not long"
 
 # What is too slow for every change, in parts of at most half an hour on 2 cores.
-check-long: check-convert check-tpu check-demo check-methods
+check-long: check-convert check-tpu check-demo check-methods check-train
 
 check-convert: $(VENV)/.dev
 	$(BIN)/pytest -m long tests/convert
@@ -35,6 +35,9 @@ check-demo: $(VENV)/.dev
 
 check-methods: $(VENV)/.dev
 	$(BIN)/pytest -n 2 -m long tests/dit_jax tests/infer/test_plan_pairs.py
+
+check-train: $(VENV)/.dev
+	$(BIN)/pytest -m long tests/train
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
