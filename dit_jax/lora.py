@@ -18,11 +18,9 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from dit_jax.config import UserError
-from dit_jax.parameters import leaf_name, named_leaves
+from dit_jax.parameters import STACKS, leaf_name, named_leaves
 
 Array = jax.Array | np.ndarray
-
-STACKS = ("blocks.", "double.", "single.")  # how the names of stacked blocks' weights begin
 
 
 @jax.tree_util.register_dataclass

@@ -12,6 +12,8 @@ from flax import nnx
 
 from dit_jax.config import UserError
 
+STACKS = ("blocks.", "double.", "single.")  # how the names of stacked blocks' weights begin
+
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:

@@ -27,7 +27,7 @@ from dit_jax.models import flux, wan
 from dit_jax.models.flux import Flux, FluxConfig
 from dit_jax.models.network import Conditioning
 from dit_jax.models.wan import Wan, WanConfig
-from dit_jax.parameters import Precision, cast, leaf_name, named_leaves
+from dit_jax.parameters import STACKS, Precision, cast, leaf_name, named_leaves
 from dit_jax.sampling.sampler import Guided
 from dit_jax.sampling.schedules import Schedule, Shift
 from infer.adapt import KINDS
@@ -220,11 +220,10 @@ def token_grid(tokens: int) -> tuple[int, int, int]:
 
 def _random_weights(component: Component, precision: Precision):
     """Uniform around 0; a kernel's variance is 1 over the number of its inputs, so that activations keep their size."""
-    stacked = ("blocks.", "double.", "single.")
 
     def fill(path, leaf):
         name = leaf_name(path)
-        shape = leaf.shape[1:] if name.startswith(stacked) else leaf.shape
+        shape = leaf.shape[1:] if name.startswith(STACKS) else leaf.shape
         inputs = 2500.0
         if name.endswith("kernel"):
             # An output projection [H, K, D] sums over its heads, the others [D, H, K] over the width.

@@ -26,7 +26,7 @@ from dit_jax.config import UserError
 from dit_jax.methods.magcache import MagCache
 from dit_jax.methods.patch_adapters import size_name
 from dit_jax.methods.plan import DENSE
-from dit_jax.parameters import named_leaves
+from dit_jax.parameters import STACKS, named_leaves
 from dit_jax.sharding import make_mesh, parse_mesh, shardings
 from infer.chips import CHIPS, GIB, SLICES, chip_name, tpu_devices
 from infer.program_costs import needed_bytes
@@ -34,7 +34,6 @@ from infer.random_pipeline import PRESETS, transformer_component, usual
 from infer.tpu_programs import Case, config_of, plan_of, trace
 
 MOSAIC = "tpu_custom_call"  # a Pallas kernel in a lowered program
-STACKS = ("blocks.", "double.", "single.")
 VMEM = "S(1)"  # on-chip memory in the layout of a compiled program's array
 
 # The tables in docs/tpu.md: models by size, slice and mesh; methods on one size of two models.

@@ -101,7 +101,7 @@ class ShardBatches:
             for example, blank in zip(examples, dropped, strict=True)
         ]
         batch = {name: np.stack([arrays[name] for arrays in told]) for name in told[0] if name != "text"}
-        return batch | {"text": _padded([arrays["text"] for arrays in told], self.shards.manifest.text)}
+        return batch | {"text": padded([arrays["text"] for arrays in told], self.shards.manifest.text)}
 
     def examples(self, position: int) -> list[Example]:
         """What the rows of a batch were made from: captions (dropped or not) and file names among it."""
@@ -175,8 +175,9 @@ def batches(shards: Shards, settings: BatchSettings) -> ShardBatches:
     return ShardBatches(shards, settings)
 
 
-def _padded(texts: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    padded = np.zeros((len(texts), *shape), np.float16)
-    for row, text_LE in zip(padded, texts, strict=True):
+def padded(texts: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Texts [L, E] of different lengths as one array [B, *shape], with zeros behind them."""
+    rows = np.zeros((len(texts), *shape), np.float16)
+    for row, text_LE in zip(rows, texts, strict=True):
         row[: len(text_LE)] = text_LE
-    return padded
+    return rows

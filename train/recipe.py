@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from convert.checkpoint import Checkpoint, CheckpointLayout
@@ -29,17 +30,19 @@ from infer.random_pipeline import IMAGE_TOKENS, TEXT_TOKENS, usual
 from infer.tpu_programs import latents_shape
 from train.checkpoints import load_ema
 from train.encoders import encoder_hashes
-from train.loader import BatchSettings, ShardBatches, batches
+from train.loader import BatchSettings, ShardBatches, batches, padded
 from train.loop import Hook, Outcome, RunConfig, train
 from train.losses import FlowSettings
 from train.models import Source
+from train.optimizers import adamw, cosine
 from train.placement import training_mesh
 from train.samples import Samples, SampleSettings
 from train.shards import Shards, open_shards
-from train.step import Metrics, Plan, TrainState, TrainStep
+from train.step import Metrics, Plan, TrainState, TrainStep, of_modules
 
 POSITION = "position"  # of a batch, beside its arrays
 EMPTY = "empty_"  # before the names of what is told of the empty caption
+DEMO: dict[str, Any] = {"model": "demo-wan", "batch": 8, "warmup": 20, "dtype": "float32", "save_every": 50}
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
@@ -96,6 +99,11 @@ class RecipeConfig(RunConfig):
         """Random noise levels, and how transformers are called."""
         return FlowSettings(shift=self.shift, call=NetworkCall(remat=parse_remat(self.remat)))
 
+    def adamw(self, rate: float) -> optax.GradientTransformation:
+        """AdamW with this peak rate, warmed up and decayed over the run."""
+        schedule = cosine(rate, self.steps, self.warmup)
+        return adamw(schedule, weight_decay=self.weight_decay, clip=self.clip)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -148,7 +156,7 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
     flops = model_flops(config, recipe, mesh, batch_at(0))
     outcome = train(config, state, driven, batch_at, hooks, flops)
     if config.export and not outcome.stopped and jax.process_index() == 0:
-        export(config, training, step)
+        export(config, training)
     return outcome
 
 
@@ -209,8 +217,7 @@ def _samples(config: RecipeConfig, training: Training, step: TrainStep, mesh: Me
 def _empty(feed: ShardBatches) -> dict[str, np.ndarray]:
     """What is told of the empty caption, its text with the padding that captions have."""
     empty = feed.shards.empty
-    text = np.zeros(feed.shards.manifest.text, np.float16)
-    text[: len(empty["text"])] = empty["text"]
+    text = padded([empty["text"]], feed.shards.manifest.text)[0]
     return {EMPTY + name: array for name, array in {**empty, "text": text}.items()}
 
 
@@ -249,21 +256,13 @@ def abstract_batch(config: RecipeConfig, model: Config, rows: int) -> dict[str, 
     return batch
 
 
-def export(config: RecipeConfig, training: Training, step: TrainStep) -> None:
+def export(config: RecipeConfig, training: Training) -> None:
     """Writes the running mean of the newest checkpoint's weights into the target's checkpoint, at `config.export`."""
-    mean = load_ema(config.out)
-    names = {name.partition(".")[0] for name in mean}
-    modules = {name: values_of(mean, name) for name in names}
+    modules = of_modules(load_ema(config.out))
     target = training.target.checkpoint
     with progress_bar(unit="tensor", desc=config.export) as bar:
         layout: CheckpointLayout = "native" if target.layout == "native" else "diffusers"
         convert(training.result(target, modules), Path(config.export), layout, overwrite=True, progress=bar)
-
-
-def values_of(weights: Mapping[str, np.ndarray], module: str) -> dict[str, np.ndarray]:
-    """Those of one module, by their paths inside it."""
-    prefix = f"{module}."
-    return {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
 
 
 def with_transformer(checkpoint: Checkpoint, weights: Mapping[str, np.ndarray]) -> Checkpoint:
@@ -280,6 +279,11 @@ def with_transformer(checkpoint: Checkpoint, weights: Mapping[str, np.ndarray]) 
         return Leaf(old.shape, old.dtype, old.stacked, read)
 
     return replace(checkpoint, edited={**checkpoint.edited, HIGH_NOISE: {name: leaf(name) for name in own}})
+
+
+def with_student(checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
+    """`Training.result` of a student alone: its weights are the transformer's."""
+    return with_transformer(checkpoint, trained["student"])
 
 
 def with_files(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> Checkpoint:

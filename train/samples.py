@@ -14,17 +14,18 @@ import numpy as np
 from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.methods.plan import DENSE
-from dit_jax.parameters import named_leaves, with_leaves
+from dit_jax.parameters import with_leaves
 from infer import evaluate
 from infer.media import save
 from infer.pipeline import Pipeline
+from infer.plan_scores import NOT_SCORES
 from infer.prompts_file import read_prompts
 from train.placement import in_dtype
 from train.preview import draw
-from train.step import TrainState, TrainStep
+from train.step import TrainState, TrainStep, of_modules
 
 FOLDER = "samples"
-NOT_SCORES = ("suite", "samples", "seeds", "model", "settings", "ceiling", "margins", "videos", "pictures")
+COUNTS = ("videos", "pictures")  # beside the scores of a report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class Samples:
         return read_prompts(self.settings.prompts) if self.settings.prompts else []
 
     def __call__(self, state: TrainState, taken: int) -> dict[str, float]:
-        self._take(self.step.rebuilt({**state.params, **state.ema}), {**state.params, **state.ema})
+        self._take(of_modules({**state.params, **state.ema}))
         if self._prompts:
             self._draw(taken)
         if not self.settings.scored:
@@ -75,20 +76,15 @@ class Samples:
         words = ["--model", self.pipe.name, "--samples", str(self.settings.scored)]
         words += ["--plan", self.settings.plan] if self.settings.plan else []
         report = evaluate.evaluate(evaluate.parser().parse_args(words), self.pipe)
-        return {name: float(report[name]) for name in report if name not in NOT_SCORES}
+        return {name: float(report[name]) for name in report if name not in (*NOT_SCORES, *COUNTS)}
 
-    def _take(self, modules: Any, weights: Mapping[str, jax.Array]) -> None:
+    def _take(self, modules: Mapping[str, Mapping[str, jax.Array]]) -> None:
         """The pipeline with what is trained in place of what it was."""
-        named: dict[str, dict[str, jax.Array]] = {}
-        for name, array in weights.items():
-            module, _, path = name.partition(".")
-            named.setdefault(module, {})[path] = array
-        self.pipe.take_parts(self.result(self.pipe.checkpoint, named))
+        self.pipe.take_parts(self.result(self.pipe.checkpoint, modules))
         if "student" in modules:
-            model = in_dtype(modules["student"], self.step.plan.dtype)
             abstract: Any = self.pipe.checkpoint.component(HIGH_NOISE).abstract
             held, name = self.pipe.lora_models()[HIGH_NOISE]
-            held[name] = with_leaves(abstract, dict(named_leaves(model)))
+            held[name] = in_dtype(with_leaves(abstract, modules["student"]), self.step.plan.dtype)
 
     def _draw(self, taken: int) -> None:
         plan = self.settings.plan or DENSE

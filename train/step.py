@@ -5,8 +5,7 @@ Shapes: K microbatches of a step, B rows of each.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,6 +96,15 @@ class Plan:
 def params_of(tree) -> Params:
     """The weights of a module, or of a dict of modules, by dotted path (`student.blocks.attn1.q.kernel`)."""
     return dict(named_leaves(tree))
+
+
+def of_modules(weights: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Weights by the name of their module, and by their paths inside it."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, array in weights.items():
+        module, _, path = name.partition(".")
+        found.setdefault(module, {})[path] = array
+    return found
 
 
 def alone(
@@ -230,13 +238,14 @@ class TrainStep:
         key = jax.random.fold_in(key, state.step)
         params, sound = state.params, state.sound
         metrics: Metrics = {}
-        states, place = [], itertools.count()
+        states, first = [], 0
         for number, (update, opt_state) in enumerate(zip(self.plan.updates, state.opt_state, strict=True)):
             if turn not in (None, number):
                 states.append(opt_state)
                 continue
             for time in range(update.turns):
-                rows = [next(place) for _ in range(update.microbatches)]
+                rows = slice(first, first + update.microbatches)
+                first = rows.stop
                 own_key = jax.random.fold_in(key, place_of(number, time))
                 gradients, told = self._gradients(update, params, frozen, _rows(batch, rows, self.plan.whole), own_key)
                 sound = sound & jnp.isfinite(told["loss"]) & jnp.isfinite(told["gradient_norm"])
@@ -299,8 +308,8 @@ def place_of(update: int, turn: int) -> int:
     return update * 1000 + turn
 
 
-def _rows(batch: Mapping[str, jax.Array], which: Sequence[int], whole: tuple[str, ...]) -> dict[str, jax.Array]:
-    return {name: array if name in whole else array[which[0] : which[-1] + 1] for name, array in batch.items()}
+def _rows(batch: Mapping[str, jax.Array], which: slice, whole: tuple[str, ...]) -> dict[str, jax.Array]:
+    return {name: array if name in whole else array[which] for name, array in batch.items()}
 
 
 def _first(batch: Mapping[str, jax.Array], whole: tuple[str, ...]) -> dict[str, jax.Array]:

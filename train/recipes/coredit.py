@@ -33,21 +33,15 @@ from dit_jax.sharding import replicated
 from train import recipe
 from train.coredit_loss import CoreditSettings, coredit, sorted_coherence
 from train.models import Source
-from train.optimizers import adamw, cosine
 from train.placement import in_dtype
-from train.recipe import POSITION, Driven, RecipeConfig, Training, with_files, with_transformer
+from train.recipe import DEMO, POSITION, Driven, RecipeConfig, Training, with_files, with_transformer
 from train.shards import write_whole
 from train.step import Metrics, Plan, TrainState, Update
 
 SKIPPED = "skipped"
 RAMP = "ramp.json"
 
-VARIANTS = {
-    "demo": {
-        "model": "demo-wan", "steps": 600, "batch": 8, "learning_rate": 1e-4, "warmup": 20, "dtype": "float32",
-        "save_every": 50, "ramp_every": 5,
-    },
-}  # fmt: skip
+VARIANTS = {"demo": {**DEMO, "steps": 600, "learning_rate": 1e-4, "ramp_every": 5}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +136,9 @@ def training(config: Config, source: Source) -> Training:
     """A student in the masked form learns from its dense self."""
     if not 0 < config.ratio <= CAP:
         raise UserError(f"ratio is {config.ratio}, expected above 0 and at most {CAP}")
-    rate = cosine(config.learning_rate, config.steps, config.warmup)
     update = Update(
         loss=partial(coredit, settings=config.settings),
-        optimizer=adamw(rate, weight_decay=config.weight_decay, clip=config.clip),
+        optimizer=config.adamw(config.learning_rate),
         microbatches=config.microbatches,
     )
     return Training(

@@ -27,19 +27,13 @@ from dit_jax.methods.patch_adapters import AdapterSettings, size_name
 from train import recipe
 from train.ddit_loss import ddit
 from train.models import Source
-from train.optimizers import adamw, cosine
-from train.recipe import RecipeConfig, Training, with_files
+from train.recipe import DEMO, RecipeConfig, Training, with_files
 from train.step import LossFunction, Plan, Update
 
 OPTIMIZERS = ("adamw", "prodigy")
 DRAWN = 4  # beside the run's seed, for the sizes of its steps
 
-VARIANTS = {
-    "demo": {
-        "model": "demo-wan", "steps": 300, "batch": 8, "learning_rate": 1e-3, "warmup": 20, "dtype": "float32",
-        "save_every": 50,
-    },
-}  # fmt: skip
+VARIANTS = {"demo": {**DEMO, "steps": 300, "learning_rate": 1e-3}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +80,7 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
         raise UserError(f"optimizer is {config.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
     if config.optimizer == "prodigy":
         return optax.chain(optax.clip_by_global_norm(config.clip), optax.contrib.prodigy(config.learning_rate))
-    rate = cosine(config.learning_rate, config.steps, config.warmup)
-    return adamw(rate, weight_decay=config.weight_decay, clip=config.clip)
+    return config.adamw(config.learning_rate)
 
 
 def _result(settings: AdapterSettings, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:

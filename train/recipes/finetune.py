@@ -25,16 +25,10 @@ from dit_jax.lora import Adapter, Lora, merged_leaf, untrained
 from train import recipe
 from train.losses import finetune
 from train.models import Source
-from train.optimizers import adamw, cosine
-from train.recipe import RecipeConfig, Training, with_transformer
+from train.recipe import DEMO, RecipeConfig, Training, with_student, with_transformer
 from train.step import LossFunction, Plan, Update
 
-VARIANTS = {
-    "demo": {
-        "model": "demo-wan", "steps": 300, "batch": 8, "learning_rate": 2e-4, "warmup": 20, "dtype": "float32",
-        "save_every": 50,
-    },
-}  # fmt: skip
+VARIANTS = {"demo": {**DEMO, "steps": 300, "learning_rate": 2e-4}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +47,10 @@ def training(config: Config, source: Source) -> Training:
     """One model, which learns, or a LoRA of it."""
     if config.lora < 0:
         raise UserError(f"lora is {config.lora}, expected a rank from 1, or 0 to train all weights")
-    rate = cosine(config.learning_rate, config.steps, config.warmup)
     loss: LossFunction = partial(finetune, settings=config.flow)
     update = Update(
         loss=_beside(loss, config.lora) if config.lora else loss,
-        optimizer=adamw(rate, weight_decay=config.weight_decay, clip=config.clip),
+        optimizer=config.adamw(config.learning_rate),
         microbatches=config.microbatches,
     )
     abstract = source.component.abstract
@@ -66,12 +59,8 @@ def training(config: Config, source: Source) -> Training:
         frozen={"student": source.transformer(config.compute)} if config.lora else {},
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
         target=source,
-        result=partial(_merged, config.lora) if config.lora else _result,
+        result=partial(_merged, config.lora) if config.lora else with_student,
     )
-
-
-def _result(checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
-    return with_transformer(checkpoint, trained["student"])
 
 
 def _factors(model: Any, config: Config) -> dict[str, dict[str, Any]]:

@@ -9,29 +9,21 @@ Block outputs, velocities, the data and the change from frame to frame are match
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from convert.checkpoint import Checkpoint
 from dit_jax.config import UserError
 from dit_jax.models.wan import WanConfig
 from train import recipe
 from train.models import Source
-from train.optimizers import adamw, cosine
 from train.pare_loss import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, PareSettings, PareWeights, pare
-from train.recipe import RecipeConfig, Training, with_transformer
+from train.recipe import DEMO, RecipeConfig, Training, with_student
 from train.step import Plan, Update
 
 PRUNED = (0.3, 0.3)  # shares of heads and neurons that a preset's student lacks
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "demo": {
-        "model": "demo-wan", "steps": 300, "batch": 8, "learning_rate": 5e-4, "warmup": 20, "dtype": "float32",
-        "save_every": 50,
-    },
-}  # fmt: skip
+VARIANTS = {"demo": {**DEMO, "steps": 300, "learning_rate": 5e-4}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +50,9 @@ def weights_for(config: Any) -> PareWeights:
 def training(config: Config, source: Source) -> Training:
     """The pruned student learns from the whole model."""
     student = student_of(config.student, source)
-    rate = cosine(config.learning_rate, config.steps, config.warmup)
     update = Update(
         loss=partial(pare, settings=config.settings(source)),
-        optimizer=adamw(rate, weight_decay=config.weight_decay, clip=config.clip),
+        optimizer=config.adamw(config.learning_rate),
         microbatches=config.microbatches,
     )
     return Training(
@@ -69,7 +60,7 @@ def training(config: Config, source: Source) -> Training:
         frozen={"teacher": source.transformer(config.compute)},
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
         target=student,
-        result=_result,
+        result=with_student,
     )
 
 
@@ -91,10 +82,6 @@ def student_of(name: str, source: Source) -> Source:
             "that model"
         )
     return student
-
-
-def _result(checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
-    return with_transformer(checkpoint, trained["student"])
 
 
 def run(config: Config) -> None:

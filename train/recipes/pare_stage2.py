@@ -22,7 +22,7 @@ from dit_jax.methods.method import Part
 from dit_jax.methods.routing import ROUTER, Routing
 from train import recipe
 from train.models import Source
-from train.optimizers import adamw, by_module, cosine
+from train.optimizers import by_module
 from train.pare_loss import PareSettings, pare
 from train.recipe import Training, with_files, with_transformer
 from train.recipes.pare_stage1 import VARIANTS as STAGE1
@@ -61,10 +61,7 @@ def training(config: Config, source: Source) -> Training:
     """Student and router learn together, the router faster."""
     student = student_of(config.student, source)
     rates = {"student": config.learning_rate, "router": config.router_rate}
-    optimizers = {
-        name: adamw(cosine(rate, config.steps, config.warmup), weight_decay=config.weight_decay, clip=config.clip)
-        for name, rate in rates.items()
-    }
+    optimizers = {name: config.adamw(rate) for name, rate in rates.items()}
     update = Update(
         loss=partial(pare, settings=config.settings(source)),
         optimizer=by_module(optimizers),
