@@ -118,7 +118,8 @@ def coredit(
         "loss_attention": distance.attention / count,
     }
     loss = terms["loss_data"] + settings.teacher * terms["loss_teacher"] + settings.attention * terms["loss_attention"]
-    return loss, terms | {"skipped_share": jnp.mean(batch["skipped"]) / lattice.tokens}
+    shares = batch["skipped"] / lattice.tokens
+    return loss, terms | {"skipped_share": jnp.mean(shares), "skipped_by_block": shares}
 
 
 def compared_blocks(key: jax.Array, blocks: int, count: int | None) -> tuple[jax.Array, int]:

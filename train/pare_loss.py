@@ -77,8 +77,7 @@ def pare(
     if at.latents.shape[1] > 1:
         terms["loss_motion"] = mean_square(jnp.diff(found - target, axis=1))
     loss = sum(getattr(settings.weights, name.removeprefix("loss_")) * term for name, term in terms.items())
-    told = {} if gates is None else {"active_blocks": jnp.mean(jnp.sum(gates, axis=1))}
-    return loss, terms | jax.lax.stop_gradient(told)
+    return loss, terms | jax.lax.stop_gradient(active_blocks(gates))
 
 
 def drawn_blocks(key: jax.Array, blocks: int, count: int) -> jax.Array:
@@ -91,6 +90,13 @@ def router_gates(router: Router, at: Noised, batch: Batch, routing: Routing) -> 
     t = at.levels * TRAIN_STEPS
     content = content_features(router.config.content, at.latents, conditioning_of(batch), branches=1)
     return straight_through_gates(router(t, content), budget(t, *routing.limits(router.config.blocks))[:, None])
+
+
+def active_blocks(gates: jax.Array | None) -> Metrics:
+    """How many blocks run on average, and in what share of the samples each does [G]; nothing without a router."""
+    if gates is None:
+        return {}
+    return {"active_blocks": jnp.mean(jnp.sum(gates, axis=1)), "active_by_block": jnp.mean(gates, axis=0)}
 
 
 def feature_distance(

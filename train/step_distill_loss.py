@@ -31,7 +31,7 @@ from train.losses import (
     per_sample,
     predicted,
 )
-from train.pare_loss import router_gates
+from train.pare_loss import active_blocks, router_gates
 
 LEAST_DISTANCE = 1e-6  # of a picture to the real score's, which the gradient is divided by
 
@@ -69,13 +69,14 @@ def step_distill(
     [B, E']), and of frozen["fake"]. trained["student"], and trained["router"] (or a frozen one) if it is routed.
     """
     rollout_key, noise_key = jax.random.split(key)
-    clean = rolled_out(trained, frozen, batch, rollout_key, settings)
+    clean, gates = rolled_out(trained, frozen, batch, rollout_key, settings)
     at = noised(jax.lax.stop_gradient(clean), noise_key, settings.flow)
     real = clean_of(at, guided(frozen["teacher"], at, batch, settings))
     fake = clean_of(at, predicted(frozen["fake"], at, batch, settings.flow.call)[0])
     gradient = jax.lax.stop_gradient(matching_gradient(clean, real, fake))
     loss = 0.5 * mean_square(clean - jax.lax.stop_gradient(clean - gradient))
     told = {"real_distance": mean_square(clean - real), "fake_distance": mean_square(clean - fake)}
+    told |= active_blocks(gates)
     return loss, {"loss_distribution": loss} | jax.lax.stop_gradient(told)
 
 
@@ -85,7 +86,7 @@ def fake_score(
     """The fake score's update: flow matching of trained["fake"] on clean predictions of frozen["student"] (and
     "router", if it is routed)."""
     rollout_key, noise_key = jax.random.split(key)
-    clean = jax.lax.stop_gradient(rolled_out({}, frozen, batch, rollout_key, settings))
+    clean = jax.lax.stop_gradient(rolled_out({}, frozen, batch, rollout_key, settings)[0])
     at = noised(clean, noise_key, settings.flow)
     loss = mean_square(predicted(trained["fake"], at, batch, settings.flow.call)[0] - at.velocity)
     return loss, {"loss_fake": loss}
@@ -93,8 +94,9 @@ def fake_score(
 
 def rolled_out(
     trained: Models, frozen: Models, batch: Batch, key: jax.Array, settings: StepDistillSettings
-) -> jax.Array:
-    """The student's clean prediction [B, T, Y, X, C] at a random one of its steps, the same for the batch.
+) -> tuple[jax.Array, jax.Array | None]:
+    """The student's clean prediction [B, T, Y, X, C] at a random one of its steps, the same for the batch, and its
+    gates there [B, G].
 
     It starts from noise; from each step to the next its clean prediction gets fresh noise. The gradient goes through
     the last step that is run and no other.
@@ -110,7 +112,7 @@ def rolled_out(
         return at_levels(clean, noise, jnp.full(shape[0], levels[step]))
 
     def before(step: jax.Array, clean: jax.Array) -> jax.Array:
-        return clean_prediction(*jax.lax.stop_gradient((student, router)), noisy(clean, step), batch, settings)
+        return clean_prediction(*jax.lax.stop_gradient((student, router)), noisy(clean, step), batch, settings)[0]
 
     # Where it begins, at σ = 1, nothing is left of what is noised.
     clean = jax.lax.fori_loop(0, last, before, jnp.zeros(shape))
@@ -119,10 +121,10 @@ def rolled_out(
 
 def clean_prediction(
     student, router: Router | None, at: Noised, batch: Batch, settings: StepDistillSettings
-) -> jax.Array:
-    """x0 = x_σ − σ·v of a student without guidance, gated by its router if it has one."""
+) -> tuple[jax.Array, jax.Array | None]:
+    """x0 = x_σ − σ·v of a student without guidance, gated by its router if it has one, and the gates [B, G]."""
     gates = None if router is None else router_gates(router, at, batch, settings.routing)
-    return clean_of(at, predicted(student, at, batch, settings.flow.call, Aux(gates=gates))[0])
+    return clean_of(at, predicted(student, at, batch, settings.flow.call, Aux(gates=gates))[0]), gates
 
 
 def clean_of(at: Noised, velocity: jax.Array) -> jax.Array:

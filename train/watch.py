@@ -78,16 +78,17 @@ class Journal:
         share = {} if peak is None else {"mfu": reached / (peak * jax.device_count())}
         return {**told, "flops_per_second": reached, **share}
 
-    def write(self, taken: int, values: Mapping[str, float]) -> None:
-        """A line: the step, the time and these values to six digits."""
+    def write(self, taken: int, values: Mapping[str, float | list[float]]) -> None:
+        """A line: the step, the time and these values to six digits, a list where there is one for every block."""
         if not values or self.log is None:
             return
-        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+        rounded = {name: _rounded(value) for name, value in values.items()}
         self.log.write(json.dumps({"step": taken, "time": round(time.time(), 1)} | rounded) + "\n")
         self.log.flush()
         if self.board is not None:
             for name, value in rounded.items():
-                self.board.add_scalar(name, value, taken)
+                for each, one in _named(name, value):
+                    self.board.add_scalar(each, one, taken)
 
     def close(self) -> None:
         """Ends the bar and the files."""
@@ -95,6 +96,16 @@ class Journal:
         for file in (self.log, self.board):
             if file is not None:
                 file.close()
+
+
+def _rounded(value: float | list[float]) -> float | list[float]:
+    return [float(f"{each:.6g}") for each in value] if isinstance(value, list) else float(f"{value:.6g}")
+
+
+def _named(name: str, value: float | list[float]) -> list[tuple[str, float]]:
+    if not isinstance(value, list):
+        return [(name, value)]
+    return [(f"{name}/block_{block:02}", each) for block, each in enumerate(value)]
 
 
 def _board(out: Path) -> Any:

@@ -29,7 +29,8 @@ class Line(nnx.Module):
 
 def noisy_squares(model, batch, key):
     noise = jax.random.normal(key, batch["y"].shape)
-    return jnp.mean(jnp.square(batch["x"] @ model.kernel[...] - batch["y"] + noise)), {}
+    error = jnp.square(batch["x"] @ model.kernel[...] - batch["y"] + noise)
+    return jnp.mean(error), {"error_by_block": jnp.mean(error, axis=0)}
 
 
 def batch_at(position):
@@ -149,6 +150,7 @@ def test_metrics_and_hooks_are_logged(tmp_path):
     assert [line["taken_twice"] for line in lines if "taken_twice" in line] == [4.0, 8.0]
     losses = [line["step"] for line in lines if "loss" in line]
     assert losses == [1, 2, 3, 4]
+    assert all(np.mean(line["error_by_block"]) == pytest.approx(line["loss"]) for line in lines if "loss" in line)
 
 
 def test_tensorboard_has_what_the_log_has(tmp_path):
@@ -165,6 +167,8 @@ def test_tensorboard_has_what_the_log_has(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         assert found[line["step"], "loss"] == pytest.approx(line["loss"], rel=1e-5)
+        of_blocks = [found[line["step"], f"error_by_block/block_0{block}"] for block in range(2)]
+        assert of_blocks == pytest.approx(line["error_by_block"], rel=1e-5)
     assert {tag for _, tag in found} >= {"loss", "gradient_norm", "seconds_per_step", "seconds_of_compute"}
 
 

@@ -103,11 +103,12 @@ def test_values_and_gradients_are_pytorchs(kind, routed):
     for name, value in slow_terms(found, target, truth).items():
         assert relative(metrics[name], value) <= 1e-4, name
     assert relative(metrics["loss_features"], terms["loss_features"].detach()) <= 1e-4
-    assert set(metrics) == set(terms) | ({"active_blocks"} if routed else set())
+    assert set(metrics) == set(terms) | ({"active_blocks", "active_by_block"} if routed else set())
     assert relative(gradients["student"], student.gradients()) <= 1e-4
     if routed:
         assert relative(gradients["router"], gradients_of(leaves)) <= 1e-4
         assert relative(metrics["active_blocks"], gates.detach().sum(1).mean()) <= 1e-6
+        assert relative(metrics["active_by_block"], gates.detach().mean(0)) <= 1e-6
         assert gates.detach().min() == 0, "all blocks run: no test of gates"
 
 

@@ -159,6 +159,8 @@ def test_coredit_skips_ever_more_and_goes_on_bit_for_bit(data, tmp_path):
     assert run("coredit", resumed, data, *settings, steps=4)[0] == 0
     assert changed(load_ema(resumed), load_ema(straight)) == []
     assert read_ramp(str(resumed)) == ramp
+    told = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert told[-1]["skipped_by_block"] == pytest.approx(ramp[-1][1], abs=1e-6)
     parts = read_parts(open_checkpoint(f"{resumed}-model"))
     assert parts["coredit"].settings["ratios"] == pytest.approx(ramp[-1][1], abs=1e-6)
 

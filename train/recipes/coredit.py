@@ -91,8 +91,7 @@ class Ramp:
         if position % self.config.ramp_every == 0 and not self.full:
             self._turn(state, batch, jax.random.fold_in(key, position), lattice)
             batch[SKIPPED] = self._skipped(lattice)
-        state, metrics = self.driven(state, batch, key)
-        return state, {**metrics, "mean_skipped": self.shares.mean()}
+        return self.driven(state, batch, key)
 
     def _skipped(self, lattice: Lattice) -> np.ndarray:
         assert self.shares is not None
