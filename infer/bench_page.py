@@ -102,7 +102,7 @@ def _draw_quality(axes: Any, rows: Sequence[Mapping[str, Any]], quality: str) ->
     is_reference = quality in ("psnr", "ssim") and len(rows) > 1
     of_method: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows[1:] if is_reference else rows:
-        of_method.setdefault(re.split("[:+]", row["plan"])[0], []).append(row)
+        of_method.setdefault(series(row["plan"])[0], []).append(row)
     for index, (method, of_it) in enumerate(of_method.items()):
         points = sorted(of_it, key=lambda row: row["seconds"])
         seconds, values = ([row[name] for row in points] for name in ("seconds", quality))
@@ -110,16 +110,29 @@ def _draw_quality(axes: Any, rows: Sequence[Mapping[str, Any]], quality: str) ->
         style = {"marker": MARKERS[index % len(MARKERS)], "color": f"C{index}", "label": method}
         axes.errorbar(seconds, values, yerr=margins, capsize=2, alpha=0.8, **style)
         for row in points:
-            setting = row["plan"].removeprefix(method).lstrip(":")
-            axes.annotate(
-                setting, (row["seconds"], row[quality]), xytext=(4, 4), textcoords="offset points", fontsize=7
-            )
+            place = row["seconds"], row[quality]
+            axes.annotate(series(row["plan"])[1], place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     if is_reference:
         axes.axvline(rows[0]["seconds"], color="0.5", linestyle="--", label=f"{rows[0]['plan']} (time)")
     axes.set_xlabel("seconds")
     axes.set_ylabel(QUALITIES[quality])
     axes.margins(0.1)
     axes.grid(alpha=0.3)
+
+
+def series(plan: str) -> tuple[str, str]:
+    """A plan's method and what sets it apart from others of that method: of `on:FOLDER+routing:max=6` routing and
+    max=6; files go unsaid where there are other words, and a checkpoint without a plan is `on` its folder's name."""
+    folder, _, on_it = plan.removeprefix("on:").partition("+") if plan.startswith("on:") else ("", "", plan)
+    if not on_it:
+        return "on", Path(folder).name
+    method, *rest = re.split("[:+]", on_it, maxsplit=1)
+    words = rest[0].split(":") if rest else []
+    return method, ":".join(word for word in words if not word.endswith(".json")) or "".join(map(_file_name, words))
+
+
+def _file_name(word: str) -> str:
+    return Path(word).stem
 
 
 def title(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -132,9 +132,20 @@ class Training:
 Recipe = Callable[[Any, Source], Training]
 
 
-def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> Outcome:
-    """Trains, and writes the result to `config.export` once the last step is done; UserError for options and data that
-    do not fit."""
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A training that is ready to begin: the state before its first step, the step and the batches."""
+
+    mesh: Mesh
+    training: Training
+    step: TrainStep
+    state: TrainState
+    driven: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
+    batch_at: Callable[[int], dict[str, Any]]
+
+
+def prepared(config: RecipeConfig, recipe: Recipe) -> Prepared:
+    """A recipe with its models loaded and its data opened; UserError for options and data that do not fit."""
     mesh = training_mesh(config.mesh)
     source = Source(config.model, mesh)
     shards = _shards(config, source)
@@ -146,17 +157,23 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
     driven: Any = Driven(step, training.turn)
     if training.around is not None:
         driven = training.around(driven)
-    if config.sample_every:
-        hooks += (Hook(config.sample_every, _samples(config, training, step, mesh)),)
     empty = any(name.startswith(EMPTY) for name in training.extra)
     extra = _empty(feed) if empty else {}
     if is_guided(source.config):
         extra["guidance"] = np.full(len(feed(0)["latents"]), config.guidance, np.float32)
     batch_at = partial(told, feed, extra)
-    flops = model_flops(config, recipe, mesh, batch_at(0))
-    outcome = train(config, state, driven, batch_at, hooks, flops)
+    return Prepared(mesh=mesh, training=training, step=step, state=state, driven=driven, batch_at=batch_at)
+
+
+def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> Outcome:
+    """Trains, and writes the result to `config.export` once the last step is done; UserError as `prepared`."""
+    ready = prepared(config, recipe)
+    if config.sample_every:
+        hooks += (Hook(config.sample_every, _samples(config, ready)),)
+    flops = model_flops(config, recipe, ready.mesh, ready.batch_at(0))
+    outcome = train(config, ready.state, ready.driven, ready.batch_at, hooks, flops)
     if config.export and not outcome.stopped and jax.process_index() == 0:
-        export(config, training)
+        export(config, ready.training)
     return outcome
 
 
@@ -208,10 +225,11 @@ class Driven:
         return self.step(state, arrays, key, turn=None if self.turn is None else self.turn(position))
 
 
-def _samples(config: RecipeConfig, training: Training, step: TrainStep, mesh: Mesh) -> Samples:
+def _samples(config: RecipeConfig, ready: Prepared) -> Samples:
     settings = SampleSettings(prompts=config.prompts, scored=config.scored, plan=config.sample_plan)
-    pipe = load_pipeline(training.target.model, mesh=mesh, dtype=config.compute)
-    return Samples(out=Path(config.out), settings=settings, step=step, pipe=pipe, result=training.result)
+    target, result = ready.training.target, ready.training.result
+    pipe = load_pipeline(target.model, mesh=ready.mesh, dtype=config.compute)
+    return Samples(out=Path(config.out), settings=settings, step=ready.step, pipe=pipe, result=result)
 
 
 def _empty(feed: ShardBatches) -> dict[str, np.ndarray]:

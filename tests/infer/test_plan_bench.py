@@ -18,7 +18,7 @@ from dit_jax.models.flux import FLUX_DEV
 from dit_jax.models.wan import WAN_1_3B
 from infer import plan_bench, random_pipeline
 from infer.bench_entries import parse_entries
-from infer.bench_page import qualities_of
+from infer.bench_page import qualities_of, series
 from infer.plan_runs import PlanJobs, rows, run_plans
 from infer.random_pipeline import RandomKind, RandomPipeline, sized_pipeline, token_grid
 from infer.request import Defaults, Request
@@ -118,6 +118,17 @@ def test_what_is_drawn_are_the_measures_that_all_have():
     rows = [{"efficiency": 1.0, "psnr": 30.0}, {"efficiency": 0.9, "psnr": None}]
     assert qualities_of(rows) == ["efficiency"]
     assert qualities_of([row | {"psnr": 30.0, "frechet": 2.0} for row in rows]) == ["psnr", "frechet"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "drawn"),
+    [("dense", ("dense", "")), ("hsa:50", ("hsa", "50")), ("magcache:0.1:ratios=a/b.json", ("magcache", "0.1")),
+     ("coredit:runs/r.json", ("coredit", "r")), ("on:runs/narrow", ("on", "narrow")),
+     ("on:runs/routed+routing:min=2:max=3", ("routing", "min=2:max=3")),
+     ("coredit:0.3+teacache:0.1", ("coredit", "0.3+teacache:0.1"))],
+)  # fmt: skip
+def test_plans_of_a_method_are_one_line(plan, drawn):
+    assert series(plan) == drawn
 
 
 def test_random_models_serve_routing_patches_and_pruned_widths(tmp_path):

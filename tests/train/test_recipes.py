@@ -27,6 +27,8 @@ from train.cli import main as train
 from train.demo_media import main as demo_media
 from train.encode import main as encode
 from train.hosts import ADDRESS, COUNT, NUMBER
+from train.overlap import main as measure
+from train.overlap import overlap
 from train.preview import draw
 from train.recipes.coredit import read_ramp
 
@@ -181,6 +183,17 @@ def test_flux_is_trained_as_wan_is(data, tmp_path):
     code, lines = run("pare_stage1", tmp_path / "run", data, "student=demo-flux", model="demo-flux")
     assert code == 0
     assert "loss_motion" not in lines[-1] or lines[-1]["loss_motion"] == 0
+
+
+def test_what_data_and_checkpoints_add_is_measured(data, capsys):
+    settings = [*SMALL, "variant=demo", f"data={data['demo-wan']}"]
+    found = overlap("finetune", settings, saves=1, save_every=2)
+    assert found["real"] > found["seconds_of_data"] > 0
+    assert found["added"] == pytest.approx(
+        2 * found["real"] / (found["synthetic_before"] + found["synthetic_after"]) - 1
+    )
+    assert measure(["finetune", "--set", "variant=demo"]) == 2
+    assert "there are no data" in capsys.readouterr().err
 
 
 @pytest.mark.long
