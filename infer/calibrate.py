@@ -178,6 +178,7 @@ def run_prompts(pipe: Any, options: argparse.Namespace, watch: Any) -> tuple[int
                 size=parse_size(options.size) if options.size else None,
                 frames=options.frames,
                 steps=options.steps,
+                solver=options.solver,
                 seed=options.seed + first,
             )
             job = pipe.prepare(request)
@@ -203,6 +204,7 @@ def parser() -> argparse.ArgumentParser:
         add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
         usual = kind.steps or "the model's"
         add("--steps", type=int, default=kind.steps, metavar="N", help=f"denoising steps (default: {usual})")
+        add("--solver", metavar="S", help="unipc, euler or renoise (default: the model's)")
         add("--seed", type=int, default=0, metavar="N", help="of the first prompt's noise; prompt i has N + i")
         add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")
         add("--json", action="store_true", help="print one JSON object as the last line")

@@ -46,6 +46,7 @@ def ddit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
         size=parse_size(options.size) if options.size else None,
         frames=options.frames,
         steps=options.steps,
+        solver=options.solver,
         seed=options.seed,
         plan=_plan(0.0, options.rho),
     )

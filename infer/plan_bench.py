@@ -179,7 +179,10 @@ def _job_maker(
     """What makes an entry's jobs on a pipeline, one for every prompt and seed, all with one solver."""
     from infer.request import Request, parse_guidance
 
-    needed = {entry.plan.solver for entry in entries if entry.plan.solver}
+    needed = {entry.plan.solver: entry.name for entry in entries if entry.plan.solver}
+    if len(needed) > 1:
+        which = ", ".join(f"{name} the {solver} solver" for solver, name in needed.items())
+        raise UserError(f"plans of one run have one solver, found {which}: time them apart, or calibrate again")
     solver = options.solver or next(iter(needed), pipe.defaults.solver)
     size, frames = _shape(options.shape) if options.shape else (None, None)
     image = media.open_image(options.image) if options.image else None

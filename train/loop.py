@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -156,7 +157,8 @@ class _Run:
         self.pending = None
         with self.phases("compute"):
             values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        broken = {name: value for name, value in values.items() if not np.isfinite(value).all()}
+        scalars = {name: value for name, value in values.items() if not isinstance(value, list)}
+        broken = {name: value for name, value in scalars.items() if not math.isfinite(value)}
         if any(name.endswith(("loss", "gradient_norm")) for name in broken):
             raise self._diverged(position, broken, state, batch, key)
         main = "loss" if "loss" in values else next(name for name in values if name.endswith("_loss"))
@@ -179,7 +181,7 @@ class _Run:
         with self.phases("checkpoint"):
             self.saved.save(state, taken, key, scores)
 
-    def _diverged(self, position: int, broken: Mapping[str, Any], state: TrainState, batch: Any, key: jax.Array):
+    def _diverged(self, position: int, broken: Mapping[str, float], state: TrainState, batch: Any, key: jax.Array):
         # That step left the weights as they were, and so did the one that has begun since.
         if position:
             self.saved.save(state, position, key, {})

@@ -68,7 +68,7 @@ def overlap(name: str, settings: list[str], saves: int = 2, save_every: int = SA
         "real": real,
         "synthetic_after": after,
         "added": 2 * real / (before + after) - 1,
-        "seconds_of_data": statistics.mean(line["seconds_of_data"] for line in lines[WARM:]),
+        "seconds_of_data": statistics.mean(line.get("seconds_of_data", 0.0) for line in lines[WARM:]),
         "checkpoints": saves,
     }
 

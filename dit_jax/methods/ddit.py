@@ -30,6 +30,7 @@ from dit_jax.methods.method import Part, Run, RunRecord, Words
 from dit_jax.methods.patch_adapters import AdapterSettings, adapted, adapters_from, scales_of, size_name
 from dit_jax.models.network import Patch, grid
 from dit_jax.sampling.sampler import Guided
+from dit_jax.sampling.solvers import SOLVERS
 
 REMEMBERED = 4  # latents that a third difference is of
 SCALES = AdapterSettings().scales
@@ -134,6 +135,7 @@ class Ddit:
     quantile        ρ, over patches
     spans           steps at larger sizes, known beforehand; where there are any, latents have no say
     calibrated_for  number of steps that τ was calibrated for, or None
+    calibrated_with  solver likewise: another one's latents bend otherwise
     """
 
     threshold: float = 0.001
@@ -141,13 +143,17 @@ class Ddit:
     quantile: float = 0.4
     spans: tuple[Span, ...] = ()
     calibrated_for: int | None = None
+    calibrated_with: str | None = None
 
     name: ClassVar[str] = "ddit"
-    solver: ClassVar[str | None] = None
 
     @property
     def steps(self) -> int | None:
         return self.calibrated_for
+
+    @property
+    def solver(self) -> str | None:
+        return self.calibrated_with
 
     @property
     def by_latents(self) -> bool:
@@ -264,7 +270,7 @@ def mean_tokens(values: np.ndarray, tokens: np.ndarray, threshold: float) -> flo
 
 
 def read_threshold(path: Path) -> Ddit:
-    """τ and ρ of a file that `dit-calibrate ddit` writes, and the number of steps that they are for."""
+    """τ and ρ of a file that `dit-calibrate ddit` writes, and the number of steps and the solver that they are for."""
     remedy = "calibrate again with `dit-calibrate ddit`, or write ddit:tau=T"
     try:
         told = json.loads(path.read_text())
@@ -273,10 +279,12 @@ def read_threshold(path: Path) -> Ddit:
     except ValueError:
         raise UserError(f"{path}: expected JSON with DDiT's threshold, found something else; {remedy}") from None
     told = told if isinstance(told, dict) else {}
-    tau, rho, steps = (told.get(name) for name in ("tau", "rho", "steps"))
+    tau, rho, steps, solver = (told.get(name) for name in ("tau", "rho", "steps", "solver"))
     if not _is_number(tau, math.inf) or not _is_number(rho, 1) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"{path}: expected `tau` from 0, `rho` from 0 to 1 and a number of `steps`; {remedy}")
-    return Ddit(threshold=tau, quantile=rho, calibrated_for=steps)
+    if solver not in (None, *SOLVERS):
+        raise UserError(f"{path}: expected `solver` to be one of {', '.join(SOLVERS)}, found {solver!r}; {remedy}")
+    return Ddit(threshold=tau, quantile=rho, calibrated_for=steps, calibrated_with=solver)
 
 
 def _is_number(value: Any, most: float) -> TypeGuard[float]:

@@ -69,8 +69,9 @@ class Method(Protocol):
     """
 
     name: ClassVar[str]
-    solver: ClassVar[str | None]
 
+    @property
+    def solver(self) -> str | None: ...
     @property
     def steps(self) -> int | None: ...
     def applied(self, denoiser: Any, run: Run) -> Any: ...

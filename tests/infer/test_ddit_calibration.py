@@ -32,12 +32,12 @@ def run(adapted, tmp_path):
     return lambda *arguments: calibrate.main([*shared, *arguments])
 
 
-def share_of_tokens(pipe, plan, seed):
+def share_of_tokens(pipe, plan, seed, solver=None):
     """Mean share of the base size's tokens in runs of all prompts."""
     sizes = []
     for index, prompt in enumerate(PROMPTS):
-        job = pipe.prepare(Request(prompt=prompt, size=SIZE, frames=5, plan=plan, seed=seed + index))
-        assert job.steps == STEPS
+        job = pipe.prepare(Request(prompt=prompt, size=SIZE, frames=5, plan=plan, solver=solver, seed=seed + index))
+        assert job.steps == STEPS and job.solver == (solver or "unipc")
         pipe.denoise(job, chosen=lambda step, size, values: sizes.append(size))
     assert len(sizes) == STEPS * len(PROMPTS)
     tokens = dict(zip((1, 2, 4), token_counts((1, 2, 10, 12, 4), (1, 2, 2)), strict=True))
@@ -46,18 +46,21 @@ def share_of_tokens(pipe, plan, seed):
 
 def test_runs_with_the_plan_have_the_tokens_that_were_asked_for(adapted, run, tmp_path, capsys):
     pipe = load_pipeline(adapted)
-    for wanted in (0.6, 0.8):  # neither of which the first proposal reaches
+    for wanted, solver in ((0.6, "unipc"), (0.8, "euler")):  # neither of which the first proposal reaches
         out = tmp_path / f"{wanted}.json"
-        assert run("--tokens", str(wanted), "--rho", "0.5", "--seed", "3", "--out", str(out), "--json") == 0
+        words = ["--tokens", str(wanted), "--rho", "0.5", "--solver", solver, "--seed", "3", "--out", str(out)]
+        assert run(*words, "--json") == 0
         report = json.loads(capsys.readouterr().out.splitlines()[-1])
-        found = share_of_tokens(pipe, f"ddit:{out}", seed=3)
+        found = share_of_tokens(pipe, f"ddit:{out}", 3, solver)
         assert abs(found - wanted) < 0.05
         assert found == pytest.approx(report["reached"], abs=1e-9)
         held = json.loads(out.read_text())
         assert held["tau"] == report["tau"] > 0 and (held["rho"], held["steps"]) == (0.5, STEPS)
         tau = f"ddit:tau={held['tau']}:rho=0.5"
-        assert share_of_tokens(pipe, tau, seed=3) == found
+        assert share_of_tokens(pipe, tau, 3, solver) == found
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.6.json", "0.8.json", "prompts.txt"]
+    with pytest.warns(UserWarning, match="works with the euler solver: it takes the place of unipc"):
+        assert pipe.prepare(Request(prompt="a fish", plan=f"ddit:{out}", size=SIZE, frames=5)).solver == "euler"
     with pytest.raises(UserError, match="is for 12 steps, found 20"):
         pipe.prepare(Request(prompt="a fish", plan=f"ddit:{out}", steps=20, size=SIZE, frames=5))
 

@@ -105,6 +105,13 @@ def test_token_grids(tokens, grid):
     assert token_grid(tokens) == grid and math.prod(grid) == tokens
 
 
+def test_plans_that_need_different_solvers_are_not_timed_together(tmp_path, capsys):
+    file = tmp_path / "ddit.json"
+    file.write_text('{"tau": 0.02, "rho": 0.5, "steps": 4, "solver": "unipc"}')
+    assert plan_bench.main(["--random", "32x2x64", "--steps", "4", "--plans", f"{HSA},ddit:{file}"]) == 2
+    assert f"found {HSA} the euler solver, ddit:{file} the unipc solver" in capsys.readouterr().err
+
+
 def test_plans_run_with_the_solver_that_one_needs(random_model, monkeypatch):
     monkeypatch.setattr(random_model, "defaults", replace(random_model.defaults, solver="unipc"))
     options = plan_bench.parser().parse_args(["--steps", "4"])

@@ -302,7 +302,9 @@ def test_a_calibrated_threshold_is_read(tmp_path):
     file.write_text('{"tau": 0.02, "rho": 0.5, "steps": 30}')
     plan = parse_plan(f"ddit:{file}")
     assert plan.methods == (Ddit(threshold=0.02, quantile=0.5, calibrated_for=30),)
-    assert plan.steps == 30 and plan.methods[0].by_latents
+    assert plan.steps == 30 and plan.solver is None and plan.methods[0].by_latents
+    file.write_text('{"tau": 0.02, "rho": 0.5, "steps": 30, "solver": "euler"}')
+    assert parse_plan(f"ddit:{file}").solver == "euler"
     with pytest.raises(UserError, match="'tau', which ddit does not know"):
         parse_plan(f"ddit:{file}:tau=1")
     with pytest.raises(UserError, match=r"gone\.json: expected a file with DDiT's threshold, found No such file"):
@@ -319,6 +321,7 @@ def test_a_calibrated_threshold_is_read(tmp_path):
         '{"tau": 1, "rho": 2, "steps": 30}',
         '{"tau": NaN, "rho": 0.4, "steps": 30}',
         '{"tau": 1, "rho": 0.4, "steps": 0}',
+        '{"tau": 1, "rho": 0.4, "steps": 30, "solver": "heun"}',
     ],
 )
 def test_files_that_hold_no_threshold_are_refused(held, tmp_path):
