@@ -1,28 +1,30 @@
-"""A LoRA file in any style as diffusers' own: `pytorch_lora_weights.safetensors`, which `load_lora_weights` opens.
+"""A LoRA as diffusers' own file, `pytorch_lora_weights.safetensors`, which `load_lora_weights` opens: from a file in
+any style, or from adapters of our leaves.
 
-Factors are cut and joined where the authors fuse what diffusers keeps apart, never multiplied: their values stay bit
-for bit, and alpha travels in diffusers' metadata.
+Factors are cut and joined where one side fuses what the other keeps apart: their values stay bit for bit, and alpha
+travels in diffusers' metadata.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from convert.lora import Layer, check_matched
 from convert.lora_alphas import METADATA
 from convert.lora_backbones import recognise
-from convert.lora_keys import Role, module_name
+from convert.lora_keys import Module, Role, Target, module_name
 from convert.safetensors_files import Outgoing, write_safetensors
-from convert.tables import Row
+from convert.tables import Part, Row
 from convert.transfer import LORA_WEIGHTS, staged
 from dit_jax.config import UserError
+from dit_jax.lora import Adapter, Lora
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,25 @@ def convert_lora(source: str | Path, destination: Path, overwrite: bool = False,
     """
     _, opened = recognise(source)
     check_matched(opened, allow_unmatched)
-    exported = [module for layer in opened.layers for module in _modules(layer)]
+    return _write([module for layer in opened.layers for module in _modules(layer)], destination, overwrite)
+
+
+def write_lora(
+    loras: Mapping[str, Lora], targets: Mapping[str, Target], destination: Path, overwrite: bool = False
+) -> Path:
+    """Write LoRAs of our leaves in diffusers' style into a new folder; returns the file: the inverse of `read_lora`.
+
+    loras    component -> LoRA of that model
+    targets  of these components, with shapes
+    Leaves that diffusers has in one module (`proj_out` of FLUX's single blocks) share a pair there, whose rank is the
+    sum of theirs; blocks whose alpha is 0 have none. Raises UserError for an adapter that is no low-rank pair of a
+    matrix, and when the destination exists and `overwrite` is not set; the destination is then as it was.
+    """
+    exported = [module for name, lora in loras.items() for module in _modules_of_leaves(name, lora, targets[name])]
+    return _write(exported, destination, overwrite)
+
+
+def _write(exported: Sequence[_Exported], destination: Path, overwrite: bool) -> Path:
     with staged(destination, overwrite) as folder:
         write_safetensors(folder / LORA_WEIGHTS, _tensors(exported), {METADATA: json.dumps(_configs(exported))})
     return destination / LORA_WEIGHTS
@@ -115,6 +135,75 @@ def _modules(layer: Layer) -> Iterator[_Exported]:
             up=_cut(f"{key}B.weight", up, rows, layer, axis=0),
             bias=bias,
         )
+
+
+def _modules_of_leaves(component: str, lora: Lora, target: Target) -> Iterator[_Exported]:
+    """The modules of diffusers that the leaves of a LoRA make up."""
+    shapes = target.shapes or {}
+    modules = [module for module in target.modules.values() if module.layout == "diffusers" and module.is_matrix]
+    matrices = {row.ours for module in modules for row in module.weight}
+    for leaf, adapter in lora.items():
+        if leaf not in matrices or adapter.up is None or adapter.full is not None:
+            raise UserError(
+                f"diffusers' LoRAs have no place for what is added to {leaf}; expected low-rank pairs of matrices of "
+                "this model; merge it instead."
+            )
+    for module in modules:
+        rows = [row for row in module.weight if row.ours in lora]
+        for block in _blocks(module, shapes) if rows else ():
+            own = shapes[rows[0].ours][0 if block is None else 1 :]
+            shares = [_share(row, lora[row.ours], block) for row in rows]
+            shares = [share for share in shares if share.scale]
+            if shares:
+                name = module.name.replace("{i}", str(block))
+                yield _joined(component, name, shares, rows[0].outside_shape(own, "diffusers"))
+
+
+def _blocks(module: Module, shapes: Mapping[str, tuple[int, ...]]) -> Sequence[int | None]:
+    return range(shapes[module.weight[0].ours][0]) if "{i}" in module.name else [None]
+
+
+class _Share(NamedTuple):
+    """What a leaf has of the pair of diffusers' module: down [R, *inputs], up [outputs, R], and alpha / R."""
+
+    part: Part | None
+    down: np.ndarray
+    up: np.ndarray
+    scale: float
+
+
+def _share(row: Row, adapter: Adapter, block: int | None) -> _Share:
+    assert adapter.down is not None and adapter.up is not None
+    assert adapter.alpha is not None and adapter.rank is not None
+    index = () if block is None else block
+    rank = int(adapter.rank[index])
+    down, up = np.asarray(adapter.down[index]), np.asarray(adapter.up[index])
+    pair = row.factors_to_outside(down[..., :rank], up[:rank])
+    return _Share(row.parts.get("diffusers"), *pair, float(adapter.alpha[index]) / rank)
+
+
+def _joined(component: str, name: str, shares: Sequence[_Share], shape: tuple[int, ...]) -> _Exported:
+    """The module's pair: each leaf has ranks of its own, in which the others' inputs or outputs are zero."""
+    rank, scale = sum(len(share.down) for share in shares), shares[0].scale
+    down = np.zeros((rank, *shape[1:]), np.result_type(*(share.down for share in shares)))
+    up = np.zeros((shape[0], rank), np.result_type(*(share.up for share in shares)))
+    start = 0
+    for share in shares:
+        ranks, part = slice(start, start + len(share.down)), share.part
+        place = slice(part.start, part.stop) if part else slice(None)
+        inputs, outputs = (place, slice(None)) if part and part.axis else (slice(None), place)
+        down[ranks, inputs] = share.down
+        up[outputs, ranks] = share.up if share.scale == scale else share.up * np.float32(share.scale / scale)
+        start = ranks.stop
+    key = f"{component}.{name}.lora_"
+    return _Exported(
+        component=component,
+        name=name,
+        alpha=scale * rank,
+        down=_held(f"{key}A.weight", down),
+        up=_held(f"{key}B.weight", up.reshape(*up.shape, *[1] * (down.ndim - 2))),  # a convolution's of one pixel
+        bias=None,
+    )
 
 
 def _by_diffusers_module(layer: Layer, rows: Sequence[Row]) -> dict[str, list[Row]]:

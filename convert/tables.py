@@ -8,7 +8,7 @@ own.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,8 @@ import numpy as np
 from dit_jax.parameters import named_leaves, with_leaves
 
 Layout = Literal["diffusers", "original"]
+Axes = list[list[str]]  # groups of names, as a side of an einops pattern has them
+Pair = tuple[Axes, Axes]
 
 LINEAR = "o i -> i o"
 CONV2D = "o i y x -> y x i o"
@@ -110,19 +112,25 @@ class Row:
             up = up[part.start : part.stop]
         elif part:
             down = down[:, part.start : part.stop]
-        pattern = self.pattern_for(layout)
-        left, right = (_terms(side) for side in pattern.split("->"))
-        outputs, inputs = left[:1], left[1:]
-        sizes = _sizes(pattern, ours) | self.sizes
+        taken, given = self._factors(layout)
+        sizes = _sizes(self.pattern_for(layout), ours) | self.sizes
+        return _mapped(down, *taken, sizes), _mapped(up, *given, sizes)
 
-        def mapped(array: np.ndarray, before: list[list[str]], after: list[list[str]]) -> np.ndarray:
-            names = {name for group in before for name in group}
-            known = {name: size for name, size in sizes.items() if name in names}
-            return einops.rearrange(array, f"{_text(before)} -> {_text(after)}", **known)
+    def factors_to_outside(
+        self, down: np.ndarray, up: np.ndarray, layout: Layout = "diffusers"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Factors of the outside matrix (or of this row's part of it) from those of our leaf of one block: the inverse
+        of `factors_to_ours`."""
+        taken, given = self._factors(layout)
+        return _mapped(down, taken[1], taken[0], self.sizes), _mapped(up, given[1], given[0], self.sizes)
 
-        rank, produced = [["rank"]], [group for group in right if group[0] in outputs[0]]
+    def _factors(self, layout: Layout) -> tuple[Pair, Pair]:
+        """Axes outside and ours, of down and of up."""
+        left, right = (_terms(side) for side in self.pattern_for(layout).split("->"))
+        rank, outputs, inputs = [["rank"]], left[:1], left[1:]
+        produced = [group for group in right if group[0] in outputs[0]]
         taken = [group for group in right if group not in produced]
-        return mapped(down, rank + inputs, taken + rank), mapped(up, outputs + rank, rank + produced)
+        return (rank + inputs, taken + rank), (outputs + rank, rank + produced)
 
     def to_outside(self, leaf: np.ndarray, layout: Layout = "diffusers") -> np.ndarray:
         """The outside tensor (or this row's part of it) from our leaf of one block."""
@@ -175,14 +183,20 @@ def _reversed(pattern: str) -> str:
     return f"{right.strip()} -> {left.strip()}"
 
 
-def _terms(side: str) -> list[list[str]]:
+def _terms(side: str) -> Axes:
     """`(h k) d` -> [[h, k], [d]]; `1` stays as it is."""
     return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", side)]
 
 
-def _text(groups: list[list[str]]) -> str:
+def _text(groups: Axes) -> str:
     """[[h, k], [d]] -> `(h k) d`"""
     return " ".join(f"({' '.join(group)})" if len(group) > 1 else group[0] for group in groups)
+
+
+def _mapped(array: np.ndarray, before: Axes, after: Axes, sizes: Mapping[str, int]) -> np.ndarray:
+    names = {name for group in before for name in group}
+    known = {name: size for name, size in sizes.items() if name in names}
+    return einops.rearrange(array, f"{_text(before)} -> {_text(after)}", **known)
 
 
 def _sizes(pattern: str, ours: Sequence[int]) -> dict[str, int]:

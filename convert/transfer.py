@@ -47,7 +47,7 @@ def convert(
     Raises UserError for whatever is wrong with the source, and when the destination exists and `overwrite` is not set;
     the destination is then as it was, with nothing left beside it.
     """
-    _refuse_overlap(source.place, destination)
+    refuse_overlap(source.place, destination)
     # All components are opened before anything is written: most mistakes show in configs, names and shapes.
     leaves = {name: source.leaves(name) for name in source.settings}
     files = original.side_files(source.settings, source.files) if layout == "original" else source.files
@@ -140,7 +140,8 @@ def _refuse_existing(destination: Path, overwrite: bool) -> None:
         raise UserError(f"{destination} is no checkpoint, so --overwrite leaves it alone; choose another destination.")
 
 
-def _refuse_overlap(source: Path, destination: Path) -> None:
+def refuse_overlap(source: Path, destination: Path) -> None:
+    """Raises UserError for a destination that is the source, or in it, or round it."""
     source, destination = source.resolve(), destination.resolve()
     if source == destination or destination in source.parents or source in destination.parents:
         raise UserError(f"{destination} and the source {source} lie in one another; choose another destination.")

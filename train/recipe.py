@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from convert.checkpoint import Checkpoint, CheckpointLayout
 from convert.leaves import Leaf
 from convert.progress import progress_bar
-from convert.transfer import convert
+from convert.transfer import convert, refuse_overlap
 from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.flops import Config
@@ -112,6 +112,7 @@ class Training:
     trained, frozen  modules by name, arrays or shapes alone
     plan             of a step
     target           checkpoint that the trained modules are written into, and `result` of (it, these modules by name)
+    write            writes (these modules by name) to a folder, where that is something else than `result`
     turn             which of the plan's updates a step does, of its number; None: all
     around           what stands between the loop and the step, if anything does
     trips            how often a loop of the step runs on average whose length only a run tells
@@ -123,6 +124,7 @@ class Training:
     plan: Plan
     target: Source
     result: Callable[[Checkpoint, Mapping[str, Any]], Checkpoint]
+    write: Callable[[Mapping[str, Any], Path], Any] | None = None
     turn: Callable[[int], int] | None = None
     around: Callable[[Driven], Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]] | None = None
     extra: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
@@ -275,12 +277,17 @@ def abstract_batch(config: RecipeConfig, model: Config, rows: int) -> dict[str, 
 
 
 def export(config: RecipeConfig, training: Training) -> None:
-    """Writes the running mean of the newest checkpoint's weights into the target's checkpoint, at `config.export`."""
+    """Writes the running mean of the newest checkpoint's weights to `config.export`: in the target's checkpoint, or as
+    `training.write` does."""
     modules = of_modules(load_ema(config.out))
-    target = training.target.checkpoint
+    target, destination = training.target.checkpoint, Path(config.export)
+    if training.write is not None:
+        refuse_overlap(target.place, destination)
+        training.write(modules, destination)
+        return
     with progress_bar(unit="tensor", desc=config.export) as bar:
         layout: CheckpointLayout = "native" if target.layout == "native" else "diffusers"
-        convert(training.result(target, modules), Path(config.export), layout, overwrite=True, progress=bar)
+        convert(training.result(target, modules), destination, layout, overwrite=True, progress=bar)
 
 
 def with_transformer(checkpoint: Checkpoint, weights: Mapping[str, np.ndarray]) -> Checkpoint:

@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from convert.checkpoint import leaf_reader
 from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.methods.plan import DENSE
-from dit_jax.parameters import with_leaves
+from dit_jax.parameters import named_leaves, with_leaves
 from infer import evaluate
+from infer.loras import replace_leaves
 from infer.media import save
 from infer.pipeline import Pipeline
 from infer.plan_scores import NOT_SCORES
@@ -80,11 +82,16 @@ class Samples:
 
     def _take(self, modules: Mapping[str, Mapping[str, jax.Array]]) -> None:
         """The pipeline with what is trained in place of what it was."""
-        self.pipe.take_parts(self.result(self.pipe.checkpoint, modules))
+        checkpoint, dtype = self.result(self.pipe.checkpoint, modules), self.step.plan.dtype
+        self.pipe.take_parts(checkpoint)
+        held = holder, name = self.pipe.lora_models()[HIGH_NOISE]
         if "student" in modules:
-            abstract: Any = self.pipe.checkpoint.component(HIGH_NOISE).abstract
-            held, name = self.pipe.lora_models()[HIGH_NOISE]
-            held[name] = in_dtype(with_leaves(abstract, modules["student"]), self.step.plan.dtype)
+            abstract: Any = checkpoint.component(HIGH_NOISE).abstract
+            holder[name] = in_dtype(with_leaves(abstract, modules["student"]), dtype)
+        elif HIGH_NOISE in checkpoint.edited:  # a LoRA is in its weights
+            shardings = {leaf: array.sharding for leaf, array in named_leaves(holder[name])}
+            read = leaf_reader(checkpoint, HIGH_NOISE, shardings=shardings, dtype=dtype)
+            replace_leaves(held, shardings, lambda leaf, _: read(leaf))
 
     def _draw(self, taken: int) -> None:
         plan = self.settings.plan or DENSE

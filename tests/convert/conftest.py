@@ -140,3 +140,12 @@ def lora_wan(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("lora-wan")
     return lora_models.Tiny(folder, lora_models.wan_model, lora_models.WAN_MODULES, lora_models.WanPipeline)
+
+
+@pytest.fixture(scope="session")
+def lora_wan_image(tmp_path_factory):
+    """As `lora_wan`, of an image-to-video model."""
+    import lora_models
+
+    folder = tmp_path_factory.mktemp("lora-wan-image")
+    return lora_models.Tiny(folder, lora_models.wan_image_model, lora_models.WAN_MODULES, lora_models.WanPipeline)

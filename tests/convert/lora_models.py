@@ -12,7 +12,7 @@ from convert.checkpoint import load_model, open_checkpoint
 from convert.lora import read_lora
 from convert.lora_keys import Target
 from convert.tables import assign
-from dit_jax.lora import merged
+from dit_jax.lora import Adapter, merged, untrained
 from dit_jax.parameters import named_leaves
 
 FLUX = dict(
@@ -23,6 +23,7 @@ WAN = dict(
     patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, ffn_dim=20, num_layers=3, in_channels=4,
     out_channels=4, text_dim=10, freq_dim=16, cross_attn_norm=True,
 )  # fmt: skip
+WAN_IMAGE = WAN | dict(in_channels=12, image_dim=14, added_kv_proj_dim=24)
 
 # The authors' module -> diffusers' modules that it joins.
 FLUX_MODULES = {
@@ -67,6 +68,10 @@ def wan_model():
     return randomised(WanTransformer3DModel(**WAN))
 
 
+def wan_image_model():
+    return randomised(WanTransformer3DModel(**WAN_IMAGE))
+
+
 def randomised(model):
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -91,6 +96,22 @@ def random_pairs(model, modules, seed=0):
             if "{i}" not in name:
                 break
     return pairs
+
+
+def random_lora(model, seed=0):
+    """A LoRA of every linear map in the blocks of a model of ours: ranks 0 to 3 from leaf to leaf and block to block,
+    scales from block to block."""
+    rng, lora = np.random.default_rng(seed), {}
+    for number, (name, adapter) in enumerate(untrained(model, rank=3, seed=seed).items()):
+        ranks = (number + np.arange(len(adapter.down))) % 4
+        down, up = adapter.down[..., : ranks.max()], rng.standard_normal(adapter.up.shape, np.float32)
+        up = up[:, : ranks.max()]
+        for block, rank in enumerate(ranks):
+            down[block, ..., rank:] = up[block, rank:] = 0
+        alpha = (ranks * (0.5 + np.arange(len(ranks)) % 3)).astype(np.float32)
+        rank = np.maximum(ranks, 1).astype(np.float32)  # as a LoRA that was read has it
+        lora[name] = Adapter(stacked=True, down=down, up=up, alpha=alpha, rank=rank)
+    return lora
 
 
 def write_diffusers(file, pairs):

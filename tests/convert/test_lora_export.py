@@ -1,19 +1,33 @@
 """LoRAs in any style written as diffusers' own, which diffusers opens, and what the commands say of them."""
 
 import json
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
-from lora_models import FLUX_MODULES, WRITERS, random_pairs, saved, write_comfyui, write_kohya
+from lora_models import (
+    FLUX_MODULES,
+    WRITERS,
+    leaves,
+    random_lora,
+    random_pairs,
+    saved,
+    write_comfyui,
+    write_kohya,
+)
 from safetensors.numpy import load_file
 
 from convert import cli, example_lora
+from convert.lora import read_lora
 from convert.lora_backbones import is_lora, recognise
-from convert.lora_export import convert_lora
+from convert.lora_export import convert_lora, write_lora
 from dit_jax.config import UserError
+from dit_jax.lora import Adapter, merged
 
 STYLES = pytest.mark.parametrize("style", list(WRITERS))
 WEIGHTS = "pytorch_lora_weights.safetensors"
+JOINED = {"single.attn.o.kernel", "single.mlp.down.kernel"}  # diffusers has them in one matrix
 
 
 @STYLES
@@ -74,6 +88,84 @@ def test_what_diffusers_has_no_place_for_is_refused_and_nothing_is_left(lora_wan
     with pytest.raises(UserError, match="holds NaN"):
         convert_lora(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def block_pairs(adapter):
+    """(down, up, scale) of every block that has any, without the ranks in which down is zero."""
+    pairs = []
+    for down, up, scale in zip(adapter.down, adapter.up, adapter.alpha / adapter.rank, strict=True):
+        used = down.reshape(-1, len(up)).any(axis=0)
+        pairs.append((down[..., used], up[used], scale) if used.any() else None)
+    return pairs
+
+
+def assert_same(found, expected):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert np.asarray(one).dtype == np.asarray(other).dtype
+
+
+@pytest.mark.parametrize("model", ["lora_wan", "lora_wan_image", "lora_flux"])
+def test_adapters_of_our_leaves_are_written_as_diffusers_opens_them_and_read_again(model, request, tmp_path):
+    tiny = request.getfixturevalue(model)
+    lora = random_lora(tiny.component.abstract)
+    opened, found = read_lora(write_lora({"transformer": lora}, tiny.targets, tmp_path / "out"), tiny.targets)
+    assert opened.styles == ["diffusers"] and not opened.unmatched
+    assert found["transformer"].keys() == lora.keys()
+    assert any("image_k" in name for name in lora) == (model == "lora_wan_image")
+    for name, adapter in found["transformer"].items():
+        assert_same(block_pairs(adapter), block_pairs(lora[name]))
+        if name not in JOINED:
+            assert_same(adapter, lora[name])
+    expected = leaves(merged(tiny.ours, [(lora, 1.0)]))
+    assert tiny.error(leaves(merged(tiny.ours, [(found["transformer"], 1.0)])), expected) <= 1e-6
+    assert tiny.error(tiny.fused(tmp_path / "out"), expected) <= 1e-5
+
+
+def test_leaves_of_one_matrix_share_a_pair_whatever_their_ranks_and_scales(lora_flux, tmp_path):
+    lora = {name: adapter for name, adapter in random_lora(lora_flux.component.abstract).items() if name in JOINED}
+    name, ranks = "single.mlp.down.kernel", {leaf: adapter.rank for leaf, adapter in lora.items()}
+    lora[name] = replace(lora[name], alpha=lora[name].alpha * np.float32(1.7))
+    file = write_lora({"transformer": lora}, lora_flux.targets, tmp_path / "out")
+    expected = leaves(merged(lora_flux.ours, [(lora, 1.0)]))
+    assert lora_flux.error(lora_flux.fused(tmp_path / "out"), expected) <= 1e-5
+    shapes = {key: tensor.shape for key, tensor in load_file(file).items()}
+    both = [block for block in range(3) if all(adapter.alpha[block] for adapter in lora.values())]
+    assert both
+    for block in both:
+        rank = int(sum(each[block] for each in ranks.values()))
+        key = f"transformer.single_transformer_blocks.{block}.proj_out.lora_"
+        assert (shapes[f"{key}A.weight"], shapes[f"{key}B.weight"]) == ((rank, 24 + 96), (24, rank))
+
+
+def test_a_leaf_outside_the_blocks_and_a_convolution_are_written_too(lora_wan, tmp_path):
+    rng = np.random.default_rng(0)
+
+    def adapter(inputs, outputs):
+        down, up = rng.standard_normal((inputs, 3), np.float32), rng.standard_normal((3, outputs), np.float32)
+        return Adapter(stacked=False, down=down, up=up, alpha=np.float32(1.5), rank=np.float32(3))
+
+    lora = {"patch.kernel": adapter(16, 24), "out.kernel": adapter(24, 16)}
+    file = write_lora({"transformer": lora}, lora_wan.targets, tmp_path / "out")
+    found = read_lora(file, lora_wan.targets)[1]["transformer"]
+    for name in lora:
+        assert_same(found[name], lora[name])
+    assert lora_wan.error(lora_wan.fused(tmp_path / "out"), leaves(merged(lora_wan.ours, [(lora, 1.0)]))) <= 1e-5
+
+
+def test_an_adapter_that_diffusers_has_no_place_for_is_refused_and_nothing_is_left(lora_wan, tmp_path):
+    lora, out = random_lora(lora_wan.component.abstract), tmp_path / "out"
+    bias = {"blocks.mlp.up.bias": Adapter(stacked=True, full=np.ones((3, 20), np.float32))}
+    kernel = {"blocks.mlp.up.kernel": replace(lora["blocks.mlp.up.kernel"], full=np.ones((3, 24, 20), np.float32))}
+    for odd in (bias, kernel, {"double.o.kernel": lora["blocks.mlp.up.kernel"]}):
+        with pytest.raises(UserError, match="have no place for what is added to"):
+            write_lora({"transformer": lora | odd}, lora_wan.targets, out)
+    assert not list(tmp_path.iterdir())
+    write_lora({"transformer": lora}, lora_wan.targets, out)
+    with pytest.raises(UserError, match="exists"):
+        write_lora({"transformer": lora}, lora_wan.targets, out)
+    write_lora({"transformer": lora}, lora_wan.targets, out, overwrite=True)
+    assert [path.name for path in out.iterdir()] == [WEIGHTS]
 
 
 def test_a_file_is_told_from_its_keys(lora_wan, tmp_path):

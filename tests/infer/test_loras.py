@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,7 +16,10 @@ import torch
 from beside_diffusers import by_diffusers, by_ours, starting_noise
 from safetensors.numpy import load_file, save_file
 
+from convert import lora_export
+from convert.lora_keys import Target
 from dit_jax.config import UserError
+from dit_jax.lora import merged, untrained
 from dit_jax.parameters import named_leaves
 from infer import generate, load_pipeline, media
 from infer.loras import parse_choice
@@ -110,36 +115,29 @@ def packed(latents):
     return z.permute(0, 2, 4, 1, 3, 5).reshape(b, y * x // 4, 4 * c)
 
 
-def test_a_flux_pipeline_with_a_lora_equals_diffusers(flux, flux_lora):
-    _, theirs, pipe = flux
-    noise = np.random.default_rng(0).standard_normal((1, 1, 8, 12, tiny_flux.CHANNELS)).astype(np.float32)
+def flux_by_diffusers(theirs, file, strength, noise):
+    """Latents [B, 1, Y, X, C] that diffusers makes with a LoRA."""
     options = dict(prompt="a red cat", width=SIZE[0], height=SIZE[1], num_inference_steps=3, guidance_scale=2.5)
-    theirs.load_lora_weights(flux_lora, adapter_name="style")
-    theirs.set_adapters("style", 0.8)
+    theirs.load_lora_weights(file, adapter_name="style")
+    theirs.set_adapters("style", strength)
     try:
         with torch.no_grad():
             latents = theirs(**options, latents=packed(noise), output_type="latent").images
     finally:
         theirs.unload_lora_weights()
-    expected = theirs._unpack_latents(latents, SIZE[1], SIZE[0], theirs.vae_scale_factor).permute(0, 2, 3, 1)[:, None]
-
-    def ours():
-        return pipe("a red cat", size=SIZE, steps=3, guidance=2.5, latents=noise).latents
-
-    plain = ours()
-    pipe.set_loras([(flux_lora, 0.8)])
-    found = ours()
-    pipe.set_loras([])
-    assert relative(found, expected.numpy()) <= 1e-4
-    assert relative(plain, expected.numpy()) > 1e-2
+    latents = theirs._unpack_latents(latents, SIZE[1], SIZE[0], theirs.vae_scale_factor)
+    return latents.permute(0, 2, 3, 1)[:, None].numpy()
 
 
-def test_a_wan_pipeline_with_two_loras_equals_diffusers(wan, wan_loras):
-    _, theirs, pipe = wan
-    noise = np.random.default_rng(0).standard_normal((1, 2, 4, 6, 4)).astype(np.float32)
-    for number, file in enumerate(wan_loras):
+def flux_by_ours(pipe, noise):
+    return pipe("a red cat", size=SIZE, steps=3, guidance=2.5, latents=noise).latents
+
+
+def wan_by_diffusers(theirs, files, noise):
+    """Latents [B, T, Y, X, C] that diffusers makes with LoRAs, (file, strength) each."""
+    for number, (file, _) in enumerate(files):
         theirs.load_lora_weights(file, adapter_name=f"lora{number}")
-    theirs.set_adapters(["lora0", "lora1"], [0.8, -0.5])
+    theirs.set_adapters([f"lora{number}" for number in range(len(files))], [strength for _, strength in files])
     try:
         with torch.no_grad():
             expected = theirs(
@@ -148,13 +146,69 @@ def test_a_wan_pipeline_with_two_loras_equals_diffusers(wan, wan_loras):
             ).frames  # fmt: skip
     finally:
         theirs.unload_lora_weights()
-    options = VIDEO | {"size": (48, 32), "latents": noise}
-    plain = pipe("a red cat", **options).latents
-    pipe.set_loras([(wan_loras[0], 0.8), (wan_loras[1], -0.5)])
-    found = pipe("a red cat", **options).latents
+    return expected.permute(0, 2, 3, 4, 1).numpy()
+
+
+def wan_by_ours(pipe, noise):
+    return pipe("a red cat", **VIDEO | {"size": (48, 32), "latents": noise}).latents
+
+
+def normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+FLUX_NOISE, WAN_NOISE = normal(1, 1, 8, 12, tiny_flux.CHANNELS), normal(1, 2, 4, 6, 4)
+
+
+def test_a_flux_pipeline_with_a_lora_equals_diffusers(flux, flux_lora):
+    _, theirs, pipe = flux
+    expected = flux_by_diffusers(theirs, flux_lora, 0.8, FLUX_NOISE)
+    plain = flux_by_ours(pipe, FLUX_NOISE)
+    pipe.set_loras([(flux_lora, 0.8)])
+    found = flux_by_ours(pipe, FLUX_NOISE)
     pipe.set_loras([])
-    expected = expected.permute(0, 2, 3, 4, 1).numpy()
     assert relative(found, expected) <= 1e-4
+    assert relative(plain, expected) > 1e-2
+
+
+def test_a_wan_pipeline_with_two_loras_equals_diffusers(wan, wan_loras):
+    _, theirs, pipe = wan
+    loras = [(wan_loras[0], 0.8), (wan_loras[1], -0.5)]
+    expected = wan_by_diffusers(theirs, loras, WAN_NOISE)
+    plain = wan_by_ours(pipe, WAN_NOISE)
+    pipe.set_loras(loras)
+    found = wan_by_ours(pipe, WAN_NOISE)
+    pipe.set_loras([])
+    assert relative(found, expected) <= 1e-4
+    assert relative(plain, expected) > 1e-2
+
+
+@pytest.mark.parametrize("model", ["flux", "wan"])
+def test_a_lora_of_our_own_is_in_diffusers_what_it_is_in_our_weights(model, request, tmp_path):
+    _, theirs, pipe = request.getfixturevalue(model)
+    component = pipe.checkpoint.component("transformer")
+    rng, lora = np.random.default_rng(0), untrained(component.abstract, rank=3)
+    lora = {
+        name: replace(adapter, up=0.2 * rng.standard_normal(adapter.up.shape, np.float32), alpha=1.5 * adapter.alpha)
+        for name, adapter in lora.items()
+    }
+    lora_export.write_lora({"transformer": lora}, {"transformer": Target.of(component)}, tmp_path / "lora")
+    if model == "flux":
+        expected = flux_by_diffusers(theirs, tmp_path / "lora", 1.0, FLUX_NOISE)
+        run = partial(flux_by_ours, pipe, FLUX_NOISE)
+    else:
+        expected = wan_by_diffusers(theirs, [(tmp_path / "lora", 1.0)], WAN_NOISE)
+        run = partial(wan_by_ours, pipe, WAN_NOISE)
+    plain = run()
+    pipe.set_loras([tmp_path / "lora"])
+    from_file = run()
+    pipe.set_loras([])
+    holder, key = pipe.lora_models()["transformer"]
+    own = holder[key]
+    holder[key] = merged(own, [(lora, 1.0)])
+    found = run()
+    holder[key] = own
+    assert relative(found, expected) <= 1e-4 and relative(from_file, expected) <= 1e-4
     assert relative(plain, expected) > 1e-2
 
 

@@ -8,12 +8,17 @@ import socket
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from convert.checkpoint import open_checkpoint
+from convert.lora import read_lora
+from convert.lora_keys import Target
 from convert.method_parts import read_parts
+from convert.transfer import LORA_WEIGHTS
+from dit_jax.lora import merged_leaf
 from dit_jax.methods.plan import parse_plan
 from infer import load_pipeline
 from infer.adapt import main as adapt
@@ -88,26 +93,46 @@ def test_finetuning_changes_the_weights_and_nothing_else(data, tmp_path):
     assert changed(vae, before) == []
 
 
-def test_a_lora_is_trained_beside_the_weights_and_exported_in_them(data, tmp_path):
-    out = tmp_path / "run"
+def test_a_lora_is_trained_beside_the_weights_and_exported_alone_or_in_them(data, tmp_path, capsys):
+    out, alone = tmp_path / "run", tmp_path / "run-model"
     assert run("finetune", out, data, "lora=3", "learning_rate=0.01")[0] == 0
     mean = load_ema(out)
     assert {name.partition(".")[0] for name in mean} == {"lora"}
     assert mean["lora.blocks.attn1.q.linear.kernel.down"].shape == (10, 144, 3)
     assert mean["lora.blocks.attn1.o.kernel.up"].shape == (10, 3, 144)
     assert {name.rpartition(".")[2] for name in mean} == {"down", "up"}
-    different = changed(weights(f"{out}-model"), weights("demo-wan"))
-    assert different and all(name.startswith("blocks.") and name.endswith(".kernel") for name in different)
+    assert [path.name for path in alone.iterdir()] == [LORA_WEIGHTS]
+    target = Target.of(open_checkpoint("demo-wan").component("transformer"))
+    lora = read_lora(alone, {"transformer": target})[1]["transformer"]
+    found = {f"lora.{name}.{factor}": getattr(lora[name], factor) for name in lora for factor in ("down", "up")}
+    assert found.keys() == mean.keys() and changed(found, mean) == []
+    assert all(np.all(adapter.alpha == 3) and np.all(adapter.rank == 3) for adapter in lora.values())
+
+    whole = tmp_path / "whole"
+    assert run("finetune", out, data, "lora=3", "merge=True", f"export={whole}")[0] == 0
+    before, after = weights("demo-wan"), weights(whole)
+    assert set(changed(after, before)) == set(lora)
+    by_file = {name: merged_leaf(jnp.asarray(before[name]), [(adapter, 1.0)]) for name, adapter in lora.items()}
+    assert changed(after, by_file) == []
     name = "blocks.mlp.up.kernel"
     added = np.einsum("gir,gro->gio", mean[f"lora.{name}.down"], mean[f"lora.{name}.up"])
-    found = weights(f"{out}-model")[name].astype(np.float32) - weights("demo-wan")[name].astype(np.float32)
-    assert np.linalg.norm(found - added) < 0.2 * np.linalg.norm(added)
+    gap = after[name].astype(np.float32) - before[name].astype(np.float32) - added
+    assert np.linalg.norm(gap) < 0.2 * np.linalg.norm(added)
+
+    # The model that is trained is never what the export replaces.
+    shutil.copytree(open_checkpoint("demo-wan").place, tmp_path / "model")
+    assert run("finetune", out, data, "lora=3", f"model={tmp_path}/model", f"export={tmp_path}/model")[0] == 2
+    assert "lie in one another" in capsys.readouterr().err
+    assert changed(weights(tmp_path / "model"), before) == []
 
 
-def test_samples_on_the_way_are_those_of_the_model_that_is_exported(data, tmp_path):
+@pytest.mark.parametrize(
+    "lora", [(), pytest.param(("lora=3", "merge=True", "learning_rate=0.05"), marks=pytest.mark.long)]
+)
+def test_samples_on_the_way_are_those_of_the_model_that_is_exported(data, tmp_path, lora):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
     prompts.write_text("a red 7 moving left\n")
-    settings = ("sample_every=3", f"prompts={prompts}", "learning_rate=0.01", "ema_decay=0.0")
+    settings = ("sample_every=3", f"prompts={prompts}", "learning_rate=0.01", "ema_decay=0.0", *lora)
     assert run("finetune", out, data, *settings)[0] == 0
     with Image.open(out / "samples" / "000003.png") as grid:
         drawn = np.asarray(grid)
@@ -207,6 +232,9 @@ def test_what_was_trained_runs(data, tmp_path):
         words = ["--model", f"{tmp_path}/{name}-model", "--plan", plan, "--prompt", "a red 7", "--steps", "2"]
         assert generate([*words, "--out", str(out)]) == 0
         assert out.stat().st_size > 0
+    assert run("finetune", tmp_path / "flux", data, "lora=2", model="demo-flux")[0] == 0
+    words = ["--model", "demo-flux", "--lora", f"{tmp_path}/flux-model", "--prompt", "a red 7", "--steps", "2"]
+    assert generate([*words, "--out", str(tmp_path / "flux.png")]) == 0
 
 
 @pytest.mark.long
@@ -254,6 +282,7 @@ def test_bad_input_is_one_sentence_and_keeps_the_last_checkpoint(data, pruned, t
         ("finetune", ["microbatches=3"], "does not divide into the 3 microbatches"),
         ("finetune", ["variant=huge"], "no variant 'huge'"),
         ("finetune", ["model=wan2.1-t2v-14b"], "is a preset, which has sizes and no weights"),
+        ("finetune", ["merge=True"], "merge is True and lora 0: expected a LoRA to merge"),
         ("pare_stage1", [], "there is no student"),
         ("pare_stage1", ["student=demo-flux"], "demo-flux is no student of demo-wan"),
         ("ddit", ["optimizer=sgd"], "optimizer is 'sgd', expected one of adamw, prodigy"),

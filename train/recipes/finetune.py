@@ -5,7 +5,12 @@
     dit-generate --model tuned --prompt "a red 7 moving left" --out out.mp4
 
 All its weights learn or, with `--set lora=16`, a LoRA of that rank beside those of the blocks. The running mean is
-exported; a LoRA merged into the weights.
+exported: the model or, of a LoRA, the file that diffusers' `load_lora_weights` opens too.
+
+    dit-train finetune --set model=demo-wan --set data=data --set variant=demo --set lora=16 --set export=style
+    dit-generate --model demo-wan --lora style --prompt "a red 7 moving left" --out out.mp4
+
+`--set merge=True` exports the model with the LoRA in its weights instead.
 """
 
 from __future__ import annotations
@@ -13,12 +18,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint import Checkpoint
+from convert.lora_export import write_lora
+from convert.lora_keys import Target
 from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.lora import Adapter, Lora, merged_leaf, untrained
@@ -33,7 +41,11 @@ VARIANTS = {"demo": {**DEMO, "steps": 300, "learning_rate": 2e-4}}
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RecipeConfig):
-    """Options of the recipe."""
+    """Options of the recipe.
+
+    lora   rank of a LoRA that is trained in place of the weights; 0: none
+    merge  whether the LoRA is exported in the weights of the whole model
+    """
 
     out: str = "runs/finetune"
     steps: int = 5000
@@ -41,12 +53,15 @@ class Config(RecipeConfig):
     learning_rate: float = 1e-5
     weight_decay: float = 0.01
     lora: int = 0
+    merge: bool = False
 
 
 def training(config: Config, source: Source) -> Training:
     """One model, which learns, or a LoRA of it."""
     if config.lora < 0:
         raise UserError(f"lora is {config.lora}, expected a rank from 1, or 0 to train all weights")
+    if config.merge and not config.lora:
+        raise UserError("merge is True and lora 0: expected a LoRA to merge; set its rank, or leave merge out")
     loss: LossFunction = partial(finetune, settings=config.flow)
     update = Update(
         loss=_beside(loss, config.lora) if config.lora else loss,
@@ -60,6 +75,7 @@ def training(config: Config, source: Source) -> Training:
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
         target=source,
         result=partial(_merged, config.lora) if config.lora else with_student,
+        write=partial(_write, config.lora, source) if config.lora and not config.merge else None,
     )
 
 
@@ -84,16 +100,27 @@ def _beside(loss: LossFunction, rank: int) -> LossFunction:
     return with_lora
 
 
-def _merged(rank: int, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint with the LoRA in its weights."""
+def _trained_lora(trained: Mapping[str, Any], rank: int) -> Lora:
+    """The LoRA of trained modules, on the host."""
     factors: dict[str, dict[str, Any]] = {}
     for name, array in trained["lora"].items():
         leaf, _, factor = name.rpartition(".")
-        factors.setdefault(leaf, {})[factor] = array
+        factors.setdefault(leaf, {})[factor] = np.asarray(array)
+    return _lora(factors, rank)
+
+
+def _merged(rank: int, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint with the LoRA in its weights."""
     weights = {name: leaf.rectangle(None) for name, leaf in checkpoint.leaves(HIGH_NOISE).items()}
-    for name, adapter in _lora(factors, rank).items():
+    for name, adapter in _trained_lora(trained, rank).items():
         weights[name] = np.asarray(merged_leaf(jnp.asarray(weights[name]), [(adapter, 1.0)]))
     return with_transformer(checkpoint, weights)
+
+
+def _write(rank: int, source: Source, trained: Mapping[str, Any], destination: Path) -> None:
+    """The LoRA as a file of its own."""
+    lora, target = _trained_lora(trained, rank), Target.of(source.component)
+    write_lora({HIGH_NOISE: lora}, {HIGH_NOISE: target}, destination, overwrite=True)
 
 
 def run(config: Config) -> None:
