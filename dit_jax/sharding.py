@@ -63,7 +63,9 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(sizes, names, axis_types=automatic, devices=devices)
+        # 16 chips of an axis may have to be four rows of 8x8.
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, names, axis_types=automatic)
     if axes.get("data", 1) % slices:
         raise UserError(
             f"mesh {_words(axes)} spans {slices} slices, found data={axes.get('data', 1)}: only data may cross the "
@@ -71,7 +73,8 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
         )
     inside = tuple(size // slices if name == "data" else size for name, size in zip(names, sizes, strict=True))
     across = tuple(slices if name == "data" else 1 for name in names)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), names, axis_types=automatic)
+    placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    return Mesh(placed, names, axis_types=automatic)
 
 
 def _words(axes: Mapping[str, int]) -> str:

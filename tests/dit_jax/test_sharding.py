@@ -18,6 +18,7 @@ from dit_jax.config import UserError
 from dit_jax.models import clip, clip_text, flux, t5, wan
 from dit_jax.parameters import named_leaves
 from dit_jax.sharding import logical_axes, make_mesh, parse_mesh, partition, shardings
+from infer.chips import tpu_devices
 
 MESHES = ("data=2,context=4", "fsdp=4,tensor=2", "tensor=4,context=2", "context=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
 
@@ -125,6 +126,16 @@ def test_a_mesh_of_another_size_is_refused():
     count = len(jax.devices())
     with pytest.raises(UserError, match=rf"data=3,context=5 needs 15 devices, found {count}.*product is {count}"):
         make_mesh({"data": 3, "context": 5})
+
+
+@pytest.mark.parametrize(("topology", "axes"), [("v6e:8x8", {"data": 4, "fsdp": 16}), ("v5p:4x4x4", {"fsdp": 64})])
+def test_an_axis_may_be_rows_of_a_slice(topology, axes):
+    """Neighbours on an axis are close on the chips' own grid: an axis is a box of it."""
+    mesh = make_mesh(axes, tpu_devices(topology))
+    assert dict(mesh.shape) == axes
+    for chips in mesh.devices.reshape(-1, axes["fsdp"]):
+        places = np.array([chip.coords for chip in chips])
+        assert np.prod(places.max(0) - places.min(0) + 1) == axes["fsdp"]
 
 
 @pytest.fixture(scope="module")
