@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-# A compiled program keeps some ten mappings of memory, and Linux ends a process that asks for more than
-# vm.max_map_count (65,530): one that runs a thousand tests comes near.
+# A compiled program keeps mappings of memory, and a process dies that needs more than vm.max_map_count (65,530): a
+# thousand tests have been seen to need 58,733.
 MOST_MAPPINGS = 20_000
 
 

@@ -128,11 +128,8 @@ def series(plan: str) -> tuple[str, str]:
         return "on", Path(folder).name
     method, *rest = re.split("[:+]", on_it, maxsplit=1)
     words = rest[0].split(":") if rest else []
-    return method, ":".join(word for word in words if not word.endswith(".json")) or "".join(map(_file_name, words))
-
-
-def _file_name(word: str) -> str:
-    return Path(word).stem
+    said = [word for word in words if not word.endswith(".json")] or [Path(word).stem for word in words]
+    return method, ":".join(said)
 
 
 def title(rows: Sequence[Mapping[str, Any]]) -> str:

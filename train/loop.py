@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from dit_jax.config import UserError
 from train.checkpoints import Checkpoints, Kept
-from train.step import TrainState
+from train.step import StepFunction, TrainState
 from train.watch import Journal, Phases
 
 
@@ -71,7 +71,7 @@ class TrainingDivergedError(RuntimeError):
 def train(
     config: RunConfig,
     state: TrainState,
-    step: Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]],
+    step: StepFunction,
     batch_at: Callable[[int], Any],
     hooks: tuple[Hook, ...] = (),
     flops: float | None = None,

@@ -38,7 +38,7 @@ from train.optimizers import adamw, cosine
 from train.placement import training_mesh
 from train.samples import Samples, SampleSettings
 from train.shards import Shards, open_shards
-from train.step import Metrics, Plan, TrainState, TrainStep, of_modules
+from train.step import Metrics, Plan, StepFunction, TrainState, TrainStep, of_modules
 
 POSITION = "position"  # of a batch, beside its arrays
 EMPTY = "empty_"  # before the names of what is told of the empty caption
@@ -126,7 +126,7 @@ class Training:
     result: Callable[[Checkpoint, Mapping[str, Any]], Checkpoint]
     write: Callable[[Mapping[str, Any], Path], Any] | None = None
     turn: Callable[[int], int] | None = None
-    around: Callable[[Driven], Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]] | None = None
+    around: Callable[[Driven], StepFunction] | None = None
     extra: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
     trips: float | None = None
 
@@ -142,7 +142,7 @@ class Prepared:
     training: Training
     step: TrainStep
     state: TrainState
-    driven: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
+    driven: StepFunction
     batch_at: Callable[[int], dict[str, Any]]
 
 

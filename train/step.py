@@ -42,11 +42,14 @@ class TrainState(NamedTuple):
     sound: jax.Array
 
 
+StepFunction = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]  # of (state, batch, key)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Update:
     """One way in which a step changes weights.
 
-    loss          (trained, frozen, batch, key) -> (mean over the batch, scalars to report)
+    loss          (trained, frozen, batch, key) -> (mean over the batch, scalars to report, or a value a block)
     optimizer     of the weights that it trains
     trains        names of the modules that it trains, the others being frozen to it; empty: all that are trained
     turns         how often a step does it, each time on other rows
