@@ -33,6 +33,14 @@ class ClipReading:
     relation: bool | None
     features: np.ndarray
 
+    @property
+    def outcomes(self) -> dict[str, bool | None]:
+        """Whether the clip is right in each of the scores that are shares of the prompts; None where it has no say."""
+        digit, colour, direction = (bool(column.all()) for column in self.right.T)
+        every = digit and colour and direction
+        told = {"digit": digit, "colour": colour, "direction": direction, "all": every}
+        return {**told, "count": self.count, "relation": self.relation}
+
 
 def read_clip(clip: np.ndarray, scene: Scene, reader: DigitReader) -> ClipReading:
     """Compare a clip uint8 [T, S, S, 3] with its scene.
@@ -98,19 +106,21 @@ def summary(readings: Sequence[ClipReading], reference: Sequence[ClipReading]) -
     al. 2017, eq. 6) between the classifier's features of the clips' glyphs, five frames of each digit, and those of
     the `reference`; a missing digit is an empty glyph.
     """
-    prompts = np.array([reading.right.all(0) for reading in readings])
     digits = np.concatenate([reading.right for reading in readings])
-    relations = [reading.relation for reading in readings if reading.relation is not None]
     names = ("digit", "colour", "direction")
     return {
-        **{name: float(share) for name, share in zip(names, prompts.mean(0), strict=True)},
+        **shares(readings),
         "frechet": frechet_distance(*(np.concatenate([r.features for r in side]) for side in (readings, reference))),
-        "all": float(prompts.all(1).mean()),
         **{f"{name}_each": float(share) for name, share in zip(names, digits.mean(0), strict=True)},
-        "count": float(np.mean([reading.count for reading in readings])),
-        "relation": float(np.mean(relations)) if relations else None,
         "videos": len(readings),
     }
+
+
+def shares(readings: Sequence[Any]) -> dict[str, float | None]:
+    """Of every outcome, the share of the prompts in which it is right; None where no prompt has a say."""
+    of_prompts = [reading.outcomes for reading in readings]
+    told = {name: [each[name] for each in of_prompts if each[name] is not None] for name in of_prompts[0]}
+    return {name: float(np.mean(values)) if values else None for name, values in told.items()}
 
 
 def real_clips(scenes: Sequence[Scene], half: int) -> Iterator[np.ndarray]:

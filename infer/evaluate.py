@@ -20,6 +20,7 @@ from infer import media
 from infer.digit_grammar import GRAMMARS
 from infer.kept_samples import KeptSamples
 from infer.margins import margins
+from infer.paired_scores import OUTCOMES, check_alike, differences, outcomes, read_report, write_report
 from infer.suites import SUITES, Exam, Suite
 
 TOLD = ("size", "frames", "steps", "guidance", "true_cfg", "solver", "seed", "plan")
@@ -36,6 +37,8 @@ demo-wan) and digits (pictures, for demo-flux). Scores:
   frechet                    Frechet distance to real samples of the same prompts, in the features of a digit classifier
   margins                    half the width of a 95 % interval of each score (bootstrap over prompts)
   ceiling                    all of these for real samples (drawn with other handwritten digits than those in frechet)
+  against                    with --against: by how much each share of the prompts is above that report's, sample by
+                             sample, with its 95 % interval
 The classifier and the real samples use digits that the model was not trained on. The classifier is trained on the first
 run, in about a minute, and kept in ~/.cache/dit-jax.
 
@@ -43,6 +46,8 @@ examples:
   dit-eval --model demo-wan --suite moving-digits --json
   dit-eval --model demo-flux --suite digits --samples 50
   dit-eval --model demo-wan --plan hsa:50 --samples 64 --seeds 3 --keep runs/samples
+  dit-eval --model demo-flux --samples 1000 --report teacher.json
+  dit-eval --model student --samples 1000 --report student.json --against teacher.json
   dit-eval --real --suite digits
 """
 
@@ -68,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="seed of the first prompt's starting noise (default 0)")
     add("--seeds", type=int, default=1, metavar="N", help="samples of each prompt (default 1)")
     add("--keep", metavar="FOLDER", help="keep the samples there; those that are there are not generated again")
+    add("--report", type=Path, metavar="FILE", help="write the scores there, with those of every sample")
+    add("--against", type=Path, metavar="FILE", help="compare in pairs with such a report of another model or plan")
     add("--real", action="store_true", help="score real samples alone; no model is loaded")
     add("--sheets", metavar="FOLDER", help="also write a contact sheet of every generated sample there")
     add("--json", action="store_true", help="print one JSON object as the last line")
@@ -91,29 +98,47 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace, pipe: Any = None) -> dict[str, Any]:
     """Runs the parsed command, with this pipeline if it is loaded already; returns what `--json` prints."""
+    _check(options)
+    other = read_report(options.against) if options.against else None
+    files = [Path(folder) / "000.png" for folder in (options.sheets, options.keep) if folder]
+    for file in [*files, *filter(None, [options.report])]:
+        media.make_room(file)
+    # The model first: a wrong name should not wait for the classifier.
+    pipe = None if options.real else pipe or _load(options.model)
+    name = options.suite or (pipe and pipe.defaults.grammar) or "moving-digits"
+    report: dict[str, Any] = {"suite": name, "samples": options.samples, "seeds": options.seeds}
+    if pipe is None:
+        return {**report, "ceiling": _exam(name, options.samples, options.seeds).ceiling}
+
+    report |= {"model": options.model, "settings": _settings(pipe, SUITES[name], options)}
+    if other:
+        check_alike(report, other, options.against)
+    exam = _exam(name, options.samples, options.seeds)
+    readings = exam.readings(_generated(pipe, exam.captions, report["settings"], options))
+    report |= exam.summary(readings)
+    report["margins"] = margins(
+        lambda drawn: exam.summary([readings[i] for i in drawn]), options.samples, options.seeds
+    )
+    report["ceiling"] = exam.ceiling
+    told = {**report, OUTCOMES: outcomes(readings)}
+    if other:
+        report["against"] = {"model": other["model"], "settings": other["settings"]}
+        report["against"]["differences"] = differences(told, other)
+    if options.report:
+        write_report(options.report, told | report)
+    return report
+
+
+def _check(options: argparse.Namespace) -> None:
+    """UserError for options that cannot be met."""
     if options.suite and options.suite not in GRAMMARS:
         raise UserError(f"unknown suite {options.suite!r}: expected {' or '.join(GRAMMARS)}")
     if options.samples < 2:
         raise UserError(f"--samples is {options.samples}: expected at least 2, to compare distributions")
     if options.seeds < 1:
         raise UserError(f"--seeds is {options.seeds}: expected at least 1")
-    for folder in filter(None, (options.sheets, options.keep)):
-        media.make_room(Path(folder) / "000.png")
-    # The model first: a wrong name should not wait for the classifier.
-    pipe = None if options.real else pipe or _load(options.model)
-    name = options.suite or (pipe and pipe.defaults.grammar) or "moving-digits"
-
-    settings = {} if pipe is None else _settings(pipe, SUITES[name], options)
-    exam = _exam(name, options.samples, options.seeds)
-    report: dict[str, Any] = {"suite": name, "samples": options.samples, "seeds": options.seeds}
-    if pipe is not None:
-        report |= {"model": options.model, "settings": settings}
-        readings = exam.readings(_generated(pipe, exam.captions, settings, options))
-        report |= exam.summary(readings)
-        report["margins"] = margins(
-            lambda drawn: exam.summary([readings[i] for i in drawn]), options.samples, options.seeds
-        )
-    return {**report, "ceiling": exam.ceiling}
+    if options.real and (options.report or options.against):
+        raise UserError("--report and --against are of a model's samples, found --real: leave one of them out")
 
 
 @lru_cache(maxsize=1)
@@ -219,6 +244,15 @@ def _table(report: dict[str, Any]) -> str:
         if name not in ("videos", "pictures"):
             figures = [report[name], report["margins"].get(name), real] if "model" in report else [real]
             lines.append(f"{name:16}" + "".join(f"{'' if f is None else format(f, '.3f'):>9}" for f in figures))
+    if "against" in report:
+        other = report["against"]
+        lines.append(
+            f"above {other['model']} ({other['settings']['plan']}, {other['settings']['steps']} steps), in pairs"
+        )
+        lines += [
+            f"{name:16}{change['mean']:>+9.3f}  (95 %: {change['low']:+.3f} to {change['high']:+.3f})"
+            for name, change in other["differences"].items()
+        ]
     return "\n".join(lines)
 
 

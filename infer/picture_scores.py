@@ -14,7 +14,7 @@ import numpy as np
 from infer.digit_grammar import Scene
 from infer.digit_pictures import choose_glyphs, each_digit, render_picture
 from infer.digit_reader import FEATURES, DigitReader, read
-from infer.digit_scores import axis_and_sign, frechet_distance
+from infer.digit_scores import axis_and_sign, frechet_distance, shares
 from infer.digit_tracks import CROP, Track, find_tracks
 
 _REAL_SEED = 4712
@@ -37,6 +37,14 @@ class PictureReading:
     def everything(self) -> bool:
         """Whether all that the prompt says of the digits is right."""
         return bool(self.right.all()) and self.count and self.relation is not False
+
+    @property
+    def outcomes(self) -> dict[str, bool | None]:
+        """Whether the picture is right in each of the scores that are shares of the prompts; None where it has no
+        say."""
+        digit, colour = (bool(column.all()) for column in self.right.T)
+        told = {"all": self.everything, "digit": digit, "colour": colour}
+        return {**told, "count": self.count, "relation": self.relation}
 
 
 def read_picture(picture: np.ndarray, scene: Scene, reader: DigitReader) -> PictureReading:
@@ -90,16 +98,10 @@ def summary(readings: Sequence[PictureReading], reference: Sequence[PictureReadi
     digits: `digit_each`, `colour_each`. `frechet` is the Fréchet distance (Heusel et al. 2017, eq. 6) between the
     classifier's features of the glyphs and those of `reference`; a missing digit is an empty glyph.
     """
-    prompts = np.array([reading.right.all(0) for reading in readings])
     digits = np.concatenate([reading.right for reading in readings])
-    relations = [reading.relation for reading in readings if reading.relation is not None]
     features = [np.concatenate([reading.features for reading in side]) for side in (readings, reference)]
     return {
-        "all": float(np.mean([reading.everything for reading in readings])),
-        "digit": float(prompts[:, 0].mean()),
-        "colour": float(prompts[:, 1].mean()),
-        "count": float(np.mean([reading.count for reading in readings])),
-        "relation": float(np.mean(relations)) if relations else None,
+        **shares(readings),
         "frechet": frechet_distance(*features),
         "digit_each": float(digits[:, 0].mean()),
         "colour_each": float(digits[:, 1].mean()),

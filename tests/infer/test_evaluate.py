@@ -93,6 +93,26 @@ def test_a_plan_reaches_every_generation(monkeypatch, capsys):
     assert evaluate.main(["--plan", "hsa:26"]) == 2
 
 
+def test_models_are_compared_in_pairs(monkeypatch, capsys, tmp_path):
+    teacher, student = str(tmp_path / "teacher.json"), str(tmp_path / "student.json")
+    good = _run(monkeypatch, capsys, Drawer(), "--samples", "6", "--report", teacher)
+    assert "outcomes" not in good and json.loads((tmp_path / "teacher.json").read_text()).items() >= good.items()
+    other = Drawer(lambda clip: clip[..., [1, 2, 0]])
+    words = ("--samples", "6", "--steps", "4", "--report", student, "--against", teacher)
+    report = _run(monkeypatch, capsys, other, *words)
+    against = report["against"]
+    assert against["model"] == "demo-wan" and against["settings"]["steps"] == 12
+    found = against["differences"]
+    assert found["colour"]["mean"] == pytest.approx(report["colour"] - good["colour"]) and found["colour"]["high"] < 0
+    assert json.loads((tmp_path / "student.json").read_text())["against"] == against
+
+    assert evaluate.main([*words[:2], "--against", teacher]) == 0
+    expected = ["colour", f"{found['colour']['mean']:+.3f}"]
+    assert any(line.split()[:2] == expected for line in capsys.readouterr().out.splitlines())
+    assert evaluate.main(["--samples", "5", "--against", teacher]) == 2
+    assert "has samples 6, found 5" in capsys.readouterr().err
+
+
 def test_faulty_model_scores_below_the_ceiling(monkeypatch, capsys):
     report = _run(monkeypatch, capsys, Drawer(lambda clip: clip[::-1, ..., [1, 2, 0]]), "--videos", "6")
     assert report["direction"] < 0.5 < report["ceiling"]["direction"]
@@ -144,6 +164,9 @@ def test_table_for_reading(monkeypatch, capsys):
         (["--seeds", "0"], "--seeds is 0"),
         (["--keep", f"{__file__}/kept"], "kept"),
         (["--model", "no-such-model"], "no-such-model"),
+        (["--against", "no-such-report.json"], "no-such-report.json"),
+        (["--real", "--report", "report.json"], "--real"),
+        (["--report", f"{__file__}/report.json"], "report.json"),
         (["--sheets", f"{__file__}/sheets"], "sheets"),
     ],
 )
