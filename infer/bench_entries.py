@@ -1,4 +1,4 @@
-"""The entries of `dit-bench --plans`: plans, the plain model with fewer steps, and either on other models."""
+"""The entries of `dit-bench --plans`: plans, with a number of steps of their own, and on other models."""
 
 from __future__ import annotations
 
@@ -38,20 +38,23 @@ def parse_entries(text: str) -> list[Entry]:
 
 
 def _entry(name: str) -> Entry:
-    first, _, rest = name.partition(JOINT)
-    word, _, value = first.partition(":")
-    if word == DENSE and value.isdigit():
-        return Entry(name=name, plan=Plan(), steps=int(value))
-    if word not in (ON, PRUNED):
-        rest = name
+    on, pruned, steps, rest = None, 0.0, None, name
+    while rest:
+        first, _, others = rest.partition(JOINT)
+        word, _, value = first.partition(":")
+        if word == ON:
+            on = _model(value)
+        elif word == PRUNED:
+            pruned = _share(value)
+        elif word == DENSE and value.isdigit():
+            steps = int(value)
+        else:
+            break
+        rest = others
     plan = parse_plan(rest or DENSE)
-    return Entry(
-        name=name,
-        plan=plan,
-        steps=plan.steps,
-        on=_model(value) if word == ON else None,
-        pruned=_share(value) if word == PRUNED else 0.0,
-    )
+    if steps is not None and plan.steps not in (None, steps):
+        raise UserError(f"--plans names {name}, whose plan has {plan.steps} steps of its own: remove {DENSE}:{steps}")
+    return Entry(name=name, plan=plan, steps=plan.steps if steps is None else steps, on=on, pruned=pruned)
 
 
 def _model(text: str) -> str:

@@ -29,8 +29,9 @@ PROMPTS = {"moving-digits": "a red 7 moving left", "digits": "a red 7", None: "a
 
 EPILOG = """\
 All plans run with one solver: the one that a plan needs, if there is one, so that they differ in nothing else. Plans
-with a number of steps of their own keep it; dense:20 is the plain model with 20 steps, on:FOLDER another checkpoint
-(pruned, say) and on:FOLDER+routing a plan on it, pruned:0.3 random weights without 30 % of the heads and neurons.
+with a number of steps of their own keep it; dense:20 is the plain model with 20 steps, dense:20+coredit:r.json a plan
+with as many; on:FOLDER is another checkpoint (pruned, say), on:FOLDER+routing a plan on it, pruned:0.3 random weights
+without 30 % of the heads and neurons.
 docs/benchmarks.md says what the figures mean.
 
 examples:

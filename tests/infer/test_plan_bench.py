@@ -193,6 +193,13 @@ def test_entries_on_other_models():
     assert (both.on, both.pruned, str(both.plan), both.steps) == (None, 0.3, "hsa:25", 20)
 
 
+def test_entries_with_steps_of_their_own():
+    fewer, cached, elsewhere = parse_entries("dense:12,dense:10+teacache:0.1,on:some/folder+dense:7+ddit:2p@0-3")[1:]
+    assert (str(fewer.plan), fewer.steps) == ("dense", 12)
+    assert (str(cached.plan), cached.steps, cached.name) == ("teacache:0.1", 10, "dense:10+teacache:0.1")
+    assert (str(elsewhere.plan), elsewhere.steps, elsewhere.on) == ("ddit:2p@0-3", 7, "some/folder")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -212,6 +219,7 @@ def test_entries_on_other_models():
         (["--random", "32x1x64", "--plans", "pruned:1.5"], "expected a share from 0"),
         (["--random", "32x1x64", "--plans", "pruned:narrow"], "expected a share behind pruned:"),
         (["--plans", "on:"], "without a model"),
+        (["--plans", "dense:10+hsa:25"], "whose plan has 20 steps of its own"),
         (["--plans", "pruned:0.3"], "has no place here"),
         (["--random", "32x1x64", "--plans", "on:folder"], "has no place here"),
         (["--keep", "kept"], "--keep is for a suite's samples"),
