@@ -32,6 +32,7 @@ def ddit_options(options: argparse.ArgumentParser) -> None:
     add = options.add_argument
     add("--tokens", type=float, required=True, metavar="SHARE", help="mean token count, as a share of the base size's")
     add("--rho", type=float, default=Ddit().quantile, metavar="R", help="quantile over patches (default 0.4)")
+    add("--order", type=int, default=Ddit().order, choices=(1, 2, 3), help="of the difference (default 3)")
 
 
 def ddit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def ddit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
 
     if not 0 <= options.rho <= 1:
         raise UserError(f"--rho is {options.rho}: expected a quantile from 0 to 1; leave it out")
+    measure = Ddit(quantile=options.rho, order=options.order)
     request = Request(
         prompt=read_prompts(options.prompts),
         size=parse_size(options.size) if options.size else None,
@@ -48,14 +50,20 @@ def ddit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
         steps=options.steps,
         solver=options.solver,
         seed=options.seed,
-        plan=_plan(0.0, options.rho),
+        plan=_plan(0.0, measure),
     )
     job = pipe.prepare(request)
     with progress_bar(total=len(job.prompts) * (1 + ROUNDS), desc=options.kind, unit="run") as bar:
-        reached = search(pipe, job, options.tokens, options.rho, bar.update)
+        reached = search(pipe, job, options.tokens, measure, bar.update)
     tau = nearest(reached, options.tokens)
-    told = {"tau": tau, "rho": options.rho, "steps": job.steps, "tokens": options.tokens, "reached": reached[tau]}
-    told |= {"solver": job.solver, "size": job.size, "frames": job.frames, "prompts": len(job.prompts)}
+    told = {"tau": tau, "rho": options.rho, "order": options.order, "steps": job.steps, "tokens": options.tokens}
+    told |= {
+        "reached": reached[tau],
+        "solver": job.solver,
+        "size": job.size,
+        "frames": job.frames,
+        "prompts": len(job.prompts),
+    }
     told |= {"model": pipe.name, "checkpoint": pipe.hash}
     if abs(reached[tau] - options.tokens) > FAR:
         warnings.warn(
@@ -69,21 +77,22 @@ def ddit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     return {"out": str(options.out), "rounds": len(reached), **told}
 
 
-def search(pipe: Any, job: Any, wanted: float, rho: float, ran: Callable[[], Any]) -> dict[float, float]:
+def search(pipe: Any, job: Any, wanted: float, measure: Ddit, ran: Callable[[], Any]) -> dict[float, float]:
     """τ -> mean share of the base size's tokens in runs with it, of every τ that was tried; the first is 0.
 
-    ran  is called after every run
+    measure  says by what sizes are chosen: quantile and order
+    ran      is called after every run
     """
     tokens = token_counts((1, *pipe.latents_shape(job.size, job.frames)), pipe.transformer_config.patch)
     tau, reached = 0.0, dict[float, float]()
     while tau not in reached and len(reached) <= ROUNDS:
         recorded, sizes = [], []
         for index in range(len(job.prompts)):
-            values, scales = recorded_run(pipe, replace(job.single(index), plan=_plan(tau, rho)))
+            values, scales = recorded_run(pipe, replace(job.single(index), plan=_plan(tau, measure)))
             recorded.append(values)
             sizes += scales
             if not reached and not index:
-                _check_reach(wanted, values, tokens, job.steps)
+                _check_reach(wanted, values, tokens, measure.order)
             ran()
         count_of = dict(zip(Ddit().variants, tokens, strict=True))
         reached[tau] = float(np.mean([count_of[scale] for scale in sizes]) / tokens[0])
@@ -121,14 +130,15 @@ def nearest(reached: Mapping[float, float], wanted: float) -> float:
     return min(reached, key=lambda tau: abs(reached[tau] - wanted))
 
 
-def _plan(tau: float, rho: float) -> str:
-    return f"{Ddit.name}:tau={tau!r}:rho={rho!r}"
+def _plan(tau: float, measure: Ddit) -> str:
+    return f"{Ddit.name}:tau={tau!r}:rho={measure.quantile!r}:order={measure.order}"
 
 
-def _check_reach(wanted: float, values: np.ndarray, tokens: np.ndarray, steps: int) -> None:
+def _check_reach(wanted: float, values: np.ndarray, tokens: np.ndarray, order: int) -> None:
     least = mean_tokens(values, tokens, math.inf) / tokens[0]
     if not least <= wanted < 1:
         raise UserError(
             f"--tokens is {wanted:g}: expected at least {math.ceil(1000 * least) / 1000:g}, where the largest patches "
-            f"run in all of {steps} steps but the first three, and less than 1; change it, or ask for more --steps"
+            f"run in all of {len(values)} steps but the first {order}, and less than 1; change it, or ask for more "
+            "--steps"
         )

@@ -270,7 +270,7 @@ def mean_tokens(values: np.ndarray, tokens: np.ndarray, threshold: float) -> flo
 
 
 def read_threshold(path: Path) -> Ddit:
-    """τ and ρ of a file that `dit-calibrate ddit` writes, and the number of steps and the solver that they are for."""
+    """What a file of `dit-calibrate ddit` chooses by, and the number of steps and the solver that it is for."""
     remedy = "calibrate again with `dit-calibrate ddit`, or write ddit:tau=T"
     try:
         told = json.loads(path.read_text())
@@ -280,11 +280,14 @@ def read_threshold(path: Path) -> Ddit:
         raise UserError(f"{path}: expected JSON with DDiT's threshold, found something else; {remedy}") from None
     told = told if isinstance(told, dict) else {}
     tau, rho, steps, solver = (told.get(name) for name in ("tau", "rho", "steps", "solver"))
+    order = told.get("order", Ddit().order)
     if not _is_number(tau, math.inf) or not _is_number(rho, 1) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"{path}: expected `tau` from 0, `rho` from 0 to 1 and a number of `steps`; {remedy}")
     if solver not in (None, *SOLVERS):
         raise UserError(f"{path}: expected `solver` to be one of {', '.join(SOLVERS)}, found {solver!r}; {remedy}")
-    return Ddit(threshold=tau, quantile=rho, calibrated_for=steps, calibrated_with=solver)
+    if order not in (1, 2, 3):
+        raise UserError(f"{path}: expected `order` to be 1, 2 or 3, found {order!r}; {remedy}")
+    return Ddit(threshold=tau, quantile=rho, order=order, calibrated_for=steps, calibrated_with=solver)
 
 
 def _is_number(value: Any, most: float) -> TypeGuard[float]:

@@ -46,9 +46,10 @@ def share_of_tokens(pipe, plan, seed, solver=None):
 
 def test_runs_with_the_plan_have_the_tokens_that_were_asked_for(adapted, run, tmp_path, capsys):
     pipe = load_pipeline(adapted)
-    for wanted, solver in ((0.6, "unipc"), (0.8, "euler")):  # neither of which the first proposal reaches
+    for wanted, solver, order in ((0.6, "unipc", 3), (0.8, "euler", 2)):  # neither of which the first proposal reaches
         out = tmp_path / f"{wanted}.json"
         words = ["--tokens", str(wanted), "--rho", "0.5", "--solver", solver, "--seed", "3", "--out", str(out)]
+        words += ["--order", str(order)]
         assert run(*words, "--json") == 0
         report = json.loads(capsys.readouterr().out.splitlines()[-1])
         found = share_of_tokens(pipe, f"ddit:{out}", 3, solver)
@@ -56,7 +57,7 @@ def test_runs_with_the_plan_have_the_tokens_that_were_asked_for(adapted, run, tm
         assert found == pytest.approx(report["reached"], abs=1e-9)
         held = json.loads(out.read_text())
         assert held["tau"] == report["tau"] > 0 and (held["rho"], held["steps"]) == (0.5, STEPS)
-        tau = f"ddit:tau={held['tau']}:rho=0.5"
+        tau = f"ddit:tau={held['tau']}:rho=0.5:order={order}"
         assert share_of_tokens(pipe, tau, 3, solver) == found
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.6.json", "0.8.json", "prompts.txt"]
     with pytest.warns(UserWarning, match="works with the euler solver: it takes the place of unipc"):

@@ -303,8 +303,9 @@ def test_a_calibrated_threshold_is_read(tmp_path):
     plan = parse_plan(f"ddit:{file}")
     assert plan.methods == (Ddit(threshold=0.02, quantile=0.5, calibrated_for=30),)
     assert plan.steps == 30 and plan.solver is None and plan.methods[0].by_latents
-    file.write_text('{"tau": 0.02, "rho": 0.5, "steps": 30, "solver": "euler"}')
-    assert parse_plan(f"ddit:{file}").solver == "euler"
+    file.write_text('{"tau": 0.02, "rho": 0.5, "steps": 30, "solver": "euler", "order": 2}')
+    plan = parse_plan(f"ddit:{file}")
+    assert plan.solver == "euler" and plan.methods[0].order == 2
     with pytest.raises(UserError, match="'tau', which ddit does not know"):
         parse_plan(f"ddit:{file}:tau=1")
     with pytest.raises(UserError, match=r"gone\.json: expected a file with DDiT's threshold, found No such file"):
@@ -322,6 +323,7 @@ def test_a_calibrated_threshold_is_read(tmp_path):
         '{"tau": NaN, "rho": 0.4, "steps": 30}',
         '{"tau": 1, "rho": 0.4, "steps": 0}',
         '{"tau": 1, "rho": 0.4, "steps": 30, "solver": "heun"}',
+        '{"tau": 1, "rho": 0.4, "steps": 30, "order": 4}',
     ],
 )
 def test_files_that_hold_no_threshold_are_refused(held, tmp_path):
