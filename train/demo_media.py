@@ -1,5 +1,7 @@
 """Writes made-up training media with captions, as `dit-encode` reads them: clips of moving digits, or pictures.
 
+Some of the captions are also in prompts.txt, one a line, for commands that calibrate on prompts.
+
 python -m train.demo_media --clips 256 --out clips
 python -m train.demo_media --pictures 256 --out pictures
 """
@@ -18,6 +20,7 @@ from infer.media import save
 from infer.moving_digits import make_clips
 
 CAPTIONS = "metadata.jsonl"
+PROMPTS, PROMPT_COUNT = "prompts.txt", 32  # some of the captions, to calibrate on
 FPS = 8
 VIDEO_SETTINGS = {"source": "train.demo_media"}
 
@@ -44,7 +47,7 @@ def write(out: Path, count: int, clips: bool, seed: int) -> None:
     if count < 1:
         raise UserError(f"{count} files are none: expected 1 or more")
     out.mkdir(parents=True, exist_ok=True)
-    lines = []
+    told = []
     for index in progress_bar(range(count), desc=str(out), unit="file"):
         if clips:
             made, captions, _ = make_clips(seed, [index], "train")
@@ -53,8 +56,10 @@ def write(out: Path, count: int, clips: bool, seed: int) -> None:
             made, captions, _ = make_pictures(seed, [index], "train")
             name, frames = f"{index:06d}.png", made
         save(out / name, frames, FPS, VIDEO_SETTINGS)
-        lines.append(json.dumps({"file_name": name, "text": captions[0]}) + "\n")
-    (out / CAPTIONS).write_text("".join(lines), encoding="utf-8")
+        told.append({"file_name": name, "text": captions[0]})
+    prompts = dict.fromkeys(line["text"] for line in told)
+    (out / PROMPTS).write_text("\n".join([*prompts][:PROMPT_COUNT]) + "\n", encoding="utf-8")
+    (out / CAPTIONS).write_text("".join(json.dumps(line) + "\n" for line in told), encoding="utf-8")
 
 
 if __name__ == "__main__":

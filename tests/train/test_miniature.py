@@ -1,0 +1,141 @@
+"""`train.miniature`: its parts are commands that exist, run in order, go on where they stopped, and make a table."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dit_jax.config import UserError
+from infer import calibrate, evaluate, plan_bench, prune
+from infer.paired_scores import write_report
+from train import encode, miniature
+from train.cli import configure, load_recipe
+from train.miniature import chosen, run_all
+from train.miniature_stages import SHARE, Stage, Study, bench_stage, entries, mean_blocks, stages
+from train.miniature_table import ABLATIONS, SCORES, report, table
+
+
+def _study(tmp_path, model="demo-flux", **settings):
+    usual = {"samples": 8, "steps": 10, "examples": 16, "length": 0.1, "seed": 3, "blocks": (3, 8)}
+    return Study(model=model, out=tmp_path, **usual | settings)
+
+
+PARSERS = {"dit-prune": prune.parser, "dit-encode": encode.parser, "dit-bench": plan_bench.parser}
+
+
+@pytest.mark.parametrize("model", ["demo-flux", "demo-wan"])
+def test_every_part_is_a_command_behind_what_it_needs(tmp_path, model):
+    there, study = set(), _study(tmp_path, model)
+    for stage in [*stages(study), bench_stage(study)]:
+        assert stage.name not in there and there >= set(stage.after), stage.name
+        there.add(stage.name)
+        command, *words = stage.command
+        if command == "dit-train":
+            recipe = load_recipe(words[0])
+            config = configure(recipe.Config, words[2::2], recipe.VARIANTS)
+            assert config.export == str(stage.makes) and config.seed == 3 and config.variant == "demo"
+        elif command == "dit-eval":
+            options = evaluate.parser().parse_args(words)
+            assert options.report == stage.makes and (options.against is not None) == (stage.name != "teacher-scores")
+        elif command == "dit-calibrate":
+            assert calibrate.parser().parse_args(words).out == stage.makes
+        elif command in PARSERS:
+            PARSERS[command]().parse_args(words)
+        else:
+            assert command == "python"
+    scored = {name.removesuffix("-scores") for name in there if name.endswith("-scores")}
+    assert scored >= set(entries(study)) and ("stage1-unprotected" in scored) == (model == "demo-wan")
+    assert {side for pair in ABLATIONS.values() for side in pair} - scored <= {"stage1-unprotected"}
+
+
+def test_trainings_that_are_compared_are_as_long(tmp_path):
+    of = {stage.name: stage.command for stage in stages(_study(tmp_path))}
+    steps = {name: [word for word in words if word.startswith("steps=")] for name, words in of.items()}
+    assert steps["stage1"] == steps["stage1-random"] == ["steps=30"]
+    assert steps["stage2-raw"][-1] == "steps=60", "as long as both stages"
+
+
+@pytest.mark.parametrize("model", ["demo-flux", "demo-wan"])
+def test_the_mean_of_the_blocks_is_the_papers(model):
+    from dit_jax.methods.routing import Routing
+    from infer import load_pipeline
+    from infer.request import Request
+
+    least, most = mean_blocks(model, 40)
+    pipe = load_pipeline(model)
+    timesteps = pipe.schedule(pipe.prepare(Request(prompt="a red 7", steps=40, solver="euler"))).timesteps
+    blocks = {"demo-flux": 12, "demo-wan": 10}[model]
+    share = Routing(least=least, most=most).mean_share(timesteps, blocks)
+    assert abs(share - SHARE) < 0.02 and 2 <= most - least <= 5
+
+
+def _writes(name, tmp_path, after=(), needs=(), code=0):
+    file = tmp_path / name
+    check = "".join(f"assert pathlib.Path({str(tmp_path / other)!r}).exists(); " for other in needs)
+    act = f"sys.exit({code})" if code else f"pathlib.Path({str(file)!r}).open('a').write('x')"
+    text = f"import pathlib, sys; {check}{act}"
+    return Stage(name=name, makes=file, command=("python", "-c", text), after=after)
+
+
+def test_parts_run_once_and_in_order(tmp_path):
+    parts = [
+        _writes("c", tmp_path, after=("a", "b"), needs=("a", "b")),
+        _writes("b", tmp_path, after=("a",), needs=("a",)),
+        _writes("a", tmp_path),
+    ]
+    for _ in range(2):
+        assert run_all(parts, 2, tmp_path / "logs") is None
+    assert [(tmp_path / name).read_text() for name in "abc"] == ["x"] * 3
+
+
+def test_a_part_that_fails_is_named_and_what_waits_for_it_is_not_run(tmp_path):
+    parts = [_writes("a", tmp_path, code=3), _writes("b", tmp_path, after=("a",))]
+    assert run_all(parts, 2, tmp_path / "logs").startswith("a ended with 3, expected 0")
+    assert not (tmp_path / "b").exists()
+    assert (tmp_path / "logs" / "a.log").read_text().startswith("python -c")
+
+
+def test_only_brings_what_is_needed(tmp_path):
+    names = [stage.name for stage in chosen(stages(_study(tmp_path)), "stage1")]
+    assert names == ["media", "data", "pruned", "stage1"]
+    with pytest.raises(UserError, match="--only names 'stage9'"):
+        chosen(stages(_study(tmp_path)), "stage9")
+
+
+def _scores(study, name, right, steps=10):
+    outcomes = {score: "".join(map(str, right)) for score in SCORES[study.model]}
+    told = {"suite": "digits", "samples": 8, "seeds": 1, "model": name, "settings": {"seed": 0, "steps": steps}}
+    shares = dict.fromkeys(outcomes, float(np.mean(right)))
+    changes = {score: {"mean": -0.25, "low": -0.5, "high": 0.0} for score in outcomes}
+    rest = {"frechet": 9.0, "margins": {}, "ceiling": {"digit": 1.0}, "outcomes": outcomes}
+    write_report(study.report(name), {**told, **shares, **rest, "against": {"differences": changes}})
+
+
+def test_the_table_has_every_student_and_judges_ablations_in_pairs(tmp_path):
+    study = _study(tmp_path)
+    study.report("x").parent.mkdir()
+    for name in {*entries(study), *(side for pair in ABLATIONS.values() for side in pair)} - {"stage1-unprotected"}:
+        _scores(study, name, [1, 1, 1, 0] * 2)
+    _scores(study, "stage1-random", [0] * 8)
+    rows = [
+        {"plan": entry, "seconds": 0.2 if "dense:4" in entry else 2.0, "steps": 4 if "dense:4" in entry else 10,
+         "measured_speedup": 1.0}
+        for entry in entries(study).values()
+    ]  # fmt: skip
+    study.path("bench.json").write_text(json.dumps(rows))
+    found = report(study)
+    assert found["students"]["four-steps"]["step_time"] == pytest.approx(0.25)
+    lines = table(found).splitlines()
+    assert sum(line.startswith(("| teacher", "| stage", "| coredit", "| ddit", "| four")) for line in lines) == 7
+    random = next(line for line in lines if line.startswith("| scored above random width"))
+    assert "75.0 | 0.0 | +75.0" in random and random.endswith("as in the paper |")
+    third = next(line for line in lines if line.startswith("| third above first"))
+    assert third.endswith("not distinguishable |") and not any("protected" in line for line in lines)
+
+
+@pytest.mark.parametrize(("words", "named"), [(["--only", "nothing"], "--only names 'nothing'")])
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, words, named):
+    assert miniature.main(["--model", "demo-flux", "--out", str(tmp_path / "out"), *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert named in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,140 @@
+"""What the recipes reach on a demo model: every step from data to scores, and the table of docs/miniature.md.
+
+python -m train.miniature --model demo-flux --out runs/miniature-flux
+python -m train.miniature --model demo-flux --out runs/miniature-flux --samples 200 --only stage1
+
+Data, pruning, training and `dit-eval` run as commands of their own, several at a time where they do not wait for each
+other. What is there is not made again, and a training that was stopped goes on: give the same command again. Students
+are compared with the model that they learn from sample by sample, the papers' ablations with each other. At the end
+`dit-bench` times all of them in turn, with nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from convert.progress import progress_bar
+from dit_jax.config import UserError
+from train.miniature_stages import Stage, Study, bench_stage, mean_blocks, stages
+from train.miniature_table import report, table
+
+MODELS = ("demo-flux", "demo-wan")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(
+        "python -m train.miniature", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("--model", required=True, choices=MODELS)
+    add("--out", required=True, type=Path, metavar="DIR", help="folder of all that is made")
+    add("--samples", type=int, default=1000, metavar="N", help="prompts that are scored (default 1000)")
+    add("--steps", type=int, default=40, metavar="N", help="denoising steps of all but few-step students (default 40)")
+    add("--examples", type=int, default=2048, metavar="N", help="clips or pictures to train on (default 2048)")
+    add("--length", type=float, default=1.0, metavar="X", help="of the trainings, in demo variants' steps (default 1)")
+    add("--seed", type=int, default=0, metavar="N", help="of the trainings (default 0)")
+    add("--jobs", type=int, default=2, metavar="N", help="commands at a time (default 2)")
+    add("--only", metavar="NAMES", help="these parts, joined by commas, and what they need; no table")
+    add("--list", action="store_true", help="print the commands and run nothing")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; 1 where a command failed, 2 and one sentence for bad input."""
+    options = parser().parse_args(arguments)
+    try:
+        return _main(options)
+    except UserError as error:
+        print(f"miniature: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"miniature: {error.filename or options.out}: {error.strerror or error}.", file=sys.stderr)
+        return 2
+
+
+def _main(options: argparse.Namespace) -> int:
+    study = Study(
+        model=options.model, out=options.out, samples=options.samples, steps=options.steps, examples=options.examples,
+        length=options.length, seed=options.seed, blocks=mean_blocks(options.model, options.steps),
+    )  # fmt: skip
+    wanted = chosen(stages(study), options.only)
+    if options.list:
+        print("\n".join(shlex.join(stage.command) for stage in wanted))
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    broken = run_all(wanted, options.jobs, options.out / "logs")
+    if broken:
+        print(f"miniature: {broken}", file=sys.stderr)
+        return 1
+    if options.only:
+        return 0
+    timed = bench_stage(study)
+    if broken := run_all([timed], 1, options.out / "logs"):
+        print(f"miniature: {broken}", file=sys.stderr)
+        return 1
+    found = report(study)
+    (options.out / "miniature.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+    return 0
+
+
+def chosen(all_stages: Sequence[Stage], names: str | None) -> list[Stage]:
+    """These stages and all that they need, in order; UserError for a name that is none."""
+    by_name = {stage.name: stage for stage in all_stages}
+    if names is None:
+        return list(all_stages)
+    wanted: set[str] = set()
+    waiting = [name.strip() for name in names.split(",")]
+    while waiting:
+        name = waiting.pop()
+        if name not in by_name:
+            raise UserError(f"--only names {name!r}: expected some of {', '.join(by_name)}")
+        if name not in wanted:
+            wanted.add(name)
+            waiting += by_name[name].after
+    return [stage for stage in all_stages if stage.name in wanted]
+
+
+def run_all(wanted: Sequence[Stage], jobs: int, logs: Path) -> str | None:
+    """Runs what is not there yet, each after what it needs; a sentence about the first that failed, if one did."""
+    logs.mkdir(parents=True, exist_ok=True)
+    by_name = {stage.name: stage for stage in wanted}
+    order = TopologicalSorter({stage.name: [name for name in stage.after if name in by_name] for stage in wanted})
+    order.prepare()
+    running: dict[Future[int], str] = {}
+    with ThreadPoolExecutor(jobs) as pool, progress_bar(total=len(wanted), unit="part") as bar:
+        while order.is_active():
+            for name in order.get_ready():
+                running[pool.submit(_run, by_name[name], logs)] = name
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                name = running.pop(future)
+                if code := future.result():
+                    for other in running:
+                        other.cancel()
+                    return f"{name} ended with {code}, expected 0: see {logs / name}.log, then run this again"
+                order.done(name)
+                bar.set_postfix_str(name)
+                bar.update()
+    return None
+
+
+def _run(stage: Stage, logs: Path) -> int:
+    if stage.makes.exists():
+        return 0
+    with (logs / f"{stage.name}.log").open("a") as log:
+        print(shlex.join(stage.command), file=log, flush=True)
+        return subprocess.run(stage.arguments, stdout=log, stderr=subprocess.STDOUT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""The parts of `train.miniature`: what is made of a demo model, by which command, and what has to be there before."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.checkpoint import open_checkpoint
+from dit_jax.methods.plan import DENSE
+from dit_jax.methods.routing import LEAST, MOST, Routing
+from train.demo_media import CAPTIONS, PROMPTS
+
+SHARE = 0.69  # of the blocks, on average over a run's steps, as in the paper
+RATIO = 0.45
+TOKENS = 0.25  # of the base size's, that DDiT's threshold is calibrated to
+FEW = 4
+STEPS = {"pare_stage1": 300, "pare_stage2": 300, "step_distill": 200, "coredit": 600, "ddit": 300}  # demo variants'
+MODULES = {
+    "dit-eval": "infer.evaluate",
+    "dit-bench": "infer.plan_bench",
+    "dit-prune": "infer.prune",
+    "dit-calibrate": "infer.calibrate",
+    "dit-encode": "train.encode",
+    "dit-train": "train.cli",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is asked for.
+
+    blocks  that a routed student runs, without noise and at pure noise
+    length  of the trainings, in steps of the recipes' demo variants
+    """
+
+    model: str
+    out: Path
+    samples: int
+    steps: int
+    examples: int
+    length: float
+    seed: int
+    blocks: tuple[int, int]
+
+    @property
+    def videos(self) -> bool:
+        """Whether the model makes videos."""
+        return self.model == "demo-wan"
+
+    @property
+    def bucket(self) -> str:
+        """The shape of its examples."""
+        return "128x128x17" if self.videos else "128x128"
+
+    @property
+    def routing(self) -> str:
+        """The plan of a routed student."""
+        return "routing:min={}:max={}".format(*self.blocks)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """`blocks` as the recipes call them."""
+        return {"least": self.blocks[0], "most": self.blocks[1]}
+
+    @property
+    def prompts(self) -> Path:
+        """To calibrate on."""
+        return self.path("media") / PROMPTS
+
+    def path(self, name: str) -> Path:
+        """Of something that is made."""
+        return self.out / name
+
+    def report(self, name: str) -> Path:
+        """Of the scores of something."""
+        return self.out / "scores" / f"{name}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A command that makes a file or folder, after others."""
+
+    name: str
+    makes: Path
+    command: tuple[str, ...]
+    after: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command by this Python."""
+        first, *rest = self.command
+        if first == "python":
+            return [sys.executable, *rest]
+        return [sys.executable, "-m", MODULES[first], *rest]
+
+
+def mean_blocks(model: str, steps: int) -> tuple[int, int]:
+    """(blocks without noise, blocks at pure noise) that lie about as far apart as the paper's and whose mean over a
+    run's steps is nearest to `SHARE`."""
+    from infer import load_pipeline
+    from infer.request import Request
+
+    pipe = load_pipeline(model)
+    timesteps = pipe.schedule(pipe.prepare(Request(prompt="a red 7", steps=steps, solver="euler"))).timesteps
+    blocks = sum(open_checkpoint(model).component("transformer").abstract.stacks)  # type: ignore[attr-defined]
+    usual = round((MOST - LEAST) * blocks)
+    pairs = [
+        (least, least + apart) for apart in (usual, usual - 1, usual + 1) for least in range(2, blocks - apart + 1)
+    ]
+    shares = [Routing(least=least, most=most).mean_share(timesteps, blocks) for least, most in pairs]
+    return pairs[int(np.argmin(np.abs(np.array(shares) - SHARE)))]
+
+
+def stages(study: Study) -> list[Stage]:
+    """All parts but the timing, each behind what it needs."""
+    return [*_data(study), *_pare(study), *_few_steps(study), *_coredit(study), *_ddit(study)]
+
+
+def _data(study: Study) -> Iterator[Stage]:
+    media, kind = study.path("media"), "videos" if study.videos else "images"
+    captions = media / CAPTIONS
+    made = ("--clips" if study.videos else "--pictures", str(study.examples), "--out", str(media))
+    yield Stage(name="media", makes=captions, command=("python", "-m", "train.demo_media", *made))
+    encode = ("dit-encode", "--model", study.model, f"--{kind}", str(media), "--captions", str(captions))
+    yield Stage(
+        name="data", makes=study.path("data") / "manifest.json", after=("media",),
+        command=(*encode, "--buckets", study.bucket, "--out", str(study.path("data"))),
+    )  # fmt: skip
+    yield _scored(study, "teacher", study.model, against=None)
+
+
+def _pare(study: Study) -> Iterator[Stage]:
+    yield _pruned(study, "pruned")
+    yield from _student(study, "stage1", "pare_stage1", {}, student="pruned")
+    yield _pruned(study, "pruned-random", "--choose", "random")
+    yield from _student(study, "stage1-random", "pare_stage1", {}, student="pruned-random")
+    if study.videos:
+        yield _pruned(study, "pruned-unprotected", "--protection", "1")
+        yield from _student(study, "stage1-unprotected", "pare_stage1", {}, student="pruned-unprotected")
+    blocks = study.limits
+    yield from _student(study, "stage2", "pare_stage2", blocks, student="stage1", plan=study.routing)
+    yield _scored(study, "stage2-lot", str(study.path("stage2")), plan=f"{study.routing}:choose=random", of="stage2")
+    yield from _student(
+        study, "stage2-time", "pare_stage2", blocks | {"content": False}, student="stage1", plan=study.routing
+    )
+    both = {"steps": _steps(study, "pare_stage1") + _steps(study, "pare_stage2")}
+    yield from _student(study, "stage2-raw", "pare_stage2", blocks | both, student="pruned", plan=study.routing)
+
+
+def _few_steps(study: Study) -> Iterator[Stage]:
+    yield from _student(study, "four-steps", "step_distill", {}, few=True)
+    yield from _student(study, "stage3", "step_distill", study.limits, student="stage2", plan=study.routing, few=True)
+
+
+def _coredit(study: Study) -> Iterator[Stage]:
+    told = {"ratio": RATIO}
+    yield from _student(study, "coredit", "coredit", told, plan="coredit")
+    yield from _student(study, "coredit-uniform", "coredit", told | {"adaptive": False}, plan="coredit")
+
+
+def _ddit(study: Study) -> Iterator[Stage]:
+    bare: dict[str, Any] = {"rank": 0}
+    for name, settings in (("ddit", {}), ("ddit-bare", bare)):
+        yield _trained(study, name, "ddit", settings)
+        yield from _calibrated(study, name, name)
+    for order in ("2", "1"):
+        yield from _calibrated(study, f"ddit-order{order}", "ddit", "--order", order)
+
+
+def _calibrated(study: Study, name: str, model: str, *words: str) -> Iterator[Stage]:
+    file, folder = study.path(f"{name}.json"), str(study.path(model))
+    command = ("dit-calibrate", "ddit", "--model", folder, "--prompts", str(study.prompts))
+    chosen = ("--tokens", str(TOKENS), "--steps", str(study.steps), "--solver", "euler", *words, "--out", str(file))
+    yield Stage(name=f"{name}-tau", makes=file, command=(*command, *chosen), after=(model,))
+    yield _scored(study, name, folder, plan=f"ddit:{file}", of=f"{name}-tau")
+
+
+def _pruned(study: Study, name: str, *words: str) -> Stage:
+    widths = ("--heads", "0.3", "--ffn", "0.3", "--prompts", str(study.prompts), *words)
+    return Stage(
+        name=name, makes=study.path(name), after=("media",),
+        command=("dit-prune", "--model", study.model, *widths, "--out", str(study.path(name))),
+    )  # fmt: skip
+
+
+def _student(
+    study: Study,
+    name: str,
+    recipe: str,
+    settings: Mapping[str, Any],
+    student: str = "",
+    plan: str = DENSE,
+    few: bool = False,
+) -> Iterator[Stage]:
+    """A training and its scores."""
+    yield _trained(study, name, recipe, settings, student)
+    yield _scored(study, name, str(study.path(name)), plan, few=few, of=name)
+
+
+def _trained(study: Study, name: str, recipe: str, settings: Mapping[str, Any], student: str = "") -> Stage:
+    told: dict[str, Any] = {"variant": "demo", "model": study.model, "data": study.path("data"), "seed": study.seed}
+    told |= {"student": study.path(student)} if student else {}
+    told |= {"steps": _steps(study, recipe), "out": study.path("runs") / name, "export": study.path(name), **settings}
+    words = [word for key, value in told.items() for word in ("--set", f"{key}={value}")]
+    return Stage(
+        name=name, makes=study.path(name), command=("dit-train", recipe, *words),
+        after=("data", student) if student else ("data",),
+    )  # fmt: skip
+
+
+def _steps(study: Study, recipe: str) -> int:
+    return max(1, round(STEPS[recipe] * study.length))
+
+
+def _scored(
+    study: Study,
+    name: str,
+    model: str,
+    plan: str = DENSE,
+    few: bool = False,
+    of: str | None = None,
+    against: str | None = "teacher",
+) -> Stage:
+    """Scores beside the teacher's; a few-step student runs as its checkpoint says, all else with Euler."""
+    words = ["--model", model, "--samples", str(study.samples), "--plan", plan, "--report", str(study.report(name))]
+    words += [] if few else ["--steps", str(study.steps), "--solver", "euler"]
+    words += ["--keep", str(study.path("samples"))]
+    words += ["--against", str(study.report(against))] if against else []
+    after = tuple(filter(None, (of, against and f"{against}-scores")))
+    return Stage(name=f"{name}-scores", makes=study.report(name), command=("dit-eval", *words, "--json"), after=after)
+
+
+def bench_stage(study: Study) -> Stage:
+    """The timing of all that the table has."""
+    plans = ",".join(entry for entry in entries(study).values())
+    words = ("--model", study.model, "--steps", str(study.steps), "--solver", "euler", "--rounds", "5")
+    file = study.path("bench.json")
+    return Stage(name="bench", makes=file, command=("dit-bench", *words, "--plans", plans, "--json", str(file)))
+
+
+def entries(study: Study) -> dict[str, str]:
+    """How `dit-bench` names each student of the table."""
+    on = {name: f"on:{study.path(name)}" for name in ("stage1", "stage2", "coredit", "ddit", "four-steps", "stage3")}
+    return {
+        "teacher": DENSE,
+        "stage1": on["stage1"],
+        "stage2": f"{on['stage2']}+{study.routing}",
+        "coredit": f"{on['coredit']}+coredit",
+        "ddit": f"{on['ddit']}+ddit:{study.path('ddit.json')}",
+        "four-steps": f"{on['four-steps']}+dense:{FEW}",
+        "stage3": f"{on['stage3']}+dense:{FEW}+{study.routing}",
+    }
