@@ -11,12 +11,14 @@ import numpy as np
 
 from infer.digit_grammar import Digit, Scene, caption, random_picture
 from infer.moving_digits import (
+    JITTER,
     SIDE_ALONE,
     SIDE_PAIRED,
     Placement,
     background,
     ink_box,
     load_digits,
+    near_middle,
     paint,
 )
 
@@ -46,8 +48,9 @@ def render_picture(
 ) -> np.ndarray:
     """Draws a scene with one glyph [28, 28] for each of `each_digit`: uint8 [S, S, 3].
 
-    The kinds lie in two halves of the picture as their relation says, two digits of a kind in two quarters; no two
-    touch. Digits are 36 to 52 pixels long whatever the `size`, so that 64 pixels are a close-up that holds one.
+    The kinds lie in two halves of the picture as their relation says, two digits of a kind in two quarters, each near
+    the middle of its part; no two touch. Digits are 36 to 52 pixels long whatever the `size`, so that 64 pixels are a
+    close-up that holds one.
     Places, sizes and the background's look are drawn from `rng`.
     """
     boxes = [ink_box(glyph) for glyph in glyphs]
@@ -56,7 +59,7 @@ def render_picture(
     for digit, glyph, box, cell in zip(each_digit(scene), glyphs, boxes, _cells(scene, rng, size), strict=True):
         scale = rng.uniform(*sides) / box[1].max()
         border = _MARGIN + box[1] * scale / 2
-        centre = rng.uniform(cell[0] + border, cell[1] - border)
+        centre = near_middle(cell[0] + border, cell[1] - border, rng, JITTER)
         paint(canvas, digit, glyph, box, Placement(centre=centre, travel=np.zeros(2), scale=scale))
     return (canvas[0] + 0.5).astype(np.uint8)
 

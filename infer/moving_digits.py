@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ SIDE_PAIRED = (36.0, 44.0)
 _TRAVEL = (20.0, 32.0)
 _MARGIN = 2.0
 _GAP = 6.0
-_SIDEWAYS = 16.0
+JITTER = 6.0  # how far from the middle of its part of the picture a digit may stand, along x and along y
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,8 @@ def render(
     """Draw a scene with one glyph [28, 28] a digit: uint8 [T, S, S, 3].
 
     Every digit moves at a constant speed and stays inside the frame; two digits never touch and keep their relation in
-    every frame. The background stands still. Speeds, sizes, places and the background's look are drawn from `rng`.
+    every frame. Halfway they are near the middle of the picture or of its halves. The background stands still. Speeds,
+    sizes, places and the background's look are drawn from `rng`.
     """
     spec = spec or ClipSpec()
     boxes = [ink_box(glyph) for glyph in glyphs]
@@ -161,7 +163,7 @@ def _plan_paths(scene: Scene, boxes, rng: np.random.Generator, size: int) -> lis
     travels = [heading * rng.uniform(*_TRAVEL) * unit for heading in headings]
     if scene.relation is None:
         low, high = _room(extents[0], travels[0], size)
-        return [Placement(centre=rng.uniform(low, high), travel=travels[0], scale=scales[0])]
+        return [Placement(centre=near_middle(low, high, rng, JITTER * unit), travel=travels[0], scale=scales[0])]
 
     axis = 1 if scene.relation in ("above", "below") else 0
     order = [0, 1] if scene.relation in ("above", "left of") else [1, 0]
@@ -178,18 +180,24 @@ def _plan_paths(scene: Scene, boxes, rng: np.random.Generator, size: int) -> lis
 
 
 def _place_pair(extents, travels, order, axis: int, slack: float, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Mid-clip centres [2, (x, y)] of two digits: in order along the axis, and not far apart across it."""
+    """Mid-clip centres [2, (x, y)] of two digits: in order along the axis, near the middle across it."""
     first, second = order
     rooms = [_room(extent, travel, size) for extent, travel in zip(extents, travels, strict=True)]
-    centres = np.zeros((2, 2))
-    near, far = np.sort(rng.uniform(0, slack, 2))
+    centres, jitter = np.zeros((2, 2)), JITTER * size / 128
+    # Twice as much of what is left along the axis lies between the two as before or behind them.
+    near, far = near_middle(0, slack / 2, rng, jitter), near_middle(slack / 2, slack, rng, jitter)
     centres[first, axis] = rooms[first][0][axis] + near
     centres[second, axis] = rooms[first][0][axis] + _apart(extents, travels, axis, size) + far
     across = 1 - axis
-    centres[0, across] = rng.uniform(rooms[0][0][across], rooms[0][1][across])
-    beside = centres[0, across] + np.array([-_SIDEWAYS, _SIDEWAYS]) * size / 128
-    centres[1, across] = rng.uniform(*np.clip(beside, rooms[1][0][across], rooms[1][1][across]))
+    for digit, (low, high) in enumerate(rooms):
+        centres[digit, across] = near_middle(low[across], high[across], rng, jitter)
     return centres
+
+
+def near_middle(low: Any, high: Any, rng: np.random.Generator, jitter: float) -> Any:
+    """A random place between `low` and `high`, at most `jitter` from the middle; of vectors, in each coordinate."""
+    reach = np.minimum(jitter, (np.asarray(high) - low) / 2)
+    return (np.asarray(low) + high) / 2 + rng.uniform(-reach, reach)
 
 
 def _room(extent: np.ndarray, travel: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -55,8 +56,10 @@ def folder_of(source: str) -> Path:
 
 
 def latents_of(vae, cache: str, name: str, make: Maker, count: int, group: int = 32) -> LatentSet:
-    """The first `count` examples as normalised latents, kept under `cache` by the VAE's weights and `name`."""
-    source = LatentSource(folder=Path(cache) / f"{weights_hash(vae)}-train-{name}", make=make, group=group)
+    """The first `count` examples as normalised latents, kept under `cache` by the VAE's weights, `name` and the look of
+    the first example."""
+    look = hashlib.sha256(make(range(1))[0].tobytes()).hexdigest()[:6]
+    source = LatentSource(folder=Path(cache) / f"{weights_hash(vae)}-train-{name}-{look}", make=make, group=group)
     return cached_latents(source, count, partial(_encode, vae))
 
 
