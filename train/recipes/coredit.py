@@ -32,11 +32,12 @@ from dit_jax.methods.method import Part
 from dit_jax.sharding import replicated
 from train import recipe
 from train.coredit_loss import CoreditSettings, coredit, sorted_coherence
+from train.losses import Metrics
 from train.models import Source
 from train.placement import in_dtype
 from train.recipe import DEMO, POSITION, Driven, RecipeConfig, Training, with_files, with_transformer
 from train.shards import write_whole
-from train.step import Metrics, Plan, TrainState, Update
+from train.step import Plan, TrainState, Update
 
 SKIPPED = "skipped"
 RAMP = "ramp.json"
