@@ -24,22 +24,28 @@ from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
 from dit_jax.methods.ddit import Ddit
 from dit_jax.methods.method import Part
-from dit_jax.methods.patch_adapters import untrained_part
+from dit_jax.methods.patch_adapters import AdapterSettings, untrained_part
 from dit_jax.methods.routing import ROUTER, RouterConfig, new_router
 from dit_jax.models.flux import FluxConfig
 
 
-def untrained_adapters(component: Component, leaves: Mapping[str, Leaf], seed: int) -> Part:
+def untrained_adapters(
+    component: Component, leaves: Mapping[str, Leaf], seed: int, rank: int = AdapterSettings.rank
+) -> Part:
     """DDiT's adapters, resized from the model's own patch embedding and head."""
     names = ("patch.kernel", "patch.bias", "out.kernel", "out.bias")
-    return untrained_part(component.config, {name: leaves[name].block(None) for name in names}, seed)
+    layers = {name: leaves[name].block(None) for name in names}
+    return untrained_part(component.config, layers, seed, AdapterSettings(rank=rank))
 
 
-def untrained_router(component: Component, leaves: Mapping[str, Leaf], seed: int) -> Part:
-    """A router that is told what its backbone has: pooled text, the image encoder's class feature, or the latents."""
+def untrained_router(component: Component, leaves: Mapping[str, Leaf], seed: int, content: bool = True) -> Part:
+    """A router that is told what its backbone has: pooled text, the image encoder's class feature, or the latents;
+    without `content` the timestep alone."""
     model: Any = component.abstract
     config = component.config
     blocks = sum(model.stacks)
+    if not content:
+        return new_router(RouterConfig(content="none", features=0, blocks=blocks), seed)
     if isinstance(config, FluxConfig):
         return new_router(RouterConfig(content="pooled", features=config.pooled_width, blocks=blocks), seed)
     if config.image_width is not None:
@@ -48,8 +54,9 @@ def untrained_router(component: Component, leaves: Mapping[str, Leaf], seed: int
     return new_router(RouterConfig(content="latents", features=features, blocks=blocks), seed)
 
 
-# What can be added -> how it is made for a transformer; the name is that of its folder under `methods`.
-KINDS: dict[str, Callable[[Component, Mapping[str, Leaf], int], Part]] = {
+# What can be added -> how it is made for a transformer (component, leaves, seed, and by name what one of the kind may
+# differ in); the name is that of its folder under `methods`.
+KINDS: dict[str, Callable[..., Part]] = {
     ROUTER: untrained_router,
     Ddit.name: untrained_adapters,
 }

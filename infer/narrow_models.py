@@ -10,9 +10,9 @@ import numpy as np
 from convert.checkpoint import Checkpoint, load_model
 from convert.wan import HIGH_NOISE
 from convert.widths import with_widths
-from dit_jax.methods.pruning import Widths, attentions, best_heads, heads_to_keep, mlps, neurons_to_keep
+from dit_jax.methods.pruning import Widths
 from infer.head_calibration import Heads
-from infer.prune import chosen_widths
+from infer.prune import chosen_widths, widths_by_lot
 
 
 def narrow_model(checkpoint: Checkpoint, widths: Widths) -> Any:
@@ -28,16 +28,5 @@ def scored_widths(checkpoint: Checkpoint, heads: Heads | None, share: float, pro
 
 
 def random_widths(checkpoint: Checkpoint, heads: float, neurons: float, seed: int) -> Widths:
-    """As many by lot, other ones in every block: these shares go."""
-    config, leaves = checkpoint.component(HIGH_NOISE).config, checkpoint.leaves(HIGH_NOISE)
-    rng = np.random.default_rng(seed)
-    kept: dict[str, np.ndarray] = {}
-    for modules, blocks in attentions(config).items():
-        lots = rng.random((blocks, config.heads))
-        kept |= dict.fromkeys(modules, best_heads(lots, heads_to_keep(config.heads, heads)))
-    count = neurons_to_keep(config.mlp_width, neurons)
-    chosen = {
-        module: best_heads(rng.random((leaves[f"{module}.up.kernel"].shape[0], config.mlp_width)), count)
-        for module in mlps(config)
-    }
-    return Widths(heads=kept, neurons=chosen)
+    """As `dit-prune --choose random` chooses, of its transformer."""
+    return widths_by_lot(checkpoint, HIGH_NOISE, heads, neurons, np.random.default_rng(seed))

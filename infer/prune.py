@@ -3,8 +3,8 @@
 dit-prune --model demo-wan --prompts prompts.txt --heads 0.3 --ffn 0.3 --out narrow
 dit-generate --model narrow --prompt "a red 7 moving left" --out seven.mp4
 
-Heads are scored over a short plain run of every prompt, neurons by their weights. What comes out is an ordinary model
-that wants to be trained again.
+Heads are scored over a short plain run of every prompt, neurons by their weights (or, to compare with, all are drawn by
+lot). What comes out is an ordinary model that wants to be trained again.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from infer.prompts_file import read_prompts
 
 STEPS = 10  # timestep bins
 NORMS = ("full", "kept")
+CHOICES = ("scores", "random")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,9 +56,17 @@ def parser() -> argparse.ArgumentParser:
     add = options.add_argument
     add("--model", required=True, help="a checkpoint folder, a hub id org/name[@revision], demo-flux or demo-wan")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to make")
-    add("--prompts", metavar="FILE", help="prompts to score heads on, one a line (about 200); not needed for --heads 0")
+    add(
+        "--prompts", metavar="FILE",
+        help="prompts to score heads on, one a line (about 200); not needed for --heads 0 and --choose random",
+    )  # fmt: skip
     add("--heads", type=float, default=0.3, metavar="P", help="share of the heads that is pruned (default 0.3)")
     add("--ffn", type=float, default=0.3, metavar="P", help="share of the MLPs' neurons that is pruned (default 0.3)")
+    add(
+        "--choose", choices=CHOICES, default="scores",
+        help="what says which are kept: scores (default), or lots for heads and neurons (the paper's ablation)",
+    )  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="of the lots (default 0)")
     add("--protection", type=float, default=PROTECTION, metavar="X", help="raises temporal heads' scores (default 1.5)")
     add(
         "--norm", choices=NORMS, default="full",
@@ -101,16 +110,15 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     for name, ratio in (("--heads", options.heads), ("--ffn", options.ffn)):
         check_ratio(name, ratio)
+    if options.seed < 0:
+        raise UserError(f"--seed is {options.seed}: expected a whole number from 0; leave it out for 0")
     source = open_checkpoint(options.model)
     if not source.is_pipeline:
         raise UserError(f"{source.place} is a lone model: expected a whole pipeline, which can be run on prompts")
     if options.plot and isinstance(source.component(transformers(source)[0]).config, FluxConfig):
         raise UserError("types of heads exist for videos alone, found a model of still images; leave out --plot")
-    heads = _scored(options) if options.heads or options.plot else {}
-    widths = {
-        name: chosen_widths(source, name, heads.get(name), options.heads, options.ffn, options.protection)
-        for name in transformers(source)
-    }
+    heads = _scored(options) if options.plot or (options.heads and options.choose == "scores") else {}
+    widths = _widths(options, source, heads)
     if options.plot:
         _plot(options, heads, widths)
     layout: CheckpointLayout = "native" if source.layout == "native" else "diffusers"
@@ -127,13 +135,24 @@ def _scored(options: argparse.Namespace) -> dict[str, Heads]:
     from infer.request import parse_size
 
     if options.prompts is None:
-        raise UserError("heads are scored on prompts, found none: expected --prompts FILE; give one, or --heads 0")
+        raise UserError(
+            "heads are scored on prompts, found none: expected --prompts FILE; give one, or say --heads 0 or --choose "
+            "random, without --plot"
+        )
     prompts = read_prompts(options.prompts)
     keep_compiled_programs()
     pipe = load_pipeline(options.model, mesh=make_mesh(parse_mesh(options.mesh)) if options.mesh else None)
     asked = {"size": parse_size(options.size) if options.size else None, "frames": options.frames}
     with progress_bar(total=len(prompts), unit="prompt", desc="scoring heads") as bar:
         return calibrate_heads(pipe, prompts, lambda done: bar.update(done - bar.n), steps=options.steps, **asked)
+
+
+def _widths(options: argparse.Namespace, source: Checkpoint, heads: Mapping[str, Heads]) -> dict[str, Widths]:
+    names, shares = transformers(source), (options.heads, options.ffn)
+    if options.choose == "random":
+        rng = np.random.default_rng(options.seed)
+        return {name: widths_by_lot(source, name, *shares, rng) for name in names}
+    return {name: chosen_widths(source, name, heads.get(name), *shares, options.protection) for name in names}
 
 
 def chosen_widths(
@@ -154,6 +173,22 @@ def chosen_widths(
         up, down = leaves[f"{module}.up.kernel"], leaves[f"{module}.down.kernel"]
         bar = progress_bar(range(up.shape[0]), unit="block", desc=f"{name}.{module}", leave=False)
         chosen[module] = np.stack([best_neurons(up.block(block), down.block(block), neurons) for block in bar])
+    return Widths(heads=kept, neurons=chosen)
+
+
+def widths_by_lot(
+    checkpoint: Checkpoint, name: str, heads_ratio: float, ffn_ratio: float, rng: np.random.Generator
+) -> Widths:
+    """As many as `chosen_widths` keeps, by lot: other ones in every block."""
+    config, leaves = checkpoint.component(name).config, checkpoint.leaves(name)
+    count, neurons = heads_to_keep(config.heads, heads_ratio), neurons_to_keep(config.mlp_width, ffn_ratio)
+    kept: dict[str, np.ndarray] = {}
+    for modules, blocks in attentions(config).items():
+        kept |= dict.fromkeys(modules, best_heads(rng.random((blocks, config.heads)), count))
+    chosen = {
+        module: best_heads(rng.random((leaves[f"{module}.up.kernel"].shape[0], config.mlp_width)), neurons)
+        for module in mlps(config)
+    }
     return Widths(heads=kept, neurons=chosen)
 
 

@@ -108,26 +108,32 @@ class Source:
         """What its checkpoint holds for methods."""
         return {} if self.is_preset else read_parts(self.checkpoint)
 
-    def part(self, name: str, seed: int) -> Part:
-        """That of its checkpoint, or an untrained one."""
+    def part(self, name: str, seed: int, **kind: Any) -> Part:
+        """That of its checkpoint, of whatever kind, or an untrained one of this kind (`infer.adapt.KINDS`)."""
         if name in self.parts:
             return self.parts[name]
         leaves = {} if self.is_preset else self.checkpoint.leaves(HIGH_NOISE)
-        return KINDS[name](self.component, leaves, seed)
+        return KINDS[name](self.component, leaves, seed, **kind)
 
-    def router(self, seed: int = 0) -> Router:
-        """Its router, or an untrained one."""
-        parts = {ROUTER: self.part(ROUTER, seed)}
+    def router(self, seed: int = 0, content: bool = True) -> Router:
+        """Its router, or an untrained one, which is told the content or the timestep alone."""
+        parts = {ROUTER: self.part(ROUTER, seed, content=content)}
         blocks = sum(self.stacks)
         if self.abstract:
             return nnx.eval_shape(lambda: Router(router_config(parts, blocks), nnx.Rngs(0)))
         return jax.tree.map(jnp.asarray, read_router(parts, blocks))
 
-    def adapters(self, seed: int = 0) -> tuple[Adapters, AdapterSettings]:
-        """Its DDiT adapters, or untrained ones, and their sizes."""
-        part = None if self.is_preset else self.part(Ddit.name, seed)
-        told = {} if part is None else {**part.settings, "scales": tuple(part.settings["scales"])}
-        settings = AdapterSettings(**told)
+    def adapters(self, seed: int, rank: int) -> tuple[Adapters, AdapterSettings]:
+        """Its DDiT adapters, or untrained ones, and their sizes; UserError where it has some of another rank."""
+        settings = AdapterSettings(rank=rank)
+        part = None if self.is_preset else self.part(Ddit.name, seed, rank=rank)
+        if part is not None:
+            settings = AdapterSettings(**{**part.settings, "scales": tuple(part.settings["scales"])})
+        if settings.rank != rank:
+            raise UserError(
+                f"rank is {rank}, and {self.model} has adapters of rank {settings.rank}: expected the same; set "
+                f"rank={settings.rank}, or give a model without adapters"
+            )
         if part is None or self.abstract:
             return abstract_adapters(self.config, settings), settings
         return jax.tree.map(jnp.asarray, adapters_from(self.config, part)), settings

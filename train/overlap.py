@@ -25,8 +25,9 @@ from convert.progress import progress_bar
 from dit_jax.config import UserError
 from train.cli import configure, load_recipe
 from train.loop import train
+from train.losses import Metrics
 from train.recipe import Prepared, prepared
-from train.step import Metrics, TrainState
+from train.step import TrainState
 
 SAVE_EVERY = 200
 WARM = 20  # steps that are not timed: the first compiles

@@ -32,13 +32,13 @@ from train.checkpoints import load_ema
 from train.encoders import encoder_hashes
 from train.loader import BatchSettings, ShardBatches, batches, padded
 from train.loop import Hook, Outcome, RunConfig, train
-from train.losses import FlowSettings
+from train.losses import FlowSettings, Metrics
 from train.models import Source
 from train.optimizers import adamw, cosine
 from train.placement import training_mesh
 from train.samples import Samples, SampleSettings
 from train.shards import Shards, open_shards
-from train.step import Metrics, Plan, StepFunction, TrainState, TrainStep, of_modules
+from train.step import Plan, StepFunction, TrainState, TrainStep, of_modules
 
 POSITION = "position"  # of a batch, beside its arrays
 EMPTY = "empty_"  # before the names of what is told of the empty caption

@@ -18,10 +18,10 @@ from jax.sharding import Mesh, NamedSharding
 from dit_jax.config import UserError
 from dit_jax.parameters import named_leaves, with_leaves
 from dit_jax.sharding import replicated
+from train.losses import Metrics
 from train.placement import in_dtype, rows_sharding, state_sharding, update_sharding, weight_shardings
 
 Params = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
 LossFunction = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Metrics]]
 
 

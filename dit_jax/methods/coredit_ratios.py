@@ -65,14 +65,28 @@ def ramped(
 
     more  one part in 64 of the tokens, if None
     """
-    blocks, tokens = sorted_GN.shape
     skipped = np.array(skipped_G, int)
-    left = round(ratio * tokens * blocks) - int(skipped.sum())
-    more = min(max(tokens // STEPS_TO_ALL, 1) if more is None else more, left)
+    more = _turn(skipped, sorted_GN.shape[1], ratio, more)
     block = next_block(sorted_GN, skipped, more, most) if more > 0 else None
     if block is not None:
         skipped[block] += more
     return skipped
+
+
+def ramped_alike(skipped_G: np.ndarray, tokens: int, ratio: float, most: int, more: int | None = None) -> np.ndarray:
+    """`ramped` without a look at coherence (the paper's uniform ratios): of `tokens` a block, as many more are skipped
+    in all, each by the block that skips fewest, the first of several."""
+    skipped = np.array(skipped_G, int)
+    for _ in range(_turn(skipped, tokens, ratio, more)):
+        block = int(np.argmin(skipped))
+        skipped[block] = min(skipped[block] + 1, most)
+    return skipped
+
+
+def _turn(skipped_G: np.ndarray, tokens: int, ratio: float, more: int | None) -> int:
+    """Tokens that all blocks together skip more after one turn of the ramp; 0 or less where `ratio` is reached."""
+    left = round(ratio * tokens * len(skipped_G)) - int(skipped_G.sum())
+    return min(max(tokens // STEPS_TO_ALL, 1) if more is None else more, left)
 
 
 def allocate(sorted_GN: np.ndarray, ratio: float, most: int) -> np.ndarray:

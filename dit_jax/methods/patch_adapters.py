@@ -52,7 +52,7 @@ class AdapterSettings:
     """Sizes of the adapters, as their config.json has them.
 
     scales             how many base patches a token of each size covers along y and along x
-    rank               of what is added to the blocks' MLPs
+    rank               of what is added to the blocks' MLPs; 0: nothing is (the paper's ablation)
     residual_channels  hidden channels of the residual block
     """
 
@@ -113,7 +113,7 @@ class ResidualBlock(nnx.Module):
 
 
 class SizeAdapter(nnx.Module):
-    """All that one patch size adds: embedding, head, low-rank maps of the MLPs, residual block."""
+    """All that one patch size adds: embedding, head, low-rank maps of the MLPs (none of rank 0), residual block."""
 
     def __init__(self, config: Config, scale: int, settings: AdapterSettings, rngs: nnx.Rngs):
         cells = int(np.prod(config.patch)) * scale**2
@@ -124,6 +124,7 @@ class SizeAdapter(nnx.Module):
                 f"{path}.{name}": LowRank(blocks, *sizes, settings.rank)
                 for path, blocks in _mlps(config).items()
                 for name, sizes in maps.items()
+                if settings.rank
             }
         )
         self.residual = ResidualBlock(config.in_channels, settings.residual_channels, config.out_channels, rngs)
@@ -200,9 +201,10 @@ def part_of(adapters: Adapters, settings: AdapterSettings) -> Part:
     return Part(asdict(settings), dict(named_leaves(adapters)))
 
 
-def untrained_part(config: Config, layers: Mapping[str, Any], seed: int) -> Part:
-    """Untrained adapters as a checkpoint holds them: `initial_adapters` of the usual sizes."""
-    settings = AdapterSettings()
+def untrained_part(
+    config: Config, layers: Mapping[str, Any], seed: int, settings: AdapterSettings = AdapterSettings()
+) -> Part:
+    """Untrained adapters as a checkpoint holds them (`initial_adapters`)."""
     return part_of(initial_adapters(config, layers, seed, settings), settings)
 
 

@@ -112,6 +112,21 @@ def test_files_of_diffusers_layout_have_pytorchs_keys_and_axes(native, tmp_path)
     assert not (inside / "coredit" / WEIGHTS).exists() and not (inside / "few_step" / WEIGHTS).exists()
 
 
+@pytest.mark.parametrize("kind", ["wan", "flux"])
+def test_adapters_of_rank_0_come_back_without_low_rank_maps(kind, tmp_path):
+    plain = open_checkpoint(pipeline_folder(tmp_path / "plain", PIPELINES[kind]))
+    settings, rng = ADAPTERS | {"rank": 0}, np.random.default_rng(0)
+    shapes = method_keys("ddit", settings, plain.component("transformer")).shapes
+    parts = {"ddit": Part(settings, {key: rng.standard_normal(shape) for key, shape in shapes.items()})}
+    convert(replace(plain, files=plain.files | part_files(parts)), tmp_path / "native", "native")
+    assert main(["to-torch", str(tmp_path / "native"), str(tmp_path / "torch")]) == 0
+    theirs = load_file(tmp_path / "torch/methods/ddit" / WEIGHTS)
+    assert len(theirs) == len(shapes) == 18 and not any("lora" in key for key in theirs)
+    assert main(["to-jax", str(tmp_path / "torch"), str(tmp_path / "again")]) == 0
+    for place in ("native", "torch", "again"):
+        assert_same(read_parts(open_checkpoint(tmp_path / place)), parts)
+
+
 def test_settings_alone_are_told_to_both_experts(tmp_path):
     plain = open_checkpoint(pipeline_folder(tmp_path / "plain", PIPELINES["experts"]))
     files = part_files({"coredit": Part(RATIOS, {})}) | part_files({"few_step": Part(FEW_STEP, {})}, "transformer_2")

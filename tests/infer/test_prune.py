@@ -11,7 +11,7 @@ from dit_jax.methods.pruning import HEAD_TYPES
 from dit_jax.parameters import named_leaves
 from infer import load_pipeline
 from infer.head_calibration import calibrate_heads, plot_types
-from infer.prune import chosen_widths, main
+from infer.prune import chosen_widths, main, widths_by_lot
 
 PROMPTS = ["a red cat runs", "the dog sleeps on the moon"]
 SHORT = ["--size", "32x32", "--steps", "2"]
@@ -81,11 +81,36 @@ def test_types_are_drawn(tmp_path):
     assert (tmp_path / "types.png").stat().st_size > 1000
 
 
+def test_lots_need_no_prompts_and_are_those_of_their_seed(text_experts, tmp_path, capsys):
+    source = open_checkpoint(text_experts[0])
+    for out, seed in (("one", "7"), ("again", "7"), ("other", "8")):
+        options = ["--choose", "random", "--seed", seed, "--heads", "0.5", "--json"]
+        assert run(text_experts[0], tmp_path / out, *options) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["heads"], report["neurons"]) == (1, 28)
+    rng = np.random.default_rng(7)
+    components = ("transformer", "transformer_2")
+    widths = [widths_by_lot(source, name, 0.5, 0.3, rng) for name in components]
+    assert (widths[0].neurons["blocks.mlp"] != widths[1].neurons["blocks.mlp"]).any(), "experts have lots of their own"
+    for name, kept in zip(components, widths, strict=True):
+        full = source.leaves(name)
+        one, again, other = (open_checkpoint(tmp_path / out).leaves(name) for out in ("one", "again", "other"))
+        for block in range(source.component(name).config.blocks):
+            up = full["blocks.mlp.up.kernel"].block(block)[:, kept.neurons["blocks.mlp"][block]]
+            out = full["blocks.attn2.o.kernel"].block(block)[kept.heads["blocks.attn2"][block]]
+            np.testing.assert_array_equal(one["blocks.mlp.up.kernel"].block(block), up)
+            np.testing.assert_array_equal(one["blocks.attn2.o.kernel"].block(block), out)
+        assert all(np.array_equal(leaf.rectangle(None), again[key].rectangle(None)) for key, leaf in one.items())
+        assert (one["blocks.mlp.up.kernel"].rectangle(None) != other["blocks.mlp.up.kernel"].rectangle(None)).any()
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (["--heads", "1.5"], "--heads is 1.5: expected a share"),
         ([], "expected --prompts FILE"),
+        (["--choose", "random", "--plot", "types.png"], "expected --prompts FILE"),
+        (["--choose", "random", "--seed", "-1"], "--seed is -1: expected a whole number from 0"),
         (["--prompts", "nowhere.txt"], "cannot read the prompts"),
     ],
 )

@@ -221,20 +221,39 @@ def test_what_data_and_checkpoints_add_is_measured(data, capsys):
     assert "there are no data" in capsys.readouterr().err
 
 
+def generated(folder, **plans):
+    """Every exported model by dit-generate, with its plan."""
+    for name, plan in plans.items():
+        out = folder / f"{name}.mp4"
+        words = ["--model", f"{folder}/{name}-model", "--plan", plan, "--prompt", "a red 7", "--steps", "2"]
+        assert generate([*words, "--out", str(out)]) == 0
+        assert out.stat().st_size > 0
+
+
 @pytest.mark.long
 def test_what_was_trained_runs(data, tmp_path):
     """The exported models by dit-generate, each with its plan."""
     assert run("ddit", tmp_path / "ddit", data)[0] == 0
     assert run("coredit", tmp_path / "coredit", data, "ramp_every=1")[0] == 0
     assert run("step_distill", tmp_path / "four", data, "fake_turns=1", "batch=2")[0] == 0
-    for name, plan in (("ddit", "ddit:2p@0-1"), ("coredit", "coredit"), ("four", "dense")):
-        out = tmp_path / f"{name}.mp4"
-        words = ["--model", f"{tmp_path}/{name}-model", "--plan", plan, "--prompt", "a red 7", "--steps", "2"]
-        assert generate([*words, "--out", str(out)]) == 0
-        assert out.stat().st_size > 0
+    generated(tmp_path, ddit="ddit:2p@0-1", coredit="coredit", four="dense")
     assert run("finetune", tmp_path / "flux", data, "lora=2", model="demo-flux")[0] == 0
     words = ["--model", "demo-flux", "--lora", f"{tmp_path}/flux-model", "--prompt", "a red 7", "--steps", "2"]
     assert generate([*words, "--out", str(tmp_path / "flux.png")]) == 0
+
+
+@pytest.mark.long
+def test_ablations_are_trained_and_run(data, tmp_path):
+    code, lines = run("pare_stage2", tmp_path / "alone", data, "student=demo-wan", "content=False")
+    assert code == 0 and lines[-1]["active_blocks"] < 10
+    student = f"student={tmp_path}/alone-model"
+    assert run("step_distill", tmp_path / "four", data, student, "fake_turns=1", "batch=2")[0] == 0
+    for name in ("alone", "four"):
+        assert read_parts(open_checkpoint(f"{tmp_path}/{name}-model"))["router"].settings["content"] == "none"
+    assert run("ddit", tmp_path / "bare", data, "rank=0", steps=4)[0] == 0
+    assert run("coredit", tmp_path / "even", data, "ramp_every=1", "adaptive=False")[0] == 0
+    assert read_ramp(str(tmp_path / "even"))[-1][1] == [1 / 32] * 3 + [0] * 7
+    generated(tmp_path, alone="routing", four="routing", bare="ddit:4p@0-1", even="coredit")
 
 
 @pytest.mark.long

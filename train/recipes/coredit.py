@@ -6,8 +6,9 @@
 
 Every `ramp_every` steps one block more skips 64 tokens more (as large a share of a smaller model's): the one whose next
 tokens are most like their neighbours in the batch at hand. No block skips more than 60 %; the ramp ends where their
-mean is `ratio`. Skipped tokens are masked while it lasts, so that nothing is compiled again; the result carries the
-ratios, and a run with the plan `coredit` gathers the kept tokens.
+mean is `ratio`. With `adaptive=False` as many tokens are shared out evenly instead, so that all blocks skip alike (the
+paper's uniform ratios). Skipped tokens are masked while it lasts, so that nothing is compiled again; the result carries
+the ratios, and a run with the plan `coredit` gathers the kept tokens.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from convert.method_parts import part_files
 from dit_jax.config import UserError
 from dit_jax.methods.coherence import Lattice
 from dit_jax.methods.coredit import Coredit
-from dit_jax.methods.coredit_ratios import CAP, most_skipped, ramped, ratios_file
+from dit_jax.methods.coredit_ratios import CAP, most_skipped, ramped, ramped_alike, ratios_file
 from dit_jax.methods.method import Part
 from dit_jax.sharding import replicated
 from train import recipe
 from train.coredit_loss import CoreditSettings, coredit, sorted_coherence
+from train.losses import Metrics
 from train.models import Source
 from train.placement import in_dtype
 from train.recipe import DEMO, POSITION, Driven, RecipeConfig, Training, with_files, with_transformer
 from train.shards import write_whole
-from train.step import Metrics, Plan, TrainState, Update
+from train.step import Plan, TrainState, Update
 
 SKIPPED = "skipped"
 RAMP = "ramp.json"
@@ -50,6 +52,7 @@ class Config(RecipeConfig):
 
     ratio           mean share of the tokens that blocks skip in the end
     ramp_every      steps between two turns of the ramp
+    adaptive        whether coherence says which block skips more, or all are ramped alike
     sampled_blocks  of how many blocks attention outputs are compared (0: of all, as in the paper)
     """
 
@@ -58,6 +61,7 @@ class Config(RecipeConfig):
     learning_rate: float = 1e-5
     ratio: float = 0.45
     ramp_every: int = 15
+    adaptive: bool = True
     sampled_blocks: int = 0
 
     @property
@@ -108,12 +112,18 @@ class Ramp:
 
         return jax.jit(sorted_of, out_shardings=replicated(step.mesh))
 
-    def _turn(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array, lattice: Lattice) -> None:
+    def _more(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array, lattice: Lattice) -> np.ndarray:
+        ratio, most = self.config.ratio, most_skipped(lattice)
+        if not self.config.adaptive:
+            return ramped_alike(batch[SKIPPED], lattice.tokens, ratio, most)
         step = self.driven.step
         arrays = {name: array for name, array in batch.items() if name != POSITION}
         with jax.set_mesh(step.mesh):
             coherence = np.asarray(self._coherence(state.params, step.place(arrays), key))
-        more = ramped(coherence, batch[SKIPPED], self.config.ratio, most_skipped(lattice))
+        return ramped(coherence, batch[SKIPPED], ratio, most)
+
+    def _turn(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array, lattice: Lattice) -> None:
+        more = self._more(state, batch, key, lattice)
         self.full = bool((more == batch[SKIPPED]).all())
         self.shares = more / lattice.tokens
         self.changes.append((batch[POSITION], self.shares.tolist()))

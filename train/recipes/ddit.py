@@ -5,7 +5,8 @@
     dit-generate --model adapted --plan ddit:ddit.json --prompt "a red 7 moving left" --out out.mp4
 
 The model stays as it is. Each step trains one size, drawn evenly; adapters that the checkpoint has are trained
-further. The paper uses AdamW at 1e-4 for Wan, and Prodigy at 1 for FLUX (`--set optimizer=prodigy`).
+further. `rank` is that of the LoRA on the MLPs; 0 trains adapters without (the paper's ablation). The paper uses AdamW
+at 1e-4 for Wan, and Prodigy at 1 for FLUX (`--set optimizer=prodigy`).
 """
 
 from __future__ import annotations
@@ -44,11 +45,14 @@ class Config(RecipeConfig):
     steps: int = 5000
     learning_rate: float = 1e-4
     optimizer: str = "adamw"
+    rank: int = AdapterSettings.rank
 
 
 def training(config: Config, source: Source) -> Training:
     """The adapters of every size learn to give what the model gives at its own."""
-    adapters, settings = source.adapters(config.seed)
+    if config.rank < 0:
+        raise UserError(f"rank is {config.rank}, expected a whole number from 0; 0 trains adapters without LoRA")
+    adapters, settings = source.adapters(config.seed, config.rank)
     updates = tuple(
         Update(
             loss=_of_size(scale, config),

@@ -6,7 +6,7 @@
 
 The student is what stage I made (or, to compare with, the raw pruned model). A router that its checkpoint has is
 trained further. `least` and `most` are the blocks that run without noise and at pure noise: 20 and 35 of 40 in the
-paper, as many of another model.
+paper, as many of another model. With `content=False` the router is told the timestep alone (the paper's ablation).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 
 from convert.checkpoint import Checkpoint
 from convert.method_parts import part_files
+from dit_jax.config import UserError
 from dit_jax.methods.method import Part
-from dit_jax.methods.routing import ROUTER, Routing
+from dit_jax.methods.routing import ROUTER, Routing, router_config
 from train import recipe
 from train.models import Source
 from train.optimizers import by_module
@@ -35,12 +36,13 @@ VARIANTS = {name: {**settings, "router_rate": 2e-3} for name, settings in STAGE1
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Stage1):
-    """Options of the recipe, besides those of stage I."""
+    """Options of the recipe, besides those of stage I; `content`: whether the router is told more than the timestep."""
 
     out: str = "runs/pare-stage2"
     router_rate: float = 5e-4
     least: int | None = None
     most: int | None = None
+    content: bool = True
 
     @property
     def routing(self) -> Routing:
@@ -67,14 +69,28 @@ def training(config: Config, source: Source) -> Training:
         optimizer=by_module(optimizers),
         microbatches=config.microbatches,
     )
-    router = student.part(ROUTER, config.seed)
+    router = _router_part(config, student)
     return Training(
-        trained={"student": student.transformer(), "router": student.router(config.seed)},
+        trained={"student": student.transformer(), "router": student.router(config.seed, config.content)},
         frozen={"teacher": source.transformer(config.compute)},
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
         target=student,
         result=partial(_result, router),
     )
+
+
+def _router_part(config: Config, student: Source) -> Part:
+    """The student's router, or an untrained one; UserError where it has one of the other kind."""
+    router = student.part(ROUTER, config.seed, content=config.content)
+    told = router_config({ROUTER: router}, sum(student.stacks)).content
+    if config.content != (told != "none"):
+        alone, also = "the timestep alone", "content too"
+        found, expected = (alone, also) if config.content else (also, alone)
+        raise UserError(
+            f"content is {config.content}, and the router of {student.model} is told {found}: expected {expected}; set "
+            f"content={not config.content}, or give a student without a router"
+        )
+    return router
 
 
 def _result(router: Part, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:

@@ -1,10 +1,14 @@
 """DDiT in PyTorch against this project's own runs: the same sizes are chosen, and run alike."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from torch_models import relative
+from safetensors.numpy import load_file
+from torch_models import ADAPTERS, relative
 
+from convert.method_parts import WEIGHTS
 from convert.torch_modules.ddit import PatchSizes, ThirdDifference, deviations
 from dit_jax.methods import ddit as ours
 
@@ -32,6 +36,16 @@ def test_a_larger_size_is_the_same(written, scale, steps, guided):
     ours_too = written.by_ours(f"ddit:{scale}p@0-{large - 1}", steps, 2, guided)
     assert relative(ours_too, theirs) <= 1e-4
     assert relative(theirs, written.by_diffusers(written.theirs(), steps, 2, guided)) > 1e-2
+
+
+def test_adapters_without_low_rank_maps_are_the_same(written, tmp_path):
+    bare = written.with_adapters(replace(ADAPTERS, rank=0), tmp_path)
+    pipeline = bare.theirs()
+    sizes = added(bare, pipeline, lambda t, latents: 2)
+    assert not sizes.low_rank and not any("lora" in key for key in load_file(bare.folder / "methods/ddit" / WEIGHTS))
+    theirs = bare.by_diffusers(pipeline, 1)
+    assert set(sizes.used) == {2}
+    assert relative(bare.by_ours("ddit:2p@0-0", 1), theirs) <= 1e-4
 
 
 def test_sizes_are_chosen_alike(written):

@@ -135,6 +135,18 @@ class Written:
         other._of_size(size)
         return other
 
+    def with_adapters(self, settings, folder):
+        """The same pipeline with random adapters of these settings."""
+        other = copy.copy(self)
+        other.native, other.folder = folder / "native", folder / "torch"
+        other.__dict__.pop("pipe", None)
+        source = open_checkpoint(self.native)
+        shapes = abstract_adapters(source.component("transformer").config, settings)
+        files = part_files({"ddit": part_of(filled(shapes, 9), settings)})
+        convert(replace(source, files=source.files | files), other.native, "native")
+        assert main(["to-torch", str(other.native), str(other.folder)]) == 0
+        return other
+
     @cached_property
     def pipe(self):
         return load_pipeline(self.native)

@@ -14,7 +14,7 @@ from dit_jax.config import UserError
 from dit_jax.methods import coredit as coredit_file
 from dit_jax.methods.coherence import Lattice, cell_sizes, coherence, protected, sub_cells
 from dit_jax.methods.coredit import Buckets, Coherent, Coredit, MaskedCoherent
-from dit_jax.methods.coredit_ratios import Recording, allocate, bucketed, ratios_file
+from dit_jax.methods.coredit_ratios import Recording, allocate, bucketed, ramped, ramped_alike, ratios_file
 from dit_jax.methods.method import Part, Run
 from dit_jax.methods.plan import Plan, parse_plan
 from dit_jax.models.network import Dense, NetworkCall, Place
@@ -247,6 +247,23 @@ def test_allocation_gives_the_most_coherent_tokens():
     np.testing.assert_array_equal(skipped, (capped >= largest).sum(axis=1))
     assert skipped.sum() == 32 and skipped[0] > skipped[3]
     assert allocate(falling, 1.0, most=19).tolist() == [19] * 4
+
+
+def test_a_ramp_that_tells_no_blocks_apart_skips_as_many_and_evenly():
+    rng = np.random.default_rng(0)
+    falling = -np.sort(-rng.uniform(0, 1, (5, 333)), axis=1)  # a turn is of 5 tokens
+    adaptive, alike, turns = np.zeros(5, int), np.zeros(5, int), 0
+    while True:
+        after = ramped(falling, adaptive, 0.31, most=199)
+        even = ramped_alike(alike, 333, 0.31, most=199)
+        assert even.sum() == after.sum() and np.ptp(even) <= 1 and (even >= alike).all()
+        if (even == alike).all():
+            break
+        adaptive, alike, turns = after, even, turns + 1
+    assert alike.tolist() == [104, 103, 103, 103, 103] and np.ptp(adaptive) > 1 and turns == 104
+    assert ramped_alike(np.array([9, 0, 3, 3, 8]), 333, 0.31, 199).tolist() == [9, 4, 4, 3, 8]
+    assert ramped_alike(np.array([60, 58]), 100, 1.0, most=60, more=7).tolist() == [60, 60]
+    assert ramped_alike(np.array([60, 60]), 100, 0.3, most=60).tolist() == [60, 60], "more than the ratio stays"
 
 
 def test_recording_runs_dense_and_adds_up_sorted_coherence():

@@ -37,7 +37,7 @@ from dit_jax.methods.patch_adapters import (
 from dit_jax.methods.plan import parse_plan
 from dit_jax.models.network import layout, unlayout
 from dit_jax.ops.rope import merged_centres
-from dit_jax.parameters import Precision, cast, leaf_name, named_leaves
+from dit_jax.parameters import Precision, cast, leaf_name, named_leaves, with_leaves
 from dit_jax.sampling.solvers import Step
 from dit_jax.sharding import logical_axes
 
@@ -46,13 +46,13 @@ STEP = Step(jnp.int32(3), jnp.float32(0.7), jnp.float32(0.6), jnp.float32(700))
 
 
 @lru_cache
-def untrained(backbone: str):
+def untrained(backbone: str, settings: AdapterSettings = SETTINGS):
     model = random_model(CONFIGS[backbone])
-    return initial_adapters(model.config, dict(named_leaves(model)), seed=4, settings=SETTINGS)
+    return initial_adapters(model.config, dict(named_leaves(model)), seed=4, settings=settings)
 
 
 @lru_cache
-def trained(backbone: str):
+def trained(backbone: str, settings: AdapterSettings = SETTINGS):
     """Adapters with every leaf of ordinary size."""
     rng = np.random.default_rng(7)
 
@@ -60,13 +60,13 @@ def trained(backbone: str):
         fan_in = np.prod(leaf.shape[1:-1]) if leaf.ndim > 2 else leaf.shape[0] if leaf.ndim == 2 else 4
         return jnp.asarray(rng.standard_normal(leaf.shape) / fan_in**0.5, jnp.float32)
 
-    return jax.tree.map(fill, abstract_adapters(CONFIGS[backbone], SETTINGS))
+    return jax.tree.map(fill, abstract_adapters(CONFIGS[backbone], settings))
 
 
-def applied(denoiser, latents, adapters, scale: int):
+def applied(denoiser, latents, adapters, scale: int, settings: AdapterSettings = SETTINGS):
     run = Run(
         latents_shape=latents.shape, first=0, stop=6, steps=6, sigmas=None, variant=scale,
-        parts={"ddit": part_of(adapters, SETTINGS)},
+        parts={"ddit": part_of(adapters, settings)},
     )  # fmt: skip
     return Ddit().applied(denoiser, run)
 
@@ -185,6 +185,25 @@ def test_adapters_in_fp32_leave_a_bf16_model_in_bf16(backbone):
     tokens = jax.eval_shape(lambda model: model.embed(layout(latents, model.config.patch).rows), larger.model)
     assert tokens.dtype == jnp.bfloat16
     assert jax.eval_shape(lambda: larger(latents, larger.init(latents), STEP))[0].shape == latents.shape
+
+
+@pytest.mark.parametrize("backbone", CONFIGS)
+def test_adapters_of_rank_0_are_those_whose_low_rank_maps_add_nothing(backbone):
+    none, config = replace(SETTINGS, rank=0), CONFIGS[backbone]
+    bare, some = trained(backbone, none), trained(backbone)
+    assert all(not adapter.lora for adapter in bare.values())
+    assert {name for name, _ in named_leaves(some)} - {name for name, _ in named_leaves(bare)} == {
+        name for name, _ in named_leaves(some) if ".lora." in name
+    }
+    silent = with_leaves(
+        some,
+        dict(named_leaves(bare)) | {name: 0 * leaf for name, leaf in named_leaves(some) if ".lora." in name},
+    )
+    plain, latents = guided(config), noise(config)
+    found = velocity(applied(plain, latents, bare, 2, none), latents)
+    assert relative_error(found, velocity(applied(plain, latents, silent, 2), latents)) < 1e-6
+    assert relative_error(found, velocity(applied(plain, latents, some, 2), latents)) > 1e-2
+    assert untrained(backbone, none)["4p"].patch.kernel.shape == bare["4p"].patch.kernel.shape
 
 
 @pytest.mark.parametrize("backbone", CONFIGS)

@@ -1,0 +1,105 @@
+"""The papers' ablations as options of recipes: what they train and export, and the checkpoints that they refuse."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from convert.checkpoint import open_checkpoint
+from convert.method_parts import read_parts
+from convert.transfer import convert
+from dit_jax.config import UserError
+from dit_jax.methods.plan import parse_plan
+from infer.adapt import main as adapt
+from train.models import Source
+from train.placement import training_mesh
+from train.recipe import POSITION, abstract_batch
+from train.recipes import coredit, ddit, pare_stage2, step_distill
+from train.step import TrainStep, of_modules, params_of
+
+
+def source_of(model="demo-wan"):
+    return Source(str(model), training_mesh("fsdp=1"))
+
+
+def exported(training, folder):
+    """The checkpoint with what is trained, as it is before the first step."""
+    weights = of_modules(params_of(training.trained))
+    convert(training.result(training.target.checkpoint, weights), folder, "diffusers")
+    return folder
+
+
+def traced(recipe, config):
+    """The step of a preset, for a batch of shapes alone."""
+    source = source_of("wan2.1-t2v-1.3b")
+    training = recipe.training(config, source)
+    step = TrainStep(training.trained, training.plan, source.mesh, training.frozen)
+    step.trace(abstract_batch(config, source.config, config.batch), None if training.turn is None else 0)
+    return training
+
+
+def test_a_router_that_is_told_the_timestep_alone_is_trained_further_and_kept_apart(tmp_path):
+    config = pare_stage2.Config(student="demo-wan", content=False, seed=3)
+    made = pare_stage2.training(config, source_of())
+    alone = exported(made, tmp_path / "alone")
+    parts = read_parts(open_checkpoint(alone))
+    assert (parts["router"].settings["content"], parts["router"].settings["features"]) == ("none", 0)
+    assert parts["router"].leaves["up.kernel"].shape == (256, 256)
+    parse_plan("routing").check((10,), parts)
+    later = replace(config, student=str(alone), seed=5)
+    again = pare_stage2.training(later, source_of()).trained["router"]
+    np.testing.assert_array_equal(again.up.kernel[...], made.trained["router"].up.kernel[...])
+    routed = step_distill.training(step_distill.Config(student=str(alone)), source_of()).trained["router"]
+    assert routed.config.content == "none"
+    with pytest.raises(UserError, match=r"content is True, and the router of .*alone is told the timestep alone"):
+        pare_stage2.training(replace(later, content=True), source_of())
+
+    assert adapt(["--model", "demo-wan", "--add", "router", "--out", str(tmp_path / "usual")]) == 0
+    usual = replace(config, student=str(tmp_path / "usual"))
+    with pytest.raises(UserError, match="told content too: expected the timestep alone; set content=True, or give"):
+        pare_stage2.training(usual, source_of())
+    assert pare_stage2.training(replace(usual, content=True), source_of()).trained["router"].config.features > 0
+
+
+def test_a_presets_router_may_be_told_the_timestep_alone():
+    training = traced(pare_stage2, pare_stage2.Config(model="wan2.1-t2v-1.3b", content=False))
+    assert training.trained["router"].config.content == "none"
+
+
+def test_adapters_have_the_rank_that_is_asked_for(tmp_path):
+    config = ddit.Config(rank=3, seed=3)
+    low = exported(ddit.training(config, source_of()), tmp_path / "low")
+    parts = read_parts(open_checkpoint(low))
+    assert parts["ddit"].leaves["2p.lora.blocks.mlp.up.down"].shape == (10, 144, 3)
+    again = ddit.training(replace(config, seed=5), source_of(low)).trained
+    np.testing.assert_array_equal(again["4p"].residual.conv[...], parts["ddit"].leaves["4p.residual.conv"])
+    with pytest.raises(UserError, match=r"rank is 0, and .*low has adapters of rank 3: expected the same; set rank=3"):
+        ddit.training(replace(config, rank=0), source_of(low))
+    with pytest.raises(UserError, match="rank is -1, expected a whole number from 0"):
+        ddit.training(replace(config, rank=-1), source_of())
+
+
+def test_adapters_without_low_rank_maps(tmp_path):
+    config = ddit.Config(rank=0)
+    bare = exported(ddit.training(config, source_of()), tmp_path / "bare")
+    parts = read_parts(open_checkpoint(bare))
+    assert parts["ddit"].settings["rank"] == 0 and not any(".lora." in name for name in parts["ddit"].leaves)
+    assert set(params_of(ddit.training(config, source_of(bare)).trained)) == set(parts["ddit"].leaves)
+    with pytest.raises(UserError, match=r"rank is 32, and .*bare has adapters of rank 0"):
+        ddit.training(ddit.Config(), source_of(bare))
+    assert not traced(ddit, replace(config, model="wan2.1-t2v-1.3b")).trained["2p"].lora
+
+
+def test_blocks_that_are_ramped_alike_skip_alike_and_need_no_coherence(tmp_path):
+    config = coredit.Config(adaptive=False, ratio=0.1, ramp_every=2, out=str(tmp_path))
+    told = []
+    ramp = coredit.Ramp(
+        config=config, source=source_of(), driven=lambda state, batch, key: told.append(batch["skipped"].tolist())
+    )
+    latents = np.zeros((1, 2, 4, 20, 14, 16), np.float16)  # 4 frames of 10x7 tokens; a turn is of 4
+    for position in range(150):
+        ramp(None, {"latents": latents[0], POSITION: position}, jax.random.key(0))
+    assert told[:5] == [[1] * 4 + [0] * 6] * 2 + [[1] * 8 + [0] * 2] * 2 + [[2, 2] + [1] * 8]
+    assert told[-1] == [28] * 10
+    assert len({sum(skipped) for skipped in told}) == 70 and max(map(np.ptp, told)) == 1
