@@ -16,11 +16,32 @@ Told = Mapping[str, np.ndarray]  # what a model is told of N captions, each arra
 
 
 @dataclass(frozen=True, kw_only=True)
+class Window:
+    """A square part of the latents at a random place: so many tokens a side, of so many latent cells each."""
+
+    tokens: int
+    patch: int = 2
+
+    def cut(self, latents_BTYXC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(windows [B, T, side, side, C], the (t, y, x) of their first tokens int32 [B, 3])."""
+        sides = np.array(latents_BTYXC.shape[2:4]) // self.patch
+        first = rng.integers(0, sides - self.tokens + 1, (len(latents_BTYXC), 2))
+        side = self.tokens * self.patch
+        cut = [
+            latents[:, y : y + side, x : x + side]
+            for latents, (y, x) in zip(latents_BTYXC, first * self.patch, strict=True)
+        ]
+        return np.stack(cut), np.pad(first, ((0, 0), (1, 0))).astype(np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kind:
-    """Examples of one shape: `load` makes or reads their latents when the first batch is due."""
+    """Examples of one shape: `load` makes or reads their latents when the first batch is due; of each all, or a
+    window."""
 
     load: Callable[[], LatentSet]
     batch: int
+    window: Window | None = None
 
     @cached_property
     def latents(self) -> LatentSet:
@@ -30,22 +51,23 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """`steps` batches of one kind (None: all that follow); each `every`-th is of an earlier kind, not to forget it."""
+    """`steps` batches of one kind (None: all that follow); each `every`-th is of another, such as an earlier one that
+    is not to be forgotten."""
 
     kind: str
     steps: int | None = None
-    earlier: str | None = None
+    beside: str | None = None
     every: int = 4
 
     def counts(self, steps: int) -> Counter[str]:
         """How many of the first `steps` batches are of which kind."""
-        if self.earlier is None:
+        if self.beside is None:
             return Counter({self.kind: steps})
-        return Counter({self.earlier: steps // self.every, self.kind: steps - steps // self.every})
+        return Counter({self.beside: steps // self.every, self.kind: steps - steps // self.every})
 
     def at(self, step: int) -> str:
         """The kind of this batch of the stage."""
-        return self.earlier if self.earlier and step % self.every == self.every - 1 else self.kind
+        return self.beside if self.beside and step % self.every == self.every - 1 else self.kind
 
 
 @dataclass(kw_only=True)
@@ -71,8 +93,12 @@ class Batches:
         if name not in self._told:
             self._told[name] = self.embed(kind.latents.captions)
         picked = kind.latents.indices(kind.batch, self.seed, turn)
-        dropped = np.random.default_rng([self.seed, position]).random(kind.batch) < self.caption_dropout
-        return {"latents": kind.latents.latents[picked]} | {
+        rng = np.random.default_rng([self.seed, position])
+        dropped = rng.random(kind.batch) < self.caption_dropout
+        shown = {"latents": kind.latents.latents[picked]}
+        if kind.window:
+            shown["latents"], shown["origin"] = kind.window.cut(shown["latents"], rng)
+        return shown | {
             key: np.where(dropped.reshape(-1, *[1] * (values.ndim - 1)), self._blank[key], values[picked])
             for key, values in self._told[name].items()
         }

@@ -94,12 +94,15 @@ def predicted(
     """(the velocity [B, T, Y, X, C] that a transformer predicts, the state of its network).
 
     It is told, of the batch, `text` [B, L, E], and where they are there `pooled` [B, E'], `image` [B, I, E'] ([B, 2, I,
-    E'] of a first and a last one), `guidance` [B], and `extra` [B, T, Y, X, C'], channels behind the latents.
+    E'] of a first and a last one), `guidance` [B], and `extra` [B, T, Y, X, C'], channels behind the latents. `origin`
+    [B, 3] is where the first token of latents lies that are windows of larger ones, (t, y, x) in tokens.
     """
     patch, told = model.config.patch, conditioning_of(batch)
     if getattr(model.config, "guidance", False) and told.guidance is None:
         told = told._replace(guidance=jnp.full(at.levels.shape, TOLD_GUIDANCE))
     tokens = layout(with_extra(at.latents, batch), patch)
+    if "origin" in batch:
+        tokens = tokens._replace(positions=tokens.positions + batch["origin"][:, None])
     rows, state = network(model, call, tokens, at.levels * TRAIN_STEPS, told, state, aux)
     return unlayout(rows, at.latents.shape, patch), state
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.batches import Batches, Kind, Stage, in_groups
+from train.batches import Batches, Kind, Stage, Window, in_groups
 from train.data import LatentSet
 
 
@@ -25,8 +25,8 @@ def batches(dropout=0.0):
     }
     stages = (
         Stage(kind="small", steps=4),
-        Stage(kind="middle", steps=5, earlier="small", every=2),
-        Stage(kind="large", earlier="middle", every=3),
+        Stage(kind="middle", steps=5, beside="small", every=2),
+        Stage(kind="large", beside="middle", every=3),
     )
     return Batches(kinds=kinds, stages=stages, embed=embed, caption_dropout=dropout, seed=1)
 
@@ -50,6 +50,24 @@ def test_every_example_of_a_kind_comes_once_a_pass_whatever_comes_between(side, 
     for batch in made:
         np.testing.assert_array_equal(batch["pooled"][:, 0], batch["latents"][:, 0, 0, 0, 0])
         np.testing.assert_array_equal(batch["text"][:, 1], batch["pooled"])
+
+
+def test_windows_are_parts_of_the_latents_at_the_places_that_are_told():
+    whole = np.arange(5 * 2 * 8 * 12 * 3, dtype=np.float32).reshape(5, 2, 8, 12, 3)
+    kinds = {
+        "windows": Kind(load=lambda: LatentSet(whole, [f"x {i}" for i in range(5)]), batch=4, window=Window(tokens=2))
+    }
+    made = Batches(kinds=kinds, stages=(Stage(kind="windows"),), embed=embed, caption_dropout=0.0, seed=3)
+    seen = set()
+    for position in range(60):
+        batch = made(position)
+        assert batch["latents"].shape == (4, 2, 4, 4, 3) and batch["origin"].dtype == np.int32
+        for latents, (t, y, x), text in zip(batch["latents"], batch["origin"], batch["pooled"], strict=True):
+            of = whole[int(text[0])]
+            np.testing.assert_array_equal(latents, of[:, 2 * y : 2 * y + 4, 2 * x : 2 * x + 4])
+            seen.add((t, y, x))
+        np.testing.assert_array_equal(batch["origin"], made(position)["origin"])
+    assert seen == {(0, y, x) for y in range(3) for x in range(5)}
 
 
 def test_after_the_last_stage_there_is_nothing():

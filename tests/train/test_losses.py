@@ -53,6 +53,22 @@ def test_flow_matching_is_the_error_of_noise_minus_data(batch, monkeypatch):
     np.testing.assert_allclose(np.sort(np.ravel(seen["rows"])), np.sort(np.ravel(blend)), rtol=1e-5, atol=1e-6)
 
 
+def test_a_window_has_the_positions_of_its_place(batch, monkeypatch):
+    seen = []
+
+    def oracle(model, call, tokens, t_B, conditioning, state=None, aux=None):
+        seen.append(tokens.positions)
+        return jnp.zeros_like(tokens.rows), None
+
+    monkeypatch.setattr(losses, "network", oracle)
+    model = nnx.eval_shape(lambda: Wan(TINY, nnx.Rngs(0)))
+    origin = np.array([[0, 0, 0], [0, 3, 1], [0, 1, 2], [1, 0, 5]], np.int32)
+    for told in (batch, batch | {"origin": origin}):
+        flow_matching(model, told, jax.random.key(3), FlowSettings())
+    np.testing.assert_array_equal(seen[1] - seen[0], np.broadcast_to(origin[:, None], seen[0].shape))
+    assert len(np.unique(seen[0][0], axis=0)) == 2 * 2 * 3
+
+
 def test_the_right_velocity_has_no_loss(batch, monkeypatch):
     _, noise_key = jax.random.split(jax.random.key(3))
     noise = jax.random.normal(noise_key, batch["latents"].shape)

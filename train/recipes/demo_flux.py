@@ -4,8 +4,9 @@
     dit-train demo_flux --set init=demo-flux --set vae=demo-flux --set text=demo-flux    (goes on from what ships)
 
 Close-ups come first, pictures of 64 pixels that one digit fills: a quarter of the tokens, and four times the share of
-them on digits. Whole pictures of 128 pixels then teach numbers and places, with close-ups every few steps. The weights
-shipped are the running mean.
+them on digits. Then windows, as large parts of whole pictures of 128 pixels at their own places (as in patch diffusion,
+Wang et al., arXiv 2304.12526), teach where what stands; and whole pictures, with windows every few steps, how it hangs
+together. The weights shipped are the running mean.
 On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set mesh=data=2)
 keep both busy.
 Score: `dit-eval --model FOLDER --suite digits` after `python -m train.export_demo_flux`.
@@ -32,7 +33,7 @@ from infer.digit_grammar import Scene, caption, random_picture
 from infer.digit_pictures import CLOSE_UP, SIZE, close_up
 from infer.digit_reader import cache_path, load_reader
 from infer.picture_scores import read_picture
-from train.batches import Batches, Kind, Stage, in_groups
+from train.batches import Batches, Kind, Stage, Window, in_groups
 from train.checkpoints import newest_step
 from train.data import LatentSet
 from train.demo_models import folder_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
@@ -62,6 +63,7 @@ SHIPPED = FluxConfig(
     guidance=False,
     rope_widths=(0, 8, 8),
 )
+WINDOW = 8  # tokens a side, of the 16 of a picture
 PREVIEW_SEED = 5
 
 
@@ -71,10 +73,12 @@ class Config(RunConfig):
 
     out: str = "runs/demo-flux"
     steps: int = 12_000
-    close_up_steps: int = 4000
+    close_up_steps: int = 1000
+    window_steps: int = 4000
     decay_steps: int = 1500
-    close_up_every: int = 4
+    window_every: int = 3
     close_up_batch: int = 64
+    window_batch: int = 64
     picture_batch: int = 16
     close_ups: int = 32_768
     pictures: int = 24_576
@@ -93,13 +97,15 @@ class Config(RunConfig):
 
 def run(config: Config) -> None:
     """Encodes what is missing from the cache, then trains."""
-    if config.close_up_every < 2:
+    if config.window_every < 2:
         raise UserError(
-            f"close_up_every is {config.close_up_every}, expected 2 or more: one batch in so many is of close-ups"
+            f"window_every is {config.window_every}, expected 2 or more: one batch in so many is of windows"
         )
     vae, text = of_run_or_checkpoint(config.vae, "vae", load_vae), _text(config.text)
     close_ups = Kind(load=partial(_latents, config, vae, CLOSE_UP, config.close_ups), batch=config.close_up_batch)
-    pictures = Kind(load=partial(_latents, config, vae, SIZE, config.pictures), batch=config.picture_batch)
+    load = partial(_latents, config, vae, SIZE, config.pictures)
+    pictures = Kind(load=load, batch=config.picture_batch)
+    windows = Kind(load=load, batch=config.window_batch, window=Window(tokens=WINDOW, patch=SHIPPED.patch[-1]))
     if config.encode_only:
         _ = close_ups.latents, pictures.latents
         return
@@ -113,10 +119,11 @@ def run(config: Config) -> None:
     step = TrainStep(model, alone(loss, optimizer, ema_decay=0.998), mesh)
     embed = in_groups(partial(_embed, text))
     batches = Batches(
-        kinds={"close-ups": close_ups, "pictures": pictures},
+        kinds={"close-ups": close_ups, "windows": windows, "pictures": pictures},
         stages=(
             Stage(kind="close-ups", steps=config.close_up_steps),
-            Stage(kind="pictures", earlier="close-ups", every=config.close_up_every),
+            Stage(kind="windows", steps=config.window_steps, beside="pictures", every=config.window_every),
+            Stage(kind="pictures", beside="windows", every=config.window_every),
         ),
         embed=embed,
         caption_dropout=config.caption_dropout,

@@ -113,8 +113,8 @@ def run(config: Config) -> None:
         },
         stages=(
             Stage(kind="close-ups", steps=config.close_up_steps),
-            Stage(kind="stills", steps=config.image_steps, earlier="close-ups", every=config.earlier_every),
-            Stage(kind="clips", earlier="stills", every=config.earlier_every),
+            Stage(kind="stills", steps=config.image_steps, beside="close-ups", every=config.earlier_every),
+            Stage(kind="clips", beside="stills", every=config.earlier_every),
         ),
         embed=embed,
         caption_dropout=config.caption_dropout,
