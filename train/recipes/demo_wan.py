@@ -5,7 +5,9 @@
 
 The first latent frame of a clip is an image's latent (the autoencoder is causal), so the run starts on single pictures:
 close-ups of 64 pixels that one digit fills, a quarter of the tokens of a frame and four times the share of them on
-digits; then whole first frames, which teach layout; then clips. A batch of the kind before comes every few steps.
+digits; then whole first frames, which teach layout; then windows, parts of clips as large as a close-up at their own
+places (as in patch diffusion, Wang et al., arXiv 2304.12526), which teach motion; then clips. A batch of the kind
+before comes every few steps.
 Latents are made once and kept under runs/cache, text embeddings in memory. The weights shipped are the running mean.
 On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set mesh=data=2)
 keep both busy.
@@ -33,7 +35,7 @@ from infer.digit_grammar import caption, random_scene
 from infer.digit_pictures import CLOSE_UP, close_up
 from infer.digit_reader import cache_path, load_reader
 from infer.digit_scores import read_clip
-from train.batches import Batches, Kind, Stage, in_groups
+from train.batches import Batches, Kind, Stage, Window, in_groups
 from train.checkpoints import newest_step
 from train.data import LatentSet, clip_maker
 from train.demo_models import folder_of, latents_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
@@ -51,6 +53,7 @@ from train.step import TrainStep, alone
 SHIPPED = WanConfig(blocks=10, width=192, heads=8, head_width=24, mlp_width=512, text_width=128)
 STILL, CLIP = 1, 17  # frames
 CLOSE_UP_SHAPE, STILL_SHAPE, CLIP_SHAPE = (1, 8, 8, 16), (1, 16, 16, 16), (5, 16, 16, 16)  # of latents
+WINDOW = 4  # tokens a side, of the 8 of a frame
 PREVIEW_SEED = 5
 
 
@@ -62,10 +65,12 @@ class Config(RunConfig):
     steps: int = 9000
     close_up_steps: int = 3000
     image_steps: int = 2000
+    window_steps: int = 2000
     decay_steps: int = 1200
     earlier_every: int = 4
     close_up_batch: int = 64
     image_batch: int = 32
+    window_batch: int = 24
     clip_batch: int = 8
     close_ups: int = 16_384
     stills: int = 16_384
@@ -105,16 +110,20 @@ def run(config: Config) -> None:
     loss = partial(flow_matching, settings=settings)
     step = TrainStep(model, alone(loss, optimizer, ema_decay=0.998), mesh)
     embed = _embedder(text, tokenizer)
+    clips = partial(_latents, config, vae, CLIP, config.clips)
+    window = Window(tokens=WINDOW, patch=SHIPPED.patch[-1])
     batches = Batches(
         kinds={
             "close-ups": Kind(load=partial(_close_ups, config, vae), batch=config.close_up_batch),
             "stills": Kind(load=partial(_latents, config, vae, STILL, config.stills), batch=config.image_batch),
-            "clips": Kind(load=partial(_latents, config, vae, CLIP, config.clips), batch=config.clip_batch),
+            "windows": Kind(load=clips, batch=config.window_batch, window=window),
+            "clips": Kind(load=clips, batch=config.clip_batch),
         },
         stages=(
             Stage(kind="close-ups", steps=config.close_up_steps),
             Stage(kind="stills", steps=config.image_steps, beside="close-ups", every=config.earlier_every),
-            Stage(kind="clips", beside="stills", every=config.earlier_every),
+            Stage(kind="windows", steps=config.window_steps, beside="stills", every=config.earlier_every),
+            Stage(kind="clips", beside="windows", every=config.earlier_every),
         ),
         embed=embed,
         caption_dropout=config.caption_dropout,
