@@ -113,8 +113,8 @@ def coredit(
     none_yet = State(attention=jnp.float32(0))
     found, distance = predicted(student, at, batch, replace(call, attention=comparing), aux, none_yet)
     terms = {
-        "loss_data": mean_square(found - at.velocity),
-        "loss_teacher": mean_square(found - target),
+        "loss_data": mean_square(found - at.velocity, at.held),
+        "loss_teacher": mean_square(found - target, at.held),
         "loss_attention": distance.attention / count,
     }
     loss = terms["loss_data"] + settings.teacher * terms["loss_teacher"] + settings.attention * terms["loss_attention"]

@@ -21,5 +21,5 @@ def ddit(
     target, _ = jax.lax.stop_gradient(predicted(base, at, batch, settings.call))
     found, _ = predicted(adapted(base, adapter, scale), at, batch, settings.call)
     found = found + adapter.residual(with_extra(at.latents, batch))
-    loss = mean_square(found - target)
+    loss = mean_square(found - target, at.held)
     return loss, {"loss_teacher": loss}

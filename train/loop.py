@@ -75,11 +75,13 @@ def train(
     batch_at: Callable[[int], Any],
     hooks: tuple[Hook, ...] = (),
     flops: float | None = None,
+    facts: Mapping[str, float] | None = None,
 ) -> Outcome:
     """Trains until `config.steps`, going on from the newest checkpoint under `config.out` if there is one.
 
     `batch_at(i)` is the host batch of step i and depends on nothing else, so that the data position is a number. A
-    resumed run repeats the uninterrupted one bit for bit. `flops` are those of a step, for the log.
+    resumed run repeats the uninterrupted one bit for bit. `flops` are those of a step, for the log, which begins with
+    the `facts`, as step 0.
     Raises TrainingDivergedError naming the step, the terms that are not finite and the file that its batch is kept in;
     the state before that step is saved. Raises UserError for an interval that is not positive.
     """
@@ -94,6 +96,8 @@ def train(
     about = {"recipe": type(config).__module__, "options": dataclasses.asdict(config)}
     with _Run(config, out, Checkpoints(out, kept, about), flops) as run, _terminated() as stop:
         state, first, key = run.saved.restore(state, jax.random.key(config.seed))
+        if first == 0 and facts:
+            run.journal.write(0, facts)
         for position, batch in run.timed(_prefetched(batch_at, first, config.steps)):
             state, metrics = step(state, batch, key)
             run.note(position, metrics, state, batch, key)

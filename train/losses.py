@@ -3,7 +3,8 @@
 Here are flow matching and what every loss of a transformer shares, and the autoencoder's; distillation has files of its
 own (`pare_loss`, `coredit_loss`, `ddit_loss`, `step_distill_loss`).
 
-Shapes: B batch, T Y X frames and pixels or latent grid, C channels, L text tokens, E text width, I image tokens.
+Shapes: B batch, T Y X frames and pixels or latent grid, C channels, M tokens with padding, L text tokens, E text
+width, I image tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +15,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dit_jax.lora import beside
-from dit_jax.models.network import Aux, Conditioning, NetworkCall, State, layout, network, unlayout
+from dit_jax.models.network import (
+    Aux,
+    Conditioning,
+    NetworkCall,
+    Patch,
+    State,
+    Timesteps,
+    Tokens,
+    TokenTimesteps,
+    layout,
+    network,
+    unlayout,
+)
+from dit_jax.ops import mesh as meshes
 from dit_jax.sampling.schedules import TRAIN_STEPS, shifted
 
 Models = Mapping[str, Any]
@@ -28,14 +43,20 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 TOLD_GUIDANCE = 3.5  # what a guidance-distilled model is told where the batch does not say
+HELD = 2  # beside a batch's key, whose halves are the levels' and the noise's: for the samples with a first frame held
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowSettings:
-    """Noise levels are logit-normal, then shifted towards noise: level ← shift·level / (1 + (shift − 1)·level)."""
+    """Noise levels are logit-normal, then shifted towards noise: level ← shift·level / (1 + (shift − 1)·level).
+
+    first_frame_conditioning  share of the samples whose first latent frame is held: given clean, as to a model that
+                              makes a video of a first frame so (Wan2.2-TI2V-5B)
+    """
 
     shift: float = 3.0
     spread: float = 1.0
+    first_frame_conditioning: float = 0.0
     call: NetworkCall = field(default_factory=NetworkCall)
 
 
@@ -58,29 +79,53 @@ def noise_levels(key: jax.Array, batch: int, settings: FlowSettings) -> jax.Arra
 
 
 class Noised(NamedTuple):
-    """Latents at noise levels σ [B]: x_σ = (1 − σ)·x0 + σ·ε, and the velocity there, ε − x0, [B, T, Y, X, C] each."""
+    """Latents at noise levels σ [B]: x_σ = (1 − σ)·x0 + σ·ε, and the velocity there, ε − x0, [B, T, Y, X, C] each.
+
+    held  samples whose first frame is held [B], at σ = 0 and with nothing to be predicted; None: none of them
+    """
 
     latents: jax.Array
     velocity: jax.Array
     levels: jax.Array
+    held: jax.Array | None = None
 
 
-def noised(latents: jax.Array, key: jax.Array, settings: FlowSettings) -> Noised:
-    """Latents with random noise at random levels, in fp32."""
+def noised(latents: jax.Array, key: jax.Array, settings: FlowSettings, held: jax.Array | None = None) -> Noised:
+    """Latents with random noise at random levels, in fp32; of samples that are `held` [B], or that are drawn."""
     level_key, noise_key = jax.random.split(key)
     levels = noise_levels(level_key, latents.shape[0], settings)
-    return at_levels(latents, jax.random.normal(noise_key, latents.shape), levels)
+    held = held_samples(key, latents.shape, settings) if held is None else held
+    return at_levels(latents, jax.random.normal(noise_key, latents.shape), levels, held)
 
 
-def at_levels(latents: jax.Array, noise: jax.Array, levels: jax.Array) -> Noised:
-    """Latents with this noise at these levels [B], in fp32."""
-    latents, weight = latents.astype(jnp.float32), per_sample(levels)
-    return Noised((1 - weight) * latents + weight * noise, noise - latents, levels)
+def at_levels(latents: jax.Array, noise: jax.Array, levels: jax.Array, held: jax.Array | None = None) -> Noised:
+    """Latents with this noise at these levels [B], in fp32, but for the first frames of samples that are held [B]."""
+    latents, weight = latents.astype(jnp.float32), frame_levels(levels, held, latents.shape[1])
+    return Noised((1 - weight) * latents + weight * noise, noise - latents, levels, held)
 
 
-def per_sample(values_B: jax.Array) -> jax.Array:
-    """Numbers of each sample [B] beside its latents [B, 1, 1, 1, 1]."""
-    return values_B[:, None, None, None, None]
+def held_samples(key: jax.Array, latents_shape: tuple[int, ...], settings: FlowSettings) -> jax.Array | None:
+    """Samples whose first frame is held [B]: their share of a batch to the nearest sample, whichever their levels are.
+
+    None where the share is 0, and of latents of one frame, of which nothing would be left.
+    """
+    batch, frames = latents_shape[:2]
+    if not settings.first_frame_conditioning or frames == 1:
+        return None
+    order_key, offset_key = jax.random.split(jax.random.fold_in(key, HELD))
+    order = jax.random.permutation(order_key, batch)
+    return order + jax.random.uniform(offset_key, ()) < settings.first_frame_conditioning * batch
+
+
+def held_frames(held_B: jax.Array, frames: int) -> jax.Array:
+    """Which frames are held [B, T]: the first of these samples."""
+    return held_B[:, None] & (np.arange(frames) == 0)
+
+
+def frame_levels(levels_B: jax.Array, held_B: jax.Array | None, frames: int) -> jax.Array:
+    """Noise levels beside the latents [B, 1, 1, 1, 1], of every frame [B, T, 1, 1, 1] where some are held."""
+    levels = levels_B[:, None] if held_B is None else levels_B[:, None] * ~held_frames(held_B, frames)
+    return levels[..., None, None, None]
 
 
 def predicted(
@@ -103,8 +148,19 @@ def predicted(
     tokens = layout(with_extra(at.latents, batch), patch)
     if "origin" in batch:
         tokens = tokens._replace(positions=tokens.positions + batch["origin"][:, None])
-    rows, state = network(model, call, tokens, at.levels * TRAIN_STEPS, told, state, aux)
+    rows, state = network(model, call, tokens, timesteps(at, tokens, patch), told, state, aux)
     return unlayout(rows, at.latents.shape, patch), state
+
+
+def timesteps(at: Noised, tokens: Tokens, patch: Patch) -> Timesteps:
+    """Timesteps [B], or of every token where some are of frames that are held: 0 for these, as the sampler has it."""
+    t = at.levels * TRAIN_STEPS
+    if at.held is None:
+        return t
+    which_BM = at.held[:, None] & (tokens.positions[..., 0] * patch[0] < 1)
+    return TokenTimesteps(
+        jnp.stack([t, jnp.zeros_like(t)], axis=1), meshes.constrain_tokens(which_BM.astype(jnp.int32))
+    )
 
 
 def with_extra(latents: jax.Array, batch: Batch) -> jax.Array:
@@ -114,9 +170,22 @@ def with_extra(latents: jax.Array, batch: Batch) -> jax.Array:
     return jnp.concatenate([latents, batch["extra"].astype(latents.dtype)], axis=-1)
 
 
-def mean_square(error: jax.Array) -> jax.Array:
-    """Mean over all elements, in fp32."""
-    return jnp.mean(jnp.square(error.astype(jnp.float32)))
+def mean_square(error: jax.Array, held: jax.Array | None = None) -> jax.Array:
+    """Mean over all elements [B, T, Y, X, C], in fp32; over samples of their `sample_means` where some are held [B]."""
+    squared = jnp.square(error.astype(jnp.float32))
+    return jnp.mean(squared) if held is None else jnp.mean(sample_means(squared, held))
+
+
+def sample_means(values: jax.Array, held: jax.Array | None = None) -> jax.Array:
+    """Means over each sample's elements [B], without its first frame where that is held [B]; 0 where none is left.
+
+    However a batch is divided, the mean of these is the same.
+    """
+    if held is None:
+        return jnp.mean(values, axis=(1, 2, 3, 4))
+    counted_BT = ~held_frames(held, values.shape[1])
+    total_B = jnp.sum(jnp.mean(values, axis=(2, 3, 4)), axis=1, where=counted_BT)
+    return total_B / jnp.maximum(jnp.sum(counted_BT, axis=1), 1)
 
 
 def flow_matching(model, batch: Batch, key: jax.Array, settings: FlowSettings):
@@ -126,7 +195,7 @@ def flow_matching(model, batch: Batch, key: jax.Array, settings: FlowSettings):
     """
     at = noised(batch["latents"], key, settings)
     velocity, _ = predicted(model, at, batch, settings.call)
-    error = jnp.mean(jnp.square(velocity - at.velocity), axis=(1, 2, 3, 4))
+    error = sample_means(jnp.square(velocity - at.velocity), at.held)
     low = at.levels < 0.5
     return jnp.mean(error), {
         "loss_low_noise": jnp.sum(error * low) / jnp.maximum(1, jnp.sum(low)),

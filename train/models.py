@@ -23,10 +23,14 @@ from dit_jax.methods.method import Part
 from dit_jax.methods.patch_adapters import Adapters, AdapterSettings, abstract_adapters, adapters_from
 from dit_jax.methods.pruning import pruned_config
 from dit_jax.methods.routing import ROUTER, Router, read_router, router_config
+from dit_jax.models.wan import WanConfig
 from dit_jax.parameters import cast
 from infer.adapt import KINDS
 from infer.random_pipeline import PRESETS, transformer_component
+from infer.wan_variant import wan_variant
 from train.placement import sharding_of
+
+TEXT_OR_IMAGE = "wan2.2-ti2v-5b"  # the preset of a model that makes videos of text and of a first frame
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,23 @@ class Source:
     def config(self) -> Config:
         """Sizes of its transformer."""
         return self.component.config
+
+    @property
+    def holds_first_frame(self) -> bool:
+        """Whether it also makes videos of a first frame, which is held clean in the latents (`expand_timesteps`)."""
+        if self.is_preset:
+            return self.model == TEXT_OR_IMAGE
+        return isinstance(self.config, WanConfig) and wan_variant(self.checkpoint).image == "optional"
+
+    def kept_of(self, whole: Source) -> dict[str, float]:
+        """Which shares of another's heads, neurons and parameters this one, which was made from it, has."""
+        ours, theirs = self.config, whole.config
+        sizes = [sum(leaf.size for leaf in jax.tree.leaves(each.component.abstract)) for each in (self, whole)]
+        return {
+            "kept_heads": ours.heads / theirs.heads,
+            "kept_neurons": ours.mlp_width / theirs.mlp_width,
+            "kept_parameters": sizes[0] / sizes[1],
+        }
 
     @property
     def stacks(self) -> tuple[int, ...]:

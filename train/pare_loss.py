@@ -71,11 +71,11 @@ def pare(
     tokens = math.prod(grid(at.latents.shape, student.config.patch))
     terms = {
         "loss_features": feature_distance(of_student.taps, of_teacher.taps, tokens, runs, settings.outliers),
-        "loss_teacher": mean_square(found - target),
-        "loss_data": mean_square(found - at.velocity),
+        "loss_teacher": mean_square(found - target, at.held),
+        "loss_data": mean_square(found - at.velocity, at.held),
     }
     if at.latents.shape[1] > 1:
-        terms["loss_motion"] = mean_square(jnp.diff(found - target, axis=1))
+        terms["loss_motion"] = mean_square(jnp.diff(found - target, axis=1), at.held)
     loss = sum(getattr(settings.weights, name.removeprefix("loss_")) * term for name, term in terms.items())
     return loss, terms | jax.lax.stop_gradient(active_blocks(gates))
 

@@ -34,7 +34,7 @@ from infer.tpu_memory import plan_cell, programs
 from infer.tpu_programs import Case, config_of, trace
 from train.cli import configure, load_recipe
 from train.models import Source
-from train.recipe import abstract_batch
+from train.recipe import abstract_batch, made
 from train.step import TrainStep
 
 NETWORK = 25e9  # bytes/s of a chip between slices: 200 Gbit/s a host of four chips, and twice as much where it is good
@@ -168,7 +168,7 @@ def of_recipe(name: str, settings: list[str], target: Target) -> Report:
     config = configure(recipe.Config, settings, getattr(recipe, "VARIANTS", {}))
     mesh = target.built()
     source = Source(config.model, mesh, planned=True)
-    training = recipe.training(config, source)
+    training = made(config, recipe.training, source)
     step = TrainStep(training.trained, training.plan, mesh, training.frozen)
     turn = None if training.turn is None else 0
     turns = sum(update.turns for update in training.plan.updates) if turn is None else 1

@@ -44,6 +44,7 @@ POSITION = "position"  # of a batch, beside its arrays
 EMPTY = "empty_"  # before the names of what is told of the empty caption
 DEMO: dict[str, Any] = {"model": "demo-wan", "batch": 8, "warmup": 20, "dtype": "float32", "save_every": 50}
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+FIRST_FRAME_CONDITIONING = 0.5  # of a model that is for both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class RecipeConfig(RunConfig):
     remat          what of a block is kept for its gradient (dit_jax/models/remat.py)
     dtype          that the transformers compute in; the weights that are trained are fp32
     shift          of random noise levels towards noise
+    first_frame_conditioning  share of the samples whose first latent frame is given clean, so that a model such as
+                   Wan2.2-TI2V-5B learns image to video beside text to video; None: half, 0 of any other model
     guidance       scale that a model with embedded guidance (FLUX.1 dev) is told
     sample_every   steps between two looks at samples (0: none): of the lines of the file `prompts`, and the scores of
                    `scored` prompts of the model's suite, with `sample_plan`
@@ -78,6 +81,7 @@ class RecipeConfig(RunConfig):
     remat: str = "blocks"
     shift: float = 3.0
     caption_dropout: float = 0.1
+    first_frame_conditioning: float | None = None
     guidance: float = 3.5
     sample_every: int = 0
     prompts: str = ""
@@ -97,7 +101,11 @@ class RecipeConfig(RunConfig):
     @property
     def flow(self) -> FlowSettings:
         """Random noise levels, and how transformers are called."""
-        return FlowSettings(shift=self.shift, call=NetworkCall(remat=parse_remat(self.remat)))
+        return FlowSettings(
+            shift=self.shift,
+            first_frame_conditioning=self.first_frame_conditioning or 0.0,
+            call=NetworkCall(remat=parse_remat(self.remat)),
+        )
 
     def adamw(self, rate: float) -> optax.GradientTransformation:
         """AdamW with this peak rate, warmed up and decayed over the run."""
@@ -117,6 +125,7 @@ class Training:
     around           what stands between the loop and the step, if anything does
     trips            how often a loop of the step runs on average whose length only a run tells
     extra            shapes of what a batch has besides data, of the whole step; `empty_...` is of the empty caption
+    facts            numbers by name that the log of a run begins with, such as what was pruned
     """
 
     trained: dict[str, Any]
@@ -129,6 +138,7 @@ class Training:
     around: Callable[[Driven], StepFunction] | None = None
     extra: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
     trips: float | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 Recipe = Callable[[Any, Source], Training]
@@ -151,7 +161,7 @@ def prepared(config: RecipeConfig, recipe: Recipe) -> Prepared:
     mesh = training_mesh(config.mesh)
     source = Source(config.model, mesh)
     shards = _shards(config, source)
-    training = recipe(config, source)
+    training = made(config, recipe, source)
     feed = _feed(config, shards, training)
     step = TrainStep(training.trained, training.plan, mesh, training.frozen)
     state = step.init(training.trained)
@@ -173,7 +183,7 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
     if config.sample_every:
         hooks += (Hook(config.sample_every, _samples(config, ready)),)
     flops = model_flops(config, recipe, ready.mesh, ready.batch_at(0))
-    outcome = train(config, ready.state, ready.driven, ready.batch_at, hooks, flops)
+    outcome = train(config, ready.state, ready.driven, ready.batch_at, hooks, flops, ready.training.facts)
     if config.export and not outcome.stopped and jax.process_index() == 0:
         export(config, ready.training)
     return outcome
@@ -182,7 +192,7 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
 def model_flops(config: RecipeConfig, recipe: Recipe, mesh: Mesh, batch: Mapping[str, Any]) -> float:
     """FLOPs of the matrix products of a step on such a batch of this host's, of all hosts; what is only computed again
     for gradients left out, as in the usual meaning of MFU."""
-    training = recipe(replace(config, remat="none"), Source(config.model, mesh, planned=True))
+    training = made(replace(config, remat="none"), recipe, Source(config.model, mesh, planned=True))
     step = TrainStep(training.trained, training.plan, mesh, training.frozen)
 
     def shape(array: Any) -> jax.ShapeDtypeStruct:
@@ -192,6 +202,19 @@ def model_flops(config: RecipeConfig, recipe: Recipe, mesh: Mesh, batch: Mapping
     arrays = {name: shape(array) for name, array in batch.items() if name not in (POSITION, *training.extra)}
     traced = step.trace({**arrays, **training.extra}, None if training.turn is None else 0)
     return matmul_flops(traced.jaxpr, training.trips)
+
+
+def made(config: RecipeConfig, recipe: Recipe, source: Source) -> Training:
+    """What a recipe makes of a model, which decides what `first_frame_conditioning` is where it is not given; UserError
+    for a share that it does not take."""
+    share, holds = config.first_frame_conditioning, source.holds_first_frame
+    if share is None:
+        share = FIRST_FRAME_CONDITIONING if holds else 0.0
+    if not 0 <= share <= (1 if holds else 0):
+        expected = "a share from 0 to 1" if holds else "0, or a model such as Wan2.2-TI2V-5B (expand_timesteps)"
+        of = "" if holds else f" for {config.model}, whose latents hold no first frame"
+        raise UserError(f"first_frame_conditioning is {share:g}{of}: expected {expected}")
+    return recipe(replace(config, first_frame_conditioning=share), source)
 
 
 def _shards(config: RecipeConfig, source: Source) -> Shards:

@@ -26,10 +26,13 @@ from train.losses import (
     Models,
     Noised,
     at_levels,
+    frame_levels,
+    held_frames,
+    held_samples,
     mean_square,
     noised,
-    per_sample,
     predicted,
+    sample_means,
 )
 from train.pare_loss import active_blocks, router_gates
 
@@ -69,13 +72,14 @@ def step_distill(
     [B, E']), and of frozen["fake"]. trained["student"], and trained["router"] (or a frozen one) if it is routed.
     """
     rollout_key, noise_key = jax.random.split(key)
-    clean, gates = rolled_out(trained, frozen, batch, rollout_key, settings)
-    at = noised(jax.lax.stop_gradient(clean), noise_key, settings.flow)
+    held = held_samples(key, batch["latents"].shape, settings.flow)
+    clean, gates = rolled_out(trained, frozen, batch, rollout_key, settings, held)
+    at = noised(jax.lax.stop_gradient(clean), noise_key, settings.flow, held)
     real = clean_of(at, guided(frozen["teacher"], at, batch, settings))
     fake = clean_of(at, predicted(frozen["fake"], at, batch, settings.flow.call)[0])
-    gradient = jax.lax.stop_gradient(matching_gradient(clean, real, fake))
-    loss = 0.5 * mean_square(clean - jax.lax.stop_gradient(clean - gradient))
-    told = {"real_distance": mean_square(clean - real), "fake_distance": mean_square(clean - fake)}
+    gradient = jax.lax.stop_gradient(matching_gradient(clean, real, fake, held))
+    loss = 0.5 * mean_square(clean - jax.lax.stop_gradient(clean - gradient), held)
+    told = {"real_distance": mean_square(clean - real, held), "fake_distance": mean_square(clean - fake, held)}
     told |= active_blocks(gates)
     return loss, {"loss_distribution": loss} | jax.lax.stop_gradient(told)
 
@@ -86,20 +90,27 @@ def fake_score(
     """The fake score's update: flow matching of trained["fake"] on clean predictions of frozen["student"] (and
     "router", if it is routed)."""
     rollout_key, noise_key = jax.random.split(key)
-    clean = jax.lax.stop_gradient(rolled_out({}, frozen, batch, rollout_key, settings)[0])
-    at = noised(clean, noise_key, settings.flow)
-    loss = mean_square(predicted(trained["fake"], at, batch, settings.flow.call)[0] - at.velocity)
+    held = held_samples(key, batch["latents"].shape, settings.flow)
+    clean = jax.lax.stop_gradient(rolled_out({}, frozen, batch, rollout_key, settings, held)[0])
+    at = noised(clean, noise_key, settings.flow, held)
+    loss = mean_square(predicted(trained["fake"], at, batch, settings.flow.call)[0] - at.velocity, held)
     return loss, {"loss_fake": loss}
 
 
 def rolled_out(
-    trained: Models, frozen: Models, batch: Batch, key: jax.Array, settings: StepDistillSettings
+    trained: Models,
+    frozen: Models,
+    batch: Batch,
+    key: jax.Array,
+    settings: StepDistillSettings,
+    held: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The student's clean prediction [B, T, Y, X, C] at a random one of its steps, the same for the batch, and its
     gates there [B, G].
 
-    It starts from noise; from each step to the next its clean prediction gets fresh noise. The gradient goes through
-    the last step that is run and no other.
+    It starts from noise; from each step to the next its clean prediction gets fresh noise. The first frames of samples
+    that are `held` [B] are the batch's from beginning to end. The gradient goes through the last step that is run and
+    no other.
     """
     models = {**frozen, **trained}
     student, router = models["student"], models.get("router")
@@ -109,13 +120,17 @@ def rolled_out(
 
     def noisy(clean: jax.Array, step: jax.Array) -> Noised:
         noise = jax.random.normal(jax.random.fold_in(noise_key, step), shape)
-        return at_levels(clean, noise, jnp.full(shape[0], levels[step]))
+        return at_levels(clean, noise, jnp.full(shape[0], levels[step]), held)
 
     def before(step: jax.Array, clean: jax.Array) -> jax.Array:
         return clean_prediction(*jax.lax.stop_gradient((student, router)), noisy(clean, step), batch, settings)[0]
 
     # Where it begins, at σ = 1, nothing is left of what is noised.
-    clean = jax.lax.fori_loop(0, last, before, jnp.zeros(shape))
+    start = jnp.zeros(shape)
+    if held is not None:
+        given = held_frames(held, shape[1])[..., None, None, None]
+        start = jnp.where(given, batch["latents"].astype(jnp.float32), start)
+    clean = jax.lax.fori_loop(0, last, before, start)
     return clean_prediction(student, router, noisy(clean, last), batch, settings)
 
 
@@ -128,8 +143,8 @@ def clean_prediction(
 
 
 def clean_of(at: Noised, velocity: jax.Array) -> jax.Array:
-    """x0 = x_σ − σ·v."""
-    return at.latents - per_sample(at.levels) * velocity
+    """x0 = x_σ − σ·v; frames that are held as they are."""
+    return at.latents - frame_levels(at.levels, at.held, at.latents.shape[1]) * velocity
 
 
 def guided(teacher, at: Noised, batch: Batch, settings: StepDistillSettings) -> jax.Array:
@@ -150,8 +165,9 @@ def guided(teacher, at: Noised, batch: Batch, settings: StepDistillSettings) -> 
     return empty + settings.guidance_scale * (velocity - empty)
 
 
-def matching_gradient(clean: jax.Array, real: jax.Array, fake: jax.Array) -> jax.Array:
-    """g = (p_real − p_fake) / mean|x − x0_real|, with p = x − x0 of each score; the mean is of a sample's elements."""
+def matching_gradient(clean: jax.Array, real: jax.Array, fake: jax.Array, held: jax.Array | None = None) -> jax.Array:
+    """g = (p_real − p_fake) / mean|x − x0_real|, with p = x − x0 of each score; the mean is of a sample's elements,
+    without its first frame where that is held [B]."""
     p_real, p_fake = clean - real, clean - fake
-    size = jnp.mean(jnp.abs(p_real), axis=(1, 2, 3, 4), keepdims=True)
+    size = sample_means(jnp.abs(p_real), held)[:, None, None, None, None]
     return (p_real - p_fake) / jnp.maximum(size, LEAST_DISTANCE)

@@ -6,6 +6,7 @@ mesh, of the value and of the gradients.
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,19 +17,23 @@ from dit_jax.methods.routing import Routing
 from dit_jax.models import flux, wan
 from dit_jax.sharding import batch_shardings, make_mesh, parse_mesh, replicated, shardings
 from train.coredit_loss import CoreditSettings, coredit
+from train.losses import FlowSettings
 from train.pare_loss import PareSettings, pare
 from train.step_distill_loss import StepDistillSettings, step_distill
 
 CASES = (
     ("pare", "wan", "fsdp=2,context=2,tensor=2"),
+    ("held", "wan", "data=2,fsdp=2,context=2"),
     ("coredit", "flux", "data=2,context=4"),
     ("step_distill", "wan", "data=2,context=4"),
 )
 AXES = {"wan": wan.AXES, "flux": flux.AXES}
 KEY = jax.random.key(3)
 ROUTING = Routing(least=2, most=3)
+PARE = PareSettings(routing=ROUTING, sampled_blocks=2)
 LOSSES = {
-    "pare": partial(pare, settings=PareSettings(routing=ROUTING, sampled_blocks=2)),
+    "pare": partial(pare, settings=PARE),
+    "held": partial(pare, settings=replace(PARE, flow=FlowSettings(first_frame_conditioning=0.5))),
     "coredit": partial(coredit, settings=CoreditSettings()),
     "step_distill": partial(step_distill, settings=StepDistillSettings(routing=ROUTING)),
 }

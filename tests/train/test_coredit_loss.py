@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch_twins import Masked, as_jax, batch_of, relative, twin, use_rounded_frequencies, velocity
+from torch_twins import (
+    Masked,
+    as_jax,
+    batch_of,
+    counted_mean,
+    relative,
+    told_levels,
+    twin,
+    use_rounded_frequencies,
+    velocity,
+)
 
 from dit_jax.methods.coredit_ratios import allocate, most_skipped, next_block, ramped
 from dit_jax.models.network import NetworkCall
@@ -35,11 +45,12 @@ def given(kind, skipped):
     return student, teacher, as_jax(batch_of(kind)) | {"skipped": jnp.asarray(skipped, jnp.int32)}
 
 
-def torch_outputs(kind, skipped):
+def torch_outputs(kind, skipped, flow=SETTINGS.flow):
     """(velocity of the student, of the teacher, the true one, attention outputs of both)."""
     batch = batch_of(kind)
-    at = noised(jnp.asarray(batch["latents"]), jax.random.split(KEY)[0], SETTINGS.flow)
-    noisy, levels, truth = torch.tensor(np.asarray(at.latents)), np.asarray(at.levels), np.asarray(at.velocity)
+    at = noised(jnp.asarray(batch["latents"]), jax.random.split(KEY)[0], flow)
+    noisy, truth = torch.tensor(np.asarray(at.latents)), np.asarray(at.velocity)
+    levels = told_levels(at, noisy.shape)
     _, frames, rows, columns, _ = (1, *noisy.shape[1:])
     masked = Masked(grid=(frames, rows // 2, columns // 2), cells=(3, 2), skipped=np.asarray(skipped))
     with torch.no_grad():
@@ -79,6 +90,20 @@ def test_values_and_gradients_are_pytorchs(kind):
     distances = torch.stack([(student[block] - teacher[block]).square().mean() for block in student])
     expected = (found - truth).square().mean() + 0.5 * (found - target).square().mean() + 0.5 * distances.mean()
     assert relative(dense, expected.detach()) <= 1e-4
+
+
+def test_of_first_frames_that_are_held_attention_alone_is_compared():
+    settings = replace(SETTINGS, flow=FlowSettings(first_frame_conditioning=0.5))
+    (loss, metrics), gradients = ours(*given("wan", SKIPPED["wan"]), KEY, settings)
+    found, target, truth, student, teacher = torch_outputs("wan", SKIPPED["wan"], settings.flow)
+    held = noised(jnp.asarray(batch_of("wan")["latents"]), jax.random.split(KEY)[0], settings.flow).held
+    of_data, of_teacher = (counted_mean((found - other).square(), held) for other in (truth, target))
+    distances = torch.stack([(student[block] - teacher[block]).square().mean() for block in student])
+    expected = of_data + 0.5 * of_teacher + 0.5 * distances.mean()
+    expected.backward()
+    assert relative(loss, expected.detach()) <= 1e-4
+    assert relative(metrics["loss_data"], of_data.detach()) <= 1e-4
+    assert relative(gradients["student"], twin("wan", 1).gradients()) <= 1e-4
 
 
 def test_a_student_that_is_its_teacher_and_skips_nothing_has_the_datas_loss_alone():

@@ -13,9 +13,11 @@ from torch_twins import (
     WAN,
     as_jax,
     batch_of,
+    counted_mean,
     flux_velocity,
     gradients_of,
     relative,
+    told_levels,
     torch_leaves,
     twin,
     use_rounded_frequencies,
@@ -28,7 +30,6 @@ from train.ddit_loss import ddit
 from train.losses import FlowSettings, noised
 
 KEY = jax.random.key(3)
-SETTINGS = FlowSettings()
 
 
 @pytest.fixture(autouse=True)
@@ -153,37 +154,39 @@ def enlarged(latents, side):
     return latents
 
 
-@partial(jax.jit, static_argnames="scale")
-def ours(trained, frozen, batch, key, scale):
-    return jax.value_and_grad(ddit, has_aux=True)(trained, frozen, batch, key, scale=scale, settings=SETTINGS)
+@partial(jax.jit, static_argnames=("scale", "settings"))
+def ours(trained, frozen, batch, key, scale, settings):
+    return jax.value_and_grad(ddit, has_aux=True)(trained, frozen, batch, key, scale=scale, settings=settings)
 
 
 @pytest.mark.parametrize(
-    ("kind", "scale"),
-    [("wan", 2), ("flux", 2), *(pytest.param(kind, 4, marks=pytest.mark.long) for kind in ("wan", "flux"))],
+    ("kind", "scale", "share"),
+    [("wan", 2, 0), ("wan", 2, 0.5), ("flux", 2, 0)]
+    + [pytest.param(kind, 4, 0, marks=pytest.mark.long) for kind in ("wan", "flux")],
 )
-def test_values_and_gradients_are_pytorchs(kind, scale):
+def test_values_and_gradients_are_pytorchs(kind, scale, share):
     adapters, batch, name = random_adapters(kind), batch_of(kind), f"{scale}p"
     frozen = {"teacher": twin(kind, 0).model}
-    (loss, metrics), gradients = ours({"adapters": adapters}, frozen, as_jax(batch), KEY, scale)
+    settings = FlowSettings(first_frame_conditioning=share)
+    (loss, metrics), gradients = ours({"adapters": adapters}, frozen, as_jax(batch), KEY, scale, settings)
 
-    at = noised(jnp.asarray(batch["latents"]), KEY, SETTINGS)
+    at = noised(jnp.asarray(batch["latents"]), KEY, settings)
     noisy, levels = torch.tensor(np.asarray(at.latents)), np.asarray(at.levels)
     with torch.no_grad():
-        target = velocity(twin(kind, 0), noisy, levels, batch)[0]
+        target = velocity(twin(kind, 0), noisy, told_levels(at, noisy.shape), batch)[0]
     leaves = torch_leaves(adapters[name])
     model = (larger_flux if kind == "flux" else larger_wan)(leaves, scale)
     wide = enlarged(noisy, 2 * scale)
     if kind == "flux":
         found = flux_velocity(model, wide, levels, batch, scale)
     else:
-        found = wan_velocity(model, wide, levels, batch)
+        found = wan_velocity(model, wide, told_levels(at, wide.shape, 2 * scale), batch)
     found = found[:, :, : noisy.shape[2], : noisy.shape[3]] + torch_residual(leaves.residual, noisy)
-    expected = (found - target).square().mean()
+    expected = counted_mean((found - target).square(), at.held)
     expected.backward()
     assert relative(loss, expected.detach()) <= 1e-4
     assert relative(gradients["adapters"][name], gradients_of(leaves)) <= 1e-4
-    slow = np.mean((found.detach().numpy().astype(np.float64) - target.numpy()) ** 2)
+    slow = counted_mean((found.detach().numpy().astype(np.float64) - target.numpy()) ** 2, at.held)
     assert relative(metrics["loss_teacher"], slow) <= 1e-4
     other = gradients["adapters"]["2p" if scale == 4 else "4p"]
     assert all((leaf == 0).all() for leaf in map(np.asarray, jax.tree.leaves(other)))

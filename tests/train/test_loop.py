@@ -38,10 +38,10 @@ def batch_at(position):
     return {"x": rng.normal(size=(8, 3)).astype(np.float32), "y": rng.normal(size=(8, 2)).astype(np.float32)}
 
 
-def run(out, steps, *, batch_at=batch_at, hooks=(), **options):
+def run(out, steps, *, batch_at=batch_at, hooks=(), facts=None, **options):
     config = RunConfig(out=str(out), steps=steps, log_every=1, save_every=3, **options)
     step = TrainStep(Line(), alone(noisy_squares, adam(0.05)), training_mesh(config.mesh))
-    return train(config, step.init(Line()), step, batch_at, hooks)
+    return train(config, step.init(Line()), step, batch_at, hooks, facts=facts)
 
 
 def values(state):
@@ -154,10 +154,19 @@ def test_metrics_and_hooks_are_logged(tmp_path):
     assert means == pytest.approx([line["loss"] for line in lines if "loss" in line], rel=1e-5)
 
 
+def test_the_log_of_a_fresh_run_begins_with_its_facts(tmp_path):
+    for steps in (3, 6):
+        run(tmp_path, steps, facts={"kept_heads": 0.7})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(7))
+    assert lines[0].keys() == {"step", "time", "kept_heads"} and lines[0]["kept_heads"] == 0.7
+    assert not any("kept_heads" in line for line in lines[1:])
+
+
 def test_tensorboard_has_what_the_log_has(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
-    run(tmp_path, 3, tensorboard=True)
+    run(tmp_path, 3, tensorboard=True, facts={"kept_heads": 0.75})
     (file,) = (tmp_path / "tensorboard").iterdir()
     content, found, place = file.read_bytes(), {}, 0
     while place < len(content):  # each record: its length, a checksum, itself, a checksum
@@ -166,7 +175,8 @@ def test_tensorboard_has_what_the_log_has(tmp_path):
         found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
         place += size + 16
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
+    assert found[0, "kept_heads"] == 0.75
+    for line in lines[1:]:
         assert found[line["step"], "loss"] == pytest.approx(line["loss"], rel=1e-5)
         of_blocks = [found[line["step"], f"error_by_block/block_0{block}"] for block in range(2)]
         assert of_blocks == pytest.approx(line["error_by_block"], rel=1e-5)

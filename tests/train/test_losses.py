@@ -1,12 +1,23 @@
 """The losses against their definitions written out."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
-from torch_twins import as_jax, batch_of, relative, twin, use_rounded_frequencies, velocity
+from torch_twins import (
+    as_jax,
+    batch_of,
+    counted_mean,
+    relative,
+    told_levels,
+    twin,
+    use_rounded_frequencies,
+    velocity,
+)
 
 from dit_jax.lora import Adapter, merged
 from dit_jax.models.vae_wan import WanVAE, WanVAEConfig
@@ -19,12 +30,16 @@ from train.losses import (
     decibels,
     finetune,
     flow_matching,
+    held_samples,
+    mean_square,
     noise_levels,
     noised,
     pixels,
 )
 
 TINY = WanConfig(blocks=2, width=24, heads=2, head_width=12, mlp_width=32, text_width=8, in_channels=4, out_channels=4)
+
+PLAIN = FlowSettings()
 
 
 @pytest.fixture(scope="module")
@@ -88,24 +103,32 @@ def test_flow_matching_learns_from_text_and_time(batch):
         assert float(jnp.abs(leaf[...]).max()) > 0
 
 
-@jax.jit
-def finetuned(trained, frozen, batch, key):
-    return jax.value_and_grad(finetune, has_aux=True)(trained, frozen, batch, key, settings=FlowSettings())
+@partial(jax.jit, static_argnames="settings")
+def finetuned(trained, frozen, batch, key, settings=PLAIN):
+    return jax.value_and_grad(finetune, has_aux=True)(trained, frozen, batch, key, settings=settings)
 
 
-@pytest.mark.parametrize("kind", ["wan", "flux", pytest.param("wan-i2v", marks=pytest.mark.long)])
-def test_finetuning_is_pytorchs(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [("wan", 0.0), ("wan", 0.5), ("flux", 0.0), pytest.param("wan-i2v", 0.0, marks=pytest.mark.long)],
+)
+def test_finetuning_is_pytorchs(kind, share, monkeypatch):
     use_rounded_frequencies(monkeypatch)
-    student, batch = twin(kind, 1), batch_of(kind)
-    (loss, metrics), gradients = finetuned({"student": student.model}, {}, as_jax(batch), jax.random.key(3))
-    at = noised(jnp.asarray(batch["latents"]), jax.random.key(3), FlowSettings())
+    student, batch, settings = twin(kind, 1), batch_of(kind), FlowSettings(first_frame_conditioning=share)
+    (loss, metrics), gradients = finetuned({"student": student.model}, {}, as_jax(batch), jax.random.key(3), settings)
+    at = noised(jnp.asarray(batch["latents"]), jax.random.key(3), settings)
     levels, truth = np.asarray(at.levels), np.asarray(at.velocity)
-    found = velocity(student, torch.tensor(np.asarray(at.latents)), levels, batch)[0]
-    expected = (found - torch.tensor(truth)).square().mean()
+    assert (at.held is None) == (share == 0) and (at.held is None or sorted(at.held.tolist()) == [False, True])
+    found = velocity(student, torch.tensor(np.asarray(at.latents)), told_levels(at, truth.shape), batch)[0]
+    expected = counted_mean((found - torch.tensor(truth)).square(), at.held)
     expected.backward()
     assert relative(loss, expected.detach()) <= 1e-4
     assert relative(gradients["student"], student.gradients()) <= 1e-4
-    errors = np.mean((found.detach().numpy().astype(np.float64) - truth) ** 2, axis=(1, 2, 3, 4))
+    squares = (found.detach().numpy().astype(np.float64) - truth) ** 2
+    held = [False, False] if at.held is None else at.held.tolist()
+    errors = np.array(
+        [square[1:].mean() if first else square.mean() for square, first in zip(squares, held, strict=True)]
+    )
     for name, of in (("loss_low_noise", levels < 0.5), ("loss_high_noise", levels >= 0.5)):
         np.testing.assert_allclose(metrics[name], errors[of].mean() if of.any() else 0, rtol=1e-4)
 
@@ -119,6 +142,61 @@ def test_finetuning_a_lora_leaves_the_weights(batch):
     plain, merged_in = (finetuned(student, {}, batch, jax.random.key(3))[0][0] for student in students)
     assert relative(loss, merged_in) <= 1e-5 and abs(loss - plain) > 1e-4
     assert all(np.abs(part).max() > 0 for part in (gradients["lora"][name].down for name in lora))
+
+
+def test_a_held_first_frame_is_clean_and_nothing_else_changes(batch):
+    key, latents = jax.random.key(3), jnp.asarray(batch["latents"], jnp.float16)
+    half, none = (noised(latents, key, FlowSettings(first_frame_conditioning=share)) for share in (0.5, 0.0))
+    assert none.held is None and half.held.sum() == 2
+    # Without a share: what was drawn before there was one, bit for bit.
+    level_key, noise_key = jax.random.split(key)
+    levels, noise = noise_levels(level_key, 4, FlowSettings()), jax.random.normal(noise_key, latents.shape)
+    clean, weight = latents.astype(jnp.float32), levels[:, None, None, None, None]
+    np.testing.assert_array_equal(none.latents, (1 - weight) * clean + weight * noise)
+    np.testing.assert_array_equal(none.velocity, noise - clean)
+    expected = np.array(none.latents)
+    expected[np.asarray(half.held), 0] = np.asarray(clean)[np.asarray(half.held), 0]
+    np.testing.assert_array_equal(half.latents, expected)
+    np.testing.assert_array_equal(half.velocity, none.velocity)
+    np.testing.assert_array_equal(half.levels, levels)
+
+
+def test_what_is_predicted_of_a_held_frame_is_no_error(batch, monkeypatch):
+    settings = FlowSettings(first_frame_conditioning=1.0)
+    at = noised(jnp.asarray(batch["latents"]), jax.random.key(3), settings)
+
+    def oracle(model, call, tokens, t, conditioning, state=None, aux=None):
+        np.testing.assert_array_equal(t.which, (np.arange(12) < 6) * np.ones((4, 1)))
+        np.testing.assert_allclose(t.values, np.stack([1000 * at.levels, np.zeros(4)], axis=1), rtol=1e-6)
+        return losses.layout(at.velocity.at[:, 0].add(7.0).at[:, 1].add(2.0), TINY.patch).rows, None
+
+    monkeypatch.setattr(losses, "network", oracle)
+    model = nnx.eval_shape(lambda: Wan(TINY, nnx.Rngs(0)))
+    loss, told = flow_matching(model, batch, jax.random.key(3), settings)
+    np.testing.assert_allclose([loss, told["loss_high_noise"]], 4.0, rtol=1e-5)
+
+
+def test_so_many_samples_are_held_as_the_share_says_whatever_their_levels_are():
+    def drawn(share, shape=(8, 3, 2, 2, 1)):
+        settings = FlowSettings(first_frame_conditioning=share)
+        return np.stack([held_samples(jax.random.key(seed), shape, settings) for seed in range(200)])
+
+    assert (drawn(0.5).sum(axis=1) == 4).all() and drawn(1.0).all()
+    counts = drawn(0.3).sum(axis=1)
+    assert set(counts) == {2, 3} and counts.mean() == pytest.approx(2.4, abs=0.1)
+    # Levels rise with a sample's place in the batch.
+    np.testing.assert_allclose(drawn(0.5).mean(axis=0), 0.5, atol=0.12)
+    assert held_samples(jax.random.key(0), (8, 1, 2, 2, 1), FlowSettings(first_frame_conditioning=0.5)) is None
+
+
+def test_errors_of_held_frames_are_not_counted():
+    rng = np.random.default_rng(0)
+    error, held = rng.normal(size=(3, 4, 2, 3, 2)).astype(np.float32), np.array([True, False, True])
+    expected = np.mean([np.mean(error[0, 1:] ** 2), np.mean(error[1] ** 2), np.mean(error[2, 1:] ** 2)])
+    np.testing.assert_allclose(mean_square(jnp.asarray(error), jnp.asarray(held)), expected, rtol=1e-6)
+    np.testing.assert_allclose(mean_square(jnp.asarray(error)), np.mean(error**2), rtol=1e-6)
+    one = np.mean(error[1, :1] ** 2) / 3  # of one frame that is held nothing is left
+    np.testing.assert_allclose(mean_square(jnp.asarray(error[:, :1]), jnp.asarray(held)), one, rtol=1e-6)
 
 
 def test_noise_levels_are_logit_normal_shifted_and_spread():

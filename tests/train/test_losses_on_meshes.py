@@ -19,6 +19,6 @@ def test_meshes_make_what_one_device_makes():
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
     errors = json.loads(run.stdout.splitlines()[-1])
-    assert len(errors) == 3
+    assert len(errors) == 4
     for name, (of_value, of_gradients) in errors.items():
         assert of_value <= 1e-5 and of_gradients <= 1e-4, (name, of_value, of_gradients)

@@ -11,10 +11,12 @@ import torch
 from torch_twins import (
     as_jax,
     batch_of,
+    counted_mean,
     gradients_of,
     relative,
     router_gates,
     router_of,
+    told_levels,
     torch_leaves,
     twin,
     use_rounded_frequencies,
@@ -40,15 +42,16 @@ def ours(trained, frozen, batch, key, settings):
     return jax.value_and_grad(pare, has_aux=True)(trained, frozen, batch, key, settings=settings)
 
 
-def torch_terms(kind, student, teacher, batch, leaves=None):
-    """The terms in torch, and the velocities and outputs that they are of."""
-    at = noised(jnp.asarray(batch["latents"]), jax.random.split(KEY)[0], SETTINGS.flow)
+def torch_terms(kind, student, teacher, batch, leaves=None, flow=SETTINGS.flow):
+    """The terms in torch, the velocities and gates that they are of, and the samples whose first frame is held."""
+    at = noised(jnp.asarray(batch["latents"]), jax.random.split(KEY)[0], flow)
     taps = np.asarray(drawn_blocks(jax.random.split(KEY)[1], len(student.blocks), SETTINGS.sampled_blocks))
     noisy, levels, truth = (np.asarray(each) for each in (at.latents, at.levels, at.velocity))
     gates = None if leaves is None else router_gates(leaves, kind, noisy, levels, batch, (2, 4))
+    told = told_levels(at, noisy.shape)
     with torch.no_grad():
-        target, of_teacher = velocity(teacher, torch.tensor(noisy), levels, batch)
-    found, of_student = velocity(student, torch.tensor(noisy), levels, batch, gates)
+        target, of_teacher = velocity(teacher, torch.tensor(noisy), told, batch)
+    found, of_student = velocity(student, torch.tensor(noisy), told, batch, gates)
     of_blocks, runs = [], []
     for tap in taps.tolist():
         theirs = of_teacher.outputs[tap]
@@ -61,46 +64,47 @@ def torch_terms(kind, student, teacher, batch, leaves=None):
     of_blocks, runs = torch.stack(of_blocks), torch.stack(runs)
     terms = {
         "loss_features": (of_blocks * runs).sum() / runs.sum().clamp(min=1),
-        "loss_teacher": (found - target).square().mean(),
-        "loss_data": (found - torch.tensor(truth)).square().mean(),
+        "loss_teacher": counted_mean((found - target).square(), at.held),
+        "loss_data": counted_mean((found - torch.tensor(truth)).square(), at.held),
     }
     if kind != "flux":
-        terms["loss_motion"] = (found.diff(dim=1) - target.diff(dim=1)).square().mean()
-    return terms, found, target, truth, gates
+        terms["loss_motion"] = counted_mean((found.diff(dim=1) - target.diff(dim=1)).square(), at.held)
+    return terms, found, target, truth, gates, at.held
 
 
-def slow_terms(found, target, truth):
+def slow_terms(found, target, truth, held):
     """Terms of the velocities, in NumPy."""
     found, target = found.detach().numpy().astype(np.float64), target.numpy().astype(np.float64)
-    terms = {"loss_teacher": np.mean((found - target) ** 2), "loss_data": np.mean((found - truth) ** 2)}
+    errors = {"loss_teacher": (found - target) ** 2, "loss_data": (found - truth) ** 2}
     if found.shape[1] > 1:
-        moved = (found[:, 1:] - found[:, :-1]) - (target[:, 1:] - target[:, :-1])
-        terms["loss_motion"] = np.mean(moved**2)
-    return terms
+        errors["loss_motion"] = ((found[:, 1:] - found[:, :-1]) - (target[:, 1:] - target[:, :-1])) ** 2
+    return {name: counted_mean(error, held) for name, error in errors.items()}
 
 
 WEIGHTS = {"loss_features": 10, "loss_teacher": 6, "loss_data": 1}
 
 
 @pytest.mark.parametrize(
-    ("kind", "routed"),
-    [("wan", False), ("wan", True), ("flux", True), pytest.param("flux", False, marks=pytest.mark.long),
-     pytest.param("wan-i2v", False, marks=pytest.mark.long), pytest.param("wan-i2v", True, marks=pytest.mark.long)],
+    ("kind", "routed", "share"),
+    [("wan", False, 0), ("wan", True, 0), ("wan", True, 0.5), ("flux", True, 0),
+     *(pytest.param(*case, marks=pytest.mark.long)
+       for case in (("flux", False, 0), ("wan-i2v", False, 0), ("wan-i2v", True, 0)))],
 )  # fmt: skip
-def test_values_and_gradients_are_pytorchs(kind, routed):
+def test_values_and_gradients_are_pytorchs(kind, routed, share):
     student, teacher, batch = twin(kind, 1, narrower=5), twin(kind, 0), batch_of(kind)
     weights = IMAGE_TO_VIDEO if kind == "wan-i2v" else TEXT_TO_VIDEO
     trained = {"student": student.model} | ({"router": router_of(kind)} if routed else {})
-    settings = replace(SETTINGS, weights=weights)
+    settings = replace(SETTINGS, weights=weights, flow=FlowSettings(first_frame_conditioning=share))
     (loss, metrics), gradients = ours(trained, {"teacher": teacher.model}, as_jax(batch), KEY, settings)
 
     leaves = torch_leaves(router_of(kind)) if routed else None
-    terms, found, target, truth, gates = torch_terms(kind, student, teacher, batch, leaves)
+    terms, found, target, truth, gates, held = torch_terms(kind, student, teacher, batch, leaves, settings.flow)
+    assert (held is not None) == (share > 0)
     scales = WEIGHTS | {"loss_motion": 4 if kind == "wan-i2v" else 8}
     expected = sum(scales[name] * term for name, term in terms.items())
     expected.backward()
     assert relative(loss, expected.detach()) <= 1e-4
-    for name, value in slow_terms(found, target, truth).items():
+    for name, value in slow_terms(found, target, truth, held).items():
         assert relative(metrics[name], value) <= 1e-4, name
     assert relative(metrics["loss_features"], terms["loss_features"].detach()) <= 1e-4
     assert set(metrics) == set(terms) | ({"active_blocks", "active_by_block"} if routed else set())

@@ -11,6 +11,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from first_frames import text_or_image
 from PIL import Image
 
 from convert.checkpoint import open_checkpoint
@@ -152,9 +153,14 @@ def test_pare_takes_both_stages(data, pruned, tmp_path):
     code, lines = run("pare_stage1", tmp_path / "one", data, f"student={pruned}")
     assert code == 0
     assert {"loss_features", "loss_teacher", "loss_data", "loss_motion"} <= set(lines[-1])
+    of_one = lines[0]
     code, lines = run("pare_stage2", tmp_path / "two", data, f"student={tmp_path}/one-model")
     assert code == 0
     student = open_checkpoint(tmp_path / "two-model")
+    sizes = [sum(leaf.size for leaf in weights(model).values()) for model in (tmp_path / "two-model", "demo-wan")]
+    kept = {"kept_heads": 1.0, "kept_neurons": 0.5, "kept_parameters": pytest.approx(sizes[0] / sizes[1], abs=1e-6)}
+    for line in (of_one, lines[0]):
+        assert line == {"step": 0, "time": line["time"]} | kept
     assert student.component("transformer").config.mlp_width < 432
     parts = read_parts(student)
     parse_plan("routing").check((10,), parts)
@@ -202,6 +208,25 @@ def test_step_distillation_makes_a_student_of_four_steps(data, tmp_path):
     defaults = read_defaults(open_checkpoint(tmp_path / "run-model"), Defaults())
     assert (defaults.steps, defaults.guidance, defaults.solver) == (4, 1.0, "renoise")
     assert read_shift(open_checkpoint(tmp_path / "run-model")).constant == 5.0
+
+
+def test_half_the_samples_of_a_model_of_first_frames_have_theirs_held(data, tmp_path, capsys):
+    """By default; a run that goes on holds the same ones."""
+    model = text_or_image(tmp_path / "model")
+    data = data | {model: data["demo-wan"]}
+    half, resumed, none = (tmp_path / name for name in ("half", "resumed", "none"))
+    code, lines = run("finetune", half, data, "microbatches=2", model=model, steps=4)
+    assert code == 0
+    shutil.copytree(half, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "4")
+    settings = "microbatches=2", "first_frame_conditioning=0.5"
+    assert run("finetune", resumed, data, *settings, model=model, steps=4)[0] == 0
+    assert changed(load_ema(resumed), load_ema(half)) == []
+    settings = "microbatches=2", "first_frame_conditioning=0"
+    assert run("finetune", none, data, *settings, model=model, steps=4)[1][0]["loss"] != lines[0]["loss"]
+    assert len(changed(load_ema(none), load_ema(half))) > 30
+    assert run("finetune", tmp_path / "all", data, "first_frame_conditioning=1.5", model=model)[0] == 2
+    assert "first_frame_conditioning is 1.5: expected a share from 0 to 1" in capsys.readouterr().err
 
 
 def test_flux_is_trained_as_wan_is(data, tmp_path):
@@ -302,6 +327,11 @@ def test_bad_input_is_one_sentence_and_keeps_the_last_checkpoint(data, pruned, t
         ("finetune", ["variant=huge"], "no variant 'huge'"),
         ("finetune", ["model=wan2.1-t2v-14b"], "is a preset, which has sizes and no weights"),
         ("finetune", ["merge=True"], "merge is True and lora 0: expected a LoRA to merge"),
+        (
+            "finetune",
+            ["first_frame_conditioning=0.5"],
+            "first_frame_conditioning is 0.5 for demo-wan, whose latents hold no first frame: expected 0, or a model",
+        ),
         ("pare_stage1", [], "there is no student"),
         ("pare_stage1", ["student=demo-flux"], "demo-flux is no student of demo-wan"),
         ("ddit", ["optimizer=sgd"], "optimizer is 'sgd', expected one of adamw, prodigy"),

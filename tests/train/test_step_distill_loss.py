@@ -11,10 +11,12 @@ import torch
 from torch_twins import (
     as_jax,
     batch_of,
+    counted_mean,
     gradients_of,
     relative,
     router_gates,
     router_of,
+    told_levels,
     torch_leaves,
     twin,
     use_rounded_frequencies,
@@ -23,12 +25,13 @@ from torch_twins import (
 
 from dit_jax.config import UserError
 from dit_jax.methods.routing import Routing
-from train.losses import noised
+from train.losses import FlowSettings, at_levels, held_samples, noised
 from train.step_distill_loss import StepDistillSettings, fake_score, matching_gradient, step_distill
 
 LIMITS = (2, 3)  # blocks of a routed student, at t = 0 and at t = 1000
 SETTINGS = StepDistillSettings(routing=Routing(least=LIMITS[0], most=LIMITS[1]))
 LEVELS = np.float32([1, 5 * 0.75 / 4, 5 * 0.5 / 3, 5 * 0.25 / 2])  # of t = 1000, 750, 500, 250, shifted by 5
+HOLDING = replace(SETTINGS, flow=FlowSettings(shift=5.0, first_frame_conditioning=0.5))
 SHAPES = {"wan": (2, 3, 6, 10, 4), "flux": (2, 1, 8, 10, 4)}
 
 
@@ -51,30 +54,39 @@ def key_of(step: int) -> jax.Array:
     return next(key for key in map(jax.random.key, range(100)) if last_step(key) == step)
 
 
-def torch_rollout(kind, batch, key, leaves=None):
+def holding(batch, held):
+    """What puts the first frames of the batch into those of samples that are held."""
+    given, which = torch.tensor(batch["latents"]), torch.zeros(batch["latents"].shape, dtype=torch.bool)
+    if held is not None:
+        which[torch.tensor(np.asarray(held)), 0] = True
+    return lambda latents: torch.where(which, given, latents)
+
+
+def torch_rollout(kind, batch, key, leaves=None, held=None):
     """The student's clean prediction at the last step of its roll-out; autograd sees that step alone."""
     noise_key = jax.random.split(jax.random.split(key)[0])[1]
-    student, clean = twin(kind, 1), torch.zeros(SHAPES[kind])
+    student, clean, hold = twin(kind, 1), torch.zeros(SHAPES[kind]), holding(batch, held)
     for step in range(last_step(key) + 1):
         noise = torch.tensor(np.asarray(jax.random.normal(jax.random.fold_in(noise_key, step), SHAPES[kind])))
         level = float(LEVELS[step])
-        noisy, levels = (1 - level) * clean.detach() + level * noise, np.full(2, LEVELS[step])
+        noisy, levels = hold((1 - level) * clean.detach() + level * noise), np.full(2, LEVELS[step])
+        told = told_levels(at_levels(jnp.zeros(SHAPES[kind]), noise.numpy(), jnp.asarray(levels), held), noisy.shape)
         gates = None if leaves is None else router_gates(leaves, kind, noisy, levels, batch, LIMITS)
         with torch.set_grad_enabled(step == last_step(key)):
-            clean = noisy - level * velocity(student, noisy, levels, batch, gates)[0]
+            clean = hold(noisy - level * velocity(student, noisy, told, batch, gates)[0])
     return clean
 
 
-def torch_scores(kind, batch, key, clean):
+def torch_scores(kind, batch, key, clean, held=None):
     """(noisy latents, levels [B], the true velocity, clean predictions of the guided teacher and of the fake score)."""
-    at = noised(jnp.asarray(clean.detach().numpy()), jax.random.split(key)[1], SETTINGS.flow)
-    noisy, levels = torch.tensor(np.asarray(at.latents)), np.asarray(at.levels)
+    at = noised(jnp.asarray(clean.detach().numpy()), jax.random.split(key)[1], SETTINGS.flow, held)
+    noisy, levels, hold = torch.tensor(np.asarray(at.latents)), told_levels(at, clean.shape), holding(batch, held)
     empty = batch | {name: batch[f"empty_{name}"] for name in ("text", "pooled") if name in batch}
     found = velocity(twin(kind, 2), noisy, levels, batch)[0]
     with torch.no_grad():
         told, untold = (velocity(twin(kind, 0), noisy, levels, of)[0] for of in (batch, empty))
-    scale = torch.tensor(levels)[:, None, None, None, None]
-    real, fake = noisy - scale * (untold + 3 * (told - untold)), noisy - scale * found.detach()
+    scale = torch.tensor(np.asarray(at.levels))[:, None, None, None, None]
+    real, fake = hold(noisy - scale * (untold + 3 * (told - untold))), hold(noisy - scale * found.detach())
     return torch.tensor(np.asarray(at.velocity)), found, real, fake
 
 
@@ -122,6 +134,35 @@ def test_the_fake_scores_update_is_pytorchs(kind, routed):
     twin(kind, 1).gradients()
     slow = np.mean((found.detach().numpy().astype(np.float64) - truth.numpy()) ** 2)
     assert relative(metrics["loss_fake"], slow) <= 1e-4
+
+
+@pytest.mark.parametrize("step", [2, pytest.param(0, marks=pytest.mark.long)])
+def test_both_updates_with_first_frames_that_are_held_are_pytorchs(step):
+    batch, key = batch_of("wan", empty=True), key_of(step)
+    student, teacher, fake = (twin("wan", seed).model for seed in (1, 0, 2))
+    held = held_samples(key, SHAPES["wan"], HOLDING.flow)
+    assert sorted(held.tolist()) == [False, True]
+    frozen = {"teacher": teacher, "fake": fake}
+    (loss, metrics), gradients = ours(step_distill, {"student": student}, frozen, as_jax(batch), key, HOLDING)
+
+    clean = torch_rollout("wan", batch, key, held=held)
+    truth, found, real, fakes = torch_scores("wan", batch, key, clean, held)
+    x = clean.detach()
+    assert (x[:, 0] == torch.tensor(batch["latents"])[:, 0])[np.asarray(held)].all()
+    sizes = torch.stack([counted_mean((x - real).abs()[[row]], [held[row]]) for row in range(2)])
+    g = (fakes - real) / sizes[:, None, None, None, None]
+    expected = 0.5 * counted_mean((clean - (x - g)).square(), held)
+    expected.backward()
+    assert relative(loss, expected.detach()) <= 1e-4
+    assert relative(gradients["student"], twin("wan", 1).gradients()) <= 1e-4
+    for name, other in (("real_distance", real), ("fake_distance", fakes)):
+        assert relative(metrics[name], counted_mean((x - other).square(), held)) <= 1e-4
+
+    (loss, _), gradients = ours(fake_score, {"fake": fake}, {"student": student}, as_jax(batch), key, HOLDING)
+    expected = counted_mean((found - truth).square(), held)
+    expected.backward()
+    assert relative(loss, expected.detach()) <= 1e-4
+    assert relative(gradients["fake"], twin("wan", 2).gradients()) <= 1e-4
 
 
 def test_timesteps_are_shifted():

@@ -111,8 +111,8 @@ def velocity(
     gates: torch.Tensor | None = None,
     masked: "Masked | None" = None,
 ) -> tuple[torch.Tensor, Seen]:
-    """Velocity [B, T, Y, X, C] of diffusers' model, gated [B, G] and with masked attention if asked, and what was seen
-    on the way."""
+    """Velocity [B, T, Y, X, C] of diffusers' model at levels [B] or (Wan) of each token [B, N], gated [B, G] and with
+    masked attention if asked, and what was seen on the way."""
     seen = Seen()
     hooks = [hook for index, block in enumerate(pair.blocks) for hook in _hooks(block, index, seen, gates, masked)]
     try:
@@ -128,6 +128,25 @@ def wan_velocity(model, latents, levels, batch):
     image = torch.tensor(batch["image"]) if "image" in batch else None
     t, text = torch.tensor(levels) * 1000, torch.tensor(batch["text"])
     return model(latents.permute(0, 4, 1, 2, 3), t, text, image).sample.permute(0, 2, 3, 4, 1)
+
+
+def told_levels(at, shape, side=2) -> np.ndarray:
+    """The levels of noised latents [B], or of every token [B, N] where first frames are held."""
+    levels = np.asarray(at.levels)
+    if at.held is None:
+        return levels
+    frame = (shape[2] // side) * (shape[3] // side)
+    of_tokens = np.repeat(levels[:, None], shape[1] * frame, axis=1)
+    of_tokens[np.asarray(at.held), :frame] = 0
+    return of_tokens
+
+
+def counted_mean(squared, held=None):
+    """The mean, in torch or NumPy; over samples of each one's without its first frame where some are held."""
+    if held is None:
+        return squared.mean()
+    means = [of_sample[int(first) :].mean() for of_sample, first in zip(squared, np.asarray(held), strict=True)]
+    return sum(means) / len(means)
 
 
 def flux_velocity(model, latents, levels, batch, scale=1):

@@ -61,6 +61,7 @@ def training(config: Config, source: Source) -> Training:
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
         target=student,
         result=with_student,
+        facts=student.kept_of(source),
     )
 
 

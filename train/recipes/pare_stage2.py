@@ -76,6 +76,7 @@ def training(config: Config, source: Source) -> Training:
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
         target=student,
         result=partial(_result, router),
+        facts=student.kept_of(source),
     )
 
 

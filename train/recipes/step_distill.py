@@ -29,7 +29,6 @@ from dit_jax.models.flux import FluxConfig
 from infer.random_pipeline import TEXT_TOKENS
 from infer.side_files import DEFAULTS_FILE, SCHEDULER_FILE, read_settings
 from train import recipe
-from train.losses import FlowSettings
 from train.models import Source
 from train.optimizers import adamw
 from train.recipe import RecipeConfig, Training, with_files, with_transformer
@@ -75,7 +74,7 @@ class Config(RecipeConfig):
         return StepDistillSettings(
             shift=self.shift,
             guidance_scale=self.teacher_scale,
-            flow=FlowSettings(shift=self.shift, call=self.flow.call),
+            flow=self.flow,
             routing=Routing(least=self.least, most=self.most),
         )
 
@@ -115,6 +114,7 @@ def training(config: Config, source: Source) -> Training:
         target=student,
         result=partial(_result, config, student.parts.get(ROUTER)),
         extra=_abstract_empty(source),
+        facts=student.kept_of(source) if config.student else {},
         # The roll-out ends at a random one of the steps.
         trips=(len(config.settings.timesteps) - 1) / 2,
     )
