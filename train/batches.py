@@ -17,21 +17,34 @@ Told = Mapping[str, np.ndarray]  # what a model is told of N captions, each arra
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A square part of the latents at a random place: so many tokens a side, of so many latent cells each."""
+    """A square part of the latents: so many tokens a side, of so many latent cells each.
+
+    on  share of the windows whose middle is a cell that stands out; the others are anywhere
+    """
 
     tokens: int
     patch: int = 2
+    on: float = 0.0
 
     def cut(self, latents_BTYXC: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(windows [B, T, side, side, C], the (t, y, x) of their first tokens int32 [B, 3])."""
-        sides = np.array(latents_BTYXC.shape[2:4]) // self.patch
-        first = rng.integers(0, sides - self.tokens + 1, (len(latents_BTYXC), 2))
+        room = np.array(latents_BTYXC.shape[2:4]) // self.patch - self.tokens
+        first = rng.integers(0, room + 1, (len(latents_BTYXC), 2))
+        for index in np.flatnonzero(rng.random(len(first)) < self.on):
+            middle = rng.choice(outstanding(latents_BTYXC[index])) // self.patch
+            first[index] = np.clip(middle - self.tokens // 2, 0, room)
         side = self.tokens * self.patch
         cut = [
             latents[:, y : y + side, x : x + side]
             for latents, (y, x) in zip(latents_BTYXC, first * self.patch, strict=True)
         ]
         return np.stack(cut), np.pad(first, ((0, 0), (1, 0))).astype(np.int32)
+
+
+def outstanding(latents_TYXC: np.ndarray) -> np.ndarray:
+    """The (y, x) [N, 2] of the sixteenth of all cells that are farthest from the median, over all frames."""
+    far = np.abs(latents_TYXC - np.median(latents_TYXC, axis=(0, 1, 2))).sum((0, 3), dtype=np.float32)
+    return np.argwhere(far >= np.quantile(far, 15 / 16))
 
 
 @dataclass(frozen=True, kw_only=True)

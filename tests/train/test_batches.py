@@ -70,6 +70,20 @@ def test_windows_are_parts_of_the_latents_at_the_places_that_are_told():
     assert seen == {(0, y, x) for y in range(3) for x in range(5)}
 
 
+@pytest.mark.parametrize(("on", "least", "most"), [(1.0, 1.0, 1.0), (0.5, 0.5, 0.75), (0.0, 0.02, 0.3)])
+def test_windows_on_what_stands_out_hold_it(on, least, most):
+    rng = np.random.default_rng(0)
+    whole, places = rng.normal(0, 0.1, (6, 2, 24, 24, 3)), rng.integers(0, 19, (6, 2))
+    for latents, (y, x) in zip(whole, places, strict=True):
+        latents[:, y : y + 6, x : x + 6] += 3.0
+    held = []
+    for _ in range(50):
+        windows, origin = Window(tokens=3, on=on).cut(whole, rng)
+        assert (origin[:, 1:] >= 0).all() and (origin[:, 1:] <= 9).all()
+        held += list((windows > 2).mean((1, 2, 3, 4)) > 0.2)
+    assert least <= np.mean(held) <= most
+
+
 def test_after_the_last_stage_there_is_nothing():
     ending = batches()
     ending.stages = ending.stages[:2]

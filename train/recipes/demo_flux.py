@@ -63,7 +63,8 @@ SHIPPED = FluxConfig(
     guidance=False,
     rope_widths=(0, 8, 8),
 )
-WINDOW = 8  # tokens a side, of the 16 of a picture
+WINDOW = 7  # tokens a side, of the 16 of a picture: about as large as a digit
+ON_DIGITS = 0.8  # of the windows
 PREVIEW_SEED = 5
 
 
@@ -78,7 +79,7 @@ class Config(RunConfig):
     decay_steps: int = 1500
     window_every: int = 3
     close_up_batch: int = 64
-    window_batch: int = 64
+    window_batch: int = 80
     picture_batch: int = 16
     close_ups: int = 32_768
     pictures: int = 24_576
@@ -105,7 +106,9 @@ def run(config: Config) -> None:
     close_ups = Kind(load=partial(_latents, config, vae, CLOSE_UP, config.close_ups), batch=config.close_up_batch)
     load = partial(_latents, config, vae, SIZE, config.pictures)
     pictures = Kind(load=load, batch=config.picture_batch)
-    windows = Kind(load=load, batch=config.window_batch, window=Window(tokens=WINDOW, patch=SHIPPED.patch[-1]))
+    windows = Kind(
+        load=load, batch=config.window_batch, window=Window(tokens=WINDOW, patch=SHIPPED.patch[-1], on=ON_DIGITS)
+    )
     if config.encode_only:
         _ = close_ups.latents, pictures.latents
         return
