@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,13 @@ from convert.checkpoint import open_checkpoint
 from dit_jax.methods.plan import DENSE
 from dit_jax.methods.routing import LEAST, MOST, Routing
 from train.demo_media import CAPTIONS, PROMPTS
+from train.stages import Stage
 
 SHARE = 0.69  # of the blocks, on average over a run's steps, as in the paper
 RATIO = 0.45
 TOKENS = 0.25  # of the base size's, that DDiT's threshold is calibrated to
 FEW = 4
 STEPS = {"pare_stage1": 300, "pare_stage2": 300, "step_distill": 200, "coredit": 600, "ddit": 300}  # demo variants'
-MODULES = {
-    "dit-eval": "infer.evaluate",
-    "dit-bench": "infer.plan_bench",
-    "dit-prune": "infer.prune",
-    "dit-calibrate": "infer.calibrate",
-    "dit-encode": "train.encode",
-    "dit-train": "train.cli",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,24 +71,6 @@ class Study:
     def report(self, name: str) -> Path:
         """Of the scores of something."""
         return self.out / "scores" / f"{name}.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A command that makes a file or folder, after others."""
-
-    name: str
-    makes: Path
-    command: tuple[str, ...]
-    after: tuple[str, ...] = ()
-
-    @property
-    def arguments(self) -> list[str]:
-        """The command by this Python."""
-        first, *rest = self.command
-        if first == "python":
-            return [sys.executable, *rest]
-        return [sys.executable, "-m", MODULES[first], *rest]
 
 
 def mean_blocks(model: str, steps: int) -> tuple[int, int]:

@@ -10,9 +10,9 @@ from infer import calibrate, evaluate, plan_bench, prune
 from infer.paired_scores import write_report
 from train import encode, miniature
 from train.cli import configure, load_recipe
-from train.miniature import chosen, run_all
-from train.miniature_stages import SHARE, Stage, Study, bench_stage, entries, mean_blocks, stages
+from train.miniature_stages import SHARE, Study, bench_stage, entries, mean_blocks, stages
 from train.miniature_table import ABLATIONS, SCORES, report, table
+from train.stages import Stage, chosen, run_all
 
 
 def _study(tmp_path, model="demo-flux", **settings):

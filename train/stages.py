@@ -1,0 +1,92 @@
+"""Studies of many commands: each makes a file or folder after others; what is there is not made again."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from convert.progress import progress_bar
+from dit_jax.config import UserError
+
+MODULES = {
+    "dit-adapt": "infer.adapt",
+    "dit-eval": "infer.evaluate",
+    "dit-bench": "infer.plan_bench",
+    "dit-prune": "infer.prune",
+    "dit-calibrate": "infer.calibrate",
+    "dit-encode": "train.encode",
+    "dit-train": "train.cli",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A command that makes a file or folder, after others."""
+
+    name: str
+    makes: Path
+    command: tuple[str, ...]
+    after: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command by this Python."""
+        first, *rest = self.command
+        if first == "python":
+            return [sys.executable, *rest]
+        return [sys.executable, "-m", MODULES[first], *rest]
+
+
+def chosen(all_stages: Sequence[Stage], names: str | None) -> list[Stage]:
+    """These stages and all that they need, in order; UserError for a name that is none."""
+    by_name = {stage.name: stage for stage in all_stages}
+    if names is None:
+        return list(all_stages)
+    wanted: set[str] = set()
+    waiting = [name.strip() for name in names.split(",")]
+    while waiting:
+        name = waiting.pop()
+        if name not in by_name:
+            raise UserError(f"--only names {name!r}: expected some of {', '.join(by_name)}")
+        if name not in wanted:
+            wanted.add(name)
+            waiting += by_name[name].after
+    return [stage for stage in all_stages if stage.name in wanted]
+
+
+def run_all(wanted: Sequence[Stage], jobs: int, logs: Path) -> str | None:
+    """Runs what is not there yet, each after what it needs; a sentence about the first that failed, if one did."""
+    logs.mkdir(parents=True, exist_ok=True)
+    by_name = {stage.name: stage for stage in wanted}
+    order = TopologicalSorter({stage.name: [name for name in stage.after if name in by_name] for stage in wanted})
+    order.prepare()
+    running: dict[Future[int], str] = {}
+    with ThreadPoolExecutor(jobs) as pool, progress_bar(total=len(wanted), unit="part") as bar:
+        while order.is_active():
+            for name in order.get_ready():
+                running[pool.submit(_run, by_name[name], logs)] = name
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                name = running.pop(future)
+                if code := future.result():
+                    for other in running:
+                        other.cancel()
+                    return f"{name} ended with {code}, expected 0: see {logs / name}.log, then run this again"
+                order.done(name)
+                bar.set_postfix_str(name)
+                bar.update()
+    return None
+
+
+def _run(stage: Stage, logs: Path) -> int:
+    if stage.makes.exists():
+        return 0
+    with (logs / f"{stage.name}.log").open("a") as log:
+        print(shlex.join(stage.command), file=log, flush=True)
+        return subprocess.run(stage.arguments, stdout=log, stderr=subprocess.STDOUT).returncode
