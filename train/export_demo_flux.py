@@ -1,6 +1,7 @@
 """Writes demo-flux as a complete pipeline in diffusers' layout: what ships, and what diffusers' `FluxPipeline` opens.
 
 python -m train.export_demo_flux [--flux runs/demo-flux] [--vae runs/demo-flux-vae] [--text RUN] [--out FOLDER]
+python -m train.export_demo_flux --flux runs/demo-flux-on --vae demo-flux --text demo-flux    (a new transformer)
 """
 
 from __future__ import annotations
@@ -65,18 +66,18 @@ def export_pipeline(folder: str | Path, flux, vae, text, tokenizers: Path) -> in
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exports the newest checkpoints of three runs; 2 for bad input."""
+    """Exports the newest checkpoints of three runs, or parts of pipelines; 2 for bad input."""
     runs = {"flux": "runs/demo-flux", "vae": "runs/demo-flux-vae", "text": "runs/demo-flux-text"}
     return export_command("train.export_demo_flux", runs, SHIPPED["demo-flux"], arguments, _export_runs)
 
 
 def _export_runs(options: argparse.Namespace) -> int:
-    from train.recipes.demo_flux import load_flux
-    from train.recipes.demo_flux_text import load_text_encoders
+    from train.demo_models import folder_of, of_run_or_checkpoint
+    from train.recipes.demo_flux import load_flux, load_text
     from train.recipes.demo_flux_vae import load_vae
 
-    models = load_flux(options.flux), load_vae(options.vae), load_text_encoders(options.text)
-    return export_pipeline(options.out, *models, Path(options.text))
+    vae = of_run_or_checkpoint(options.vae, "vae", load_vae)
+    return export_pipeline(options.out, load_flux(options.flux), vae, load_text(options.text), folder_of(options.text))
 
 
 if __name__ == "__main__":

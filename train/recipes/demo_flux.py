@@ -102,7 +102,7 @@ def run(config: Config) -> None:
         raise UserError(
             f"window_every is {config.window_every}, expected 2 or more: one batch in so many is of windows"
         )
-    vae, text = of_run_or_checkpoint(config.vae, "vae", load_vae), _text(config.text)
+    vae, text = of_run_or_checkpoint(config.vae, "vae", load_vae), load_text(config.text)
     close_ups = Kind(load=partial(_latents, config, vae, CLOSE_UP, config.close_ups), batch=config.close_up_batch)
     load = partial(_latents, config, vae, SIZE, config.pictures)
     pictures = Kind(load=load, batch=config.picture_batch)
@@ -156,7 +156,8 @@ def _latents(config: Config, vae, size: int, count: int) -> LatentSet:
     return picture_latents(vae, config.cache, size, config.seed, count)
 
 
-def _text(source: str) -> TextEncoders:
+def load_text(source: str) -> TextEncoders:
+    """The text encoders of a run, of a pipeline's folder or of demo-flux."""
     if newest_step(source) is not None:
         return load_text_encoders(source)
     from transformers import AutoTokenizer

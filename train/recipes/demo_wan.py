@@ -54,6 +54,7 @@ SHIPPED = WanConfig(blocks=10, width=192, heads=8, head_width=24, mlp_width=512,
 STILL, CLIP = 1, 17  # frames
 CLOSE_UP_SHAPE, STILL_SHAPE, CLIP_SHAPE = (1, 8, 8, 16), (1, 16, 16, 16), (5, 16, 16, 16)  # of latents
 WINDOW = 4  # tokens a side, of the 8 of a frame
+ON_DIGITS = 0.8  # of the windows
 PREVIEW_SEED = 5
 
 
@@ -111,7 +112,7 @@ def run(config: Config) -> None:
     step = TrainStep(model, alone(loss, optimizer, ema_decay=0.998), mesh)
     embed = _embedder(text, tokenizer)
     clips = partial(_latents, config, vae, CLIP, config.clips)
-    window = Window(tokens=WINDOW, patch=SHIPPED.patch[-1])
+    window = Window(tokens=WINDOW, patch=SHIPPED.patch[-1], on=ON_DIGITS)
     batches = Batches(
         kinds={
             "close-ups": Kind(load=partial(_close_ups, config, vae), batch=config.close_up_batch),
