@@ -11,12 +11,15 @@ export TPU_SKIP_MDS_QUERY := 1
 PROMPT ?= a red 7 moving left above a blue 2 on a striped background
 SEED ?= 0
 
-.PHONY: demo test check-long check-convert check-tpu check-demo check-methods check-train lint newest clean
+.PHONY: demo serve test check-long check-convert check-tpu check-demo check-methods check-train lint newest clean
 
 demo: $(VENV)/.core
 	@mkdir -p out
 	@$(BIN)/dit-generate --model demo-wan --prompt "$(PROMPT)" --seed $(SEED) --out out/demo.mp4 --sheet out/demo.png
 	@echo "video: out/demo.mp4   contact sheet: out/demo.png"
+
+serve: $(VENV)/.serve
+	$(BIN)/dit-serve --model demo-wan --buckets quick
 
 test: $(VENV)/.dev lint
 	$(BIN)/pytest -n 2 -m "not long"
@@ -54,6 +57,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.core: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install -qq --editable .
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.core
+	$(BIN)/pip install -qq --editable ".[serve]"
 	@touch $@
 
 # torch first: its CPU build, where the index offers one.

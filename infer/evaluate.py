@@ -23,7 +23,7 @@ from infer.margins import margins
 from infer.paired_scores import OUTCOMES, check_alike, differences, outcomes, read_report, write_report
 from infer.suites import SUITES, Exam, Suite
 
-TOLD = ("size", "frames", "steps", "guidance", "true_cfg", "solver", "seed", "plan")
+TOLD = ("size", "frames", "steps", "guidance", "true_cfg", "solver", "plan")
 
 EPILOG = """\
 Prompts are drawn uniformly from the whole grammar of dit-generate --help, always the same ones; prompt i of P is
@@ -179,7 +179,7 @@ def _settings(pipe, suite: Suite, options: argparse.Namespace) -> dict[str, Any]
     )
     with warnings_in_lines():
         job = pipe.prepare(asked)
-    return {name: getattr(job, name) for name in TOLD}
+    return {name: getattr(job, name) for name in TOLD} | {"seed": job.seeds[0]}
 
 
 def _batch() -> int:

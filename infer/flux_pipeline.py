@@ -58,23 +58,23 @@ class FluxPipeline(Pipeline):
 
     def _token_ids(self, tokenizer, prompts: list[str], length: int) -> jax.Array:
         ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
-        return self._rows(ids["input_ids"].astype(np.int32))
+        return self.rows(ids["input_ids"].astype(np.int32))
 
-    def _stages(self, job: Job, schedule: Schedule) -> list[Stage]:
+    def stages(self, job: Job, schedule: Schedule) -> list[Stage]:
         return [Stage(first=0, stop=job.steps, denoiser=partial(self._denoiser, job))]
 
     def _denoiser(self, job: Job) -> Guided:
         branches = 2 if job.true_cfg > 1 else 1
-        text, pooled = self.encode_text(job.prompts)
+        text, pooled = self.embedded(job.prompts)
         if branches == 2:
-            negative_text, negative_pooled = self.encode_text([job.negative_prompt] * len(job.prompts))
+            negative_text, negative_pooled = self.embedded(job.negative_prompts)
             text, pooled = interleaved(text, negative_text), interleaved(pooled, negative_pooled)
-        text, pooled = self._rows(text), self._rows(pooled)
-        told = self._rows(np.full(len(pooled), job.guidance, np.float32)) if self.transformer.config.guidance else None
+        text, pooled = self.rows(text), self.rows(pooled)
+        told = self.rows(np.full(len(pooled), job.guidance, np.float32)) if self.transformer.config.guidance else None
         return Guided(
             model=self.transformer,
             conditioning=Conditioning(text, pooled=pooled, guidance=told),
-            guidance_scale=self._replicated(np.float32(job.true_cfg)),
+            guidance_scale=self.replicated(np.float32(job.true_cfg)),
             branches=branches,
         )
 

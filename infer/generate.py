@@ -183,7 +183,8 @@ def _samples(job, options: argparse.Namespace) -> list:
     samples = [job.single(index) for index in range(len(job.prompts))]
     if options.seeds is None and not options.names:
         return samples
-    return [replace(one, seed=job.seed + index % (options.seeds or 1)) for index, one in enumerate(samples)]
+    again = options.seeds or 1
+    return [replace(one, seeds=[options.seed + index % again]) for index, one in enumerate(samples)]
 
 
 def _check_together(options: argparse.Namespace) -> None:

@@ -85,19 +85,25 @@ def _save_video(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
 
 def _save_images(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
     images = [Image.fromarray(frame) for frame in frames]
-    if path.suffix.lower() == ".png":
+    options = with_comment(path.suffix.lower().removeprefix("."), comment)
+    if path.suffix.lower() in ANIMATIONS:
+        options |= {"save_all": True, "append_images": images[1:], "duration": round(1000 / fps), "loop": 0}
+    if path.suffix.lower() == ".webp":
+        options["lossless"] = True
+    images[0].save(path, **options)
+
+
+def with_comment(kind: str, comment: str) -> dict[str, Any]:
+    """What tells Pillow to put a comment into a png, gif, webp or jpeg."""
+    if kind == "png":
         text = PngInfo()
         text.add_text("Comment", comment)
-        images[0].save(path, pnginfo=text)
-        return
-    options: dict[str, Any]
-    if path.suffix.lower() == ".gif":
-        options = {"comment": comment.encode()}
-    else:
-        exif = Image.Exif()
-        exif[ExifTags.Base.ImageDescription] = comment
-        options = {"lossless": True, "exif": exif}
-    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, **options)
+        return {"pnginfo": text}
+    if kind == "gif":
+        return {"comment": comment.encode()}
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = comment
+    return {"exif": exif}
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:

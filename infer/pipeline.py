@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,42 +24,37 @@ from convert.method_parts import read_parts, transformers
 from dit_jax.config import UserError
 from dit_jax.flops import Cost, Shape, plan_cost, step_cost
 from dit_jax.lora import Lora, merged_leaf, of_leaf
-from dit_jax.methods.method import Measured, Part, Run, RunRecord
-from dit_jax.methods.plan import Plan, parse_plan
+from dit_jax.methods.method import Measured, Part, RunRecord
+from dit_jax.methods.plan import parse_plan
 from dit_jax.models.network import grid
 from dit_jax.parameters import with_leaves
-from dit_jax.sampling.sampler import Carry, Guided, noise, sample
 from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
-from dit_jax.sharding import batch_sharding, batch_shardings, leaf_sharding, replicated
+from dit_jax.sharding import batch_sharding, leaf_sharding, replicated
+from infer.denoising import Denoising, Watch
 from infer.loras import Held, LoraChoice, read_choice, replace_leaves
 from infer.placement import picture_sharding
 from infer.programs import Programs
 from infer.request import Defaults, Job, Limits, Request, check, fill
 from infer.result import Result
-from infer.segments import Stage, cut, segment_length
+from infer.segments import Stage
 from infer.side_files import read_defaults
-from infer.variants import Chosen, Variants
+from infer.text_cache import TextCache
+from infer.variants import Chosen
 
+NOT_FINITE = (
+    "the final latents hold NaN or infinity: expected numbers; look for NaN weights with `dit-convert to-jax`, which "
+    "names them, or load the pipeline with dtype=float32"
+)
 VAE_CHUNK = 1  # latent frames that the VAE works on at a time
 Progress = Callable[[str, int, int], None]  # stage, done, total
-
-
-class Watch(Protocol):
-    """What looks into a run: it puts a denoiser around each that runs, and is shown that denoiser's last state.
-
-    component  the transformer that the stage ran
-    """
-
-    def around(self, denoiser: Any, run: Run) -> Any: ...
-    def finished(self, component: str, state: Any) -> None: ...
 
 
 class Pipeline(ABC):
     """`pipe(prompt, size=(W, H), steps=…, guidance=…, solver=…, seed=…)`; see `Request` for every option.
 
     A backbone's pipeline says which models it has (`_load_models`), what its transformers are told and when each runs
-    (`_stages`), and how its noise levels are shifted (`shift`); everything else is here.
+    (`stages`), and how its noise levels are shifted (`shift`); everything else is here.
     """
 
     vae: Any
@@ -76,13 +71,14 @@ class Pipeline(ABC):
         self._chosen: dict[str, list[tuple[Lora, float]]] = {}  # component -> what is merged into it
         self._read_leaf: dict[str, Callable[[str], jax.Array]] = {}
         self._merged_leaves: dict[str, frozenset[str]] = {}
+        self.texts = TextCache()
         self._load_models(dtype, offload_expert)
 
     @abstractmethod
     def _load_models(self, dtype: Any, offload_expert: bool) -> None: ...
 
     @abstractmethod
-    def _stages(self, job: Job, schedule: Schedule) -> list[Stage]: ...
+    def stages(self, job: Job, schedule: Schedule) -> list[Stage]: ...
 
     def _usual(self) -> Defaults:
         """What the backbone is run with unless the model or the request says otherwise."""
@@ -97,13 +93,13 @@ class Pipeline(ABC):
         self._read_leaf[name] = read
         loras = self._chosen.get(name, [])
         self._merged_leaves[name] = _names(loras)
-        with self._on_mesh():
+        with self.on_mesh():
             leaves = {leaf: merged_leaf(read(leaf), of_leaf(leaf, loras)) for leaf in model.shapes}
         return with_leaves(model.abstract, leaves)
 
     def _read_parts(self, component: str) -> dict[str, Part]:
         parts = read_parts(self.checkpoint, component)
-        return {name: part._replace(leaves=jax.tree.map(self._replicated, part.leaves)) for name, part in parts.items()}
+        return {name: part._replace(leaves=jax.tree.map(self.replicated, part.leaves)) for name, part in parts.items()}
 
     def take_parts(self, checkpoint: Checkpoint) -> None:
         """What methods need from this checkpoint, in place of what came with the pipeline's own."""
@@ -145,9 +141,23 @@ class Pipeline(ABC):
         def value(name: str, leaf: jax.Array) -> jax.Array:
             return merged_leaf(read(name) if name in merged else leaf, of_leaf(name, loras))
 
-        with self._on_mesh():
+        with self.on_mesh():
             replace_leaves(held, merged | wanted, value)
         self._merged_leaves[component] = wanted
+        self.texts.clear()
+
+    def encode_text(self, prompts: list[str]) -> Any:
+        """What the text encoders make of prompts: arrays with a row for each."""
+        raise NotImplementedError(f"{type(self).__name__} has no text encoder")
+
+    def embedded(self, prompts: Sequence[str]) -> Any:
+        """`encode_text`, each prompt by itself and lately seen ones not again, so that what it gives does not depend on
+        its neighbours."""
+        found = [
+            self.texts.get(prompt, lambda prompt: jax.tree.map(np.asarray, self.encode_text([prompt])))
+            for prompt in prompts
+        ]
+        return jax.tree.map(lambda *rows: np.concatenate(rows), *found)
 
     @property
     def transformer_config(self) -> Any:
@@ -213,12 +223,18 @@ class Pipeline(ABC):
         plan = parse_plan(job.plan)
         if plan.chooser and plan.chooser.by_latents and len(job.prompts) > 1:
             return self._one_by_one(job, progress, watch, chosen)
-        final = self._final_latents(job, plan, progress, watch, chosen)
+        run = Denoising(self, job, watch=watch, chosen=chosen)
+        while not run.finished:
+            if progress:
+                progress("denoise", run.done, job.steps)
+            run.advance()
+            if progress:
+                jax.block_until_ready(run.carry)
+        if progress:
+            progress("denoise", job.steps, job.steps)
+        final = run.final()
         if not np.isfinite(final).all():
-            raise UserError(
-                "the final latents hold NaN or infinity: expected numbers; look for NaN weights with `dit-convert "
-                "to-jax`, which names them, or load the pipeline with dtype=float32"
-            )
+            raise UserError(NOT_FINITE)
         return final
 
     def _one_by_one(self, job: Job, progress: Progress | None, *told) -> np.ndarray:
@@ -229,60 +245,15 @@ class Pipeline(ABC):
 
         return np.concatenate([self.denoise(job.single(index), of_sample(index), *told) for index in range(count)])
 
-    def _final_latents(
-        self, job: Job, plan: Plan, progress: Progress | None, watch: Watch | None, chosen: Chosen | None
-    ) -> np.ndarray:
-        solver, schedule = SOLVERS[job.solver], self.schedule(job)
-        breaks = plan.chooser.breaks(job.steps) if plan.chooser else ()
-        with self._on_mesh():
-            stages = self._stages(job, schedule)
-            segment = _segment(solver, count := segment_length(cut(stages, breaks)))
-            schedule = jax.tree.map(self._replicated, schedule)
-            latents = self._rows(self._starting_noise(job))
-            carry = Carry(latents, solver.init(latents), None)
-
-            def steps(use: Callable, denoiser, carry: Carry, pinned, first: int):
-                return use(
-                    (segment.__name__, solver, count), segment,
-                    denoiser, carry, schedule, self._replicated(np.int32(first)), donate=(1,), out_shardings=pinned,
-                )  # fmt: skip
-
-            for stage in stages:
-                if stage.first:
-                    jax.block_until_ready(carry)  # or the weights that it needs cannot leave the devices
-                told = self._run_of(job, stage, schedule)
-                applied = plan.applied if watch is None else _watched(plan, watch)
-                variants = Variants(plan.chooser, partial(applied, stage.denoiser()), told, self.programs, chosen)
-                for denoiser in variants.may_run:
-                    steps(self.programs.compiled, denoiser, *self._started(denoiser, carry, None), stage.first)
-                for span in cut([stage], breaks):
-                    if variants.choose(span.first, carry.latents):
-                        if watch is not None and span.first > stage.first:
-                            watch.finished(stage.component, carry.denoiser)
-                        # What a variant keeps is of its own shape: the next begins anew.
-                        before = None if plan.chooser else carry.denoiser
-                        carry, pinned = self._started(variants.denoiser, carry, before)
-                    for first in range(span.first, span.stop, count):
-                        if progress:
-                            progress("denoise", first, job.steps)
-                        carry = steps(self.programs.run, variants.denoiser, carry, pinned, first)
-                        if progress:
-                            jax.block_until_ready(carry)
-                if watch is not None:
-                    watch.finished(stage.component, carry.denoiser)
-            if progress:
-                progress("denoise", job.steps, job.steps)
-            return np.asarray(variants.denoiser.finish(carry.latents))
-
     @property
     def _cost_of_step(self) -> Callable[..., Cost]:
         return step_cost
 
     def cost(self, job: Job, record: RunRecord | None = None) -> Cost:
         """What denoising a job costs by arithmetic, and by what a run of it has shown where that decides."""
-        with self._on_mesh():
+        with self.on_mesh():
             schedule = self.schedule(job)
-            stages = self._stages(job, schedule)
+            stages = self.stages(job, schedule)
             shape = Shape.of(stages[0].denoiser(), (len(job.prompts), *self.latents_shape(job.size, job.frames)))
         begins = [stage.first for stage in stages]
         methods = parse_plan(job.plan).told(self.parts[stages[0].component]).methods
@@ -293,68 +264,55 @@ class Pipeline(ABC):
             of_step=self._cost_of_step,
         )  # fmt: skip
 
-    def _run_of(self, job: Job, stage: Stage, schedule: Schedule) -> Run:
-        """What a method is told of a stage."""
-        return Run(
-            latents_shape=(len(job.prompts), *self.latents_shape(job.size, job.frames)),
-            first=stage.first,
-            stop=stage.stop,
-            steps=job.steps,
-            sigmas=schedule.sigmas,
-            parts=self.parts[stage.component],
-            component=stage.component,
-        )
-
-    def _started(self, denoiser, carry: Carry, before: Any) -> tuple[Carry, Any]:
-        """The carry of a denoiser's first step, and how its arrays are split over the mesh: outputs are pinned to that,
-        or the next segment compiles again. `before` is the state of the denoiser before it, or None."""
-        if self.mesh is not None:
-            latents, solver = (jax.device_put(part, batch_shardings(part, self.mesh)) for part in carry[:2])
-            carry = Carry(latents, solver, None)
-        start = type(denoiser).init
-        state = jax.eval_shape(start, denoiser, carry.latents, before)
-        if jax.tree.leaves(state):  # a plain denoiser has none
-            state = self.programs.run(("init", type(denoiser)), start, denoiser, carry.latents, before)
-        carry = carry._replace(denoiser=state)
-        return carry, None if self.mesh is None else jax.tree.map(lambda leaf: leaf.sharding, carry)
-
-    def decode(self, job: Job, latents: np.ndarray, progress: Progress | None = None) -> Result:
-        """Videos or images of final latents."""
+    def decode(self, job: Job, latents: np.ndarray, progress: Progress | None = None, *, tiled: bool = False) -> Result:
+        """Videos or images of final latents, `tiled` in overlapping tiles that take less memory."""
         if progress:
             progress("decode", 0, 1)
-        with self._on_mesh():
+        name, program = ("decode in tiles", _decode_tiled) if tiled else ("decode", _decode)
+        with self.on_mesh():
             spread = self._spread(job)
-            video = self.programs.run("decode", _decode, self.vae, put(latents, spread), out_shardings=spread)
+            video = self.programs.run(name, program, self.vae, put(latents, spread), out_shardings=spread)
             frames = np.asarray(video) if self.defaults.video else np.asarray(video)[:, 0]
         if progress:
             progress("decode", 1, 1)
         return Result(frames=frames, latents=latents, metadata=self.metadata(job), fps=self.defaults.fps)
 
-    def _starting_noise(self, job: Job) -> jax.Array:
-        shape = self.latents_shape(job.size, job.frames)
-        count = len(job.prompts)
-        if job.latents is None:
-            return noise([job.seed + i for i in range(count)], shape)
-        if job.latents.shape != (count, *shape):
-            raise UserError(f"latents have shape {job.latents.shape}: expected {(count, *shape)}, channels last")
-        return jnp.array(job.latents, jnp.float32)  # a copy: the sampler donates it
+    def preview(self, latents: np.ndarray) -> np.ndarray:
+        """The picture uint8 [H, W, 3] of a latent frame [Y, X, C]."""
+        with self.on_mesh():
+            video = self.programs.run("decode", _decode, self.vae, self.replicated(latents[None, None]))
+            return np.asarray(video)[0, 0]
+
+    def compile(self, job: Job) -> None:
+        """Compiles all that a job needs, and does none of it but encode its text."""
+        run = Denoising(self, job)
+        run.compile()
+        with self.on_mesh():
+            spread = self._spread(job)
+            latents = np.zeros(run.carry.latents.shape, np.float32)
+            self.programs.compiled("decode", _decode, self.vae, put(latents, spread), out_shardings=spread)
+            self.programs.compiled("decode", _decode, self.vae, self.replicated(latents[:1, :1]))  # for previews
 
     def metadata(self, job: Job) -> list[dict[str, Any]]:
         """What made each sample of a job, as JSON can hold it."""
         shared: dict[str, Any] = {"model": self.name, "checkpoint": self.hash}
         if self.loras:
             shared |= {"loras": self.loras}
-        told = {name: value for name, value in job.describe().items() if name != "prompts"} | shared
-        seeds = [job.seed + i if job.latents is None else None for i in range(len(job.prompts))]
-        return [told | {"prompt": prompt, "seed": seed} for prompt, seed in zip(job.prompts, seeds, strict=True)]
+        of_samples = ("prompts", "negative_prompts", "seeds")
+        told = {name: value for name, value in job.describe().items() if name not in of_samples} | shared
+        return [
+            told | {"prompt": prompt, "negative_prompt": negative, "seed": seed if job.latents is None else None}
+            for prompt, negative, seed in zip(job.prompts, job.negative_prompts, job.seeds, strict=True)
+        ]
 
-    def _on_mesh(self):
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """Puts the pipeline's mesh in force, if it has one."""
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
-    def _replicated(self, value) -> jax.Array:
+    def replicated(self, value) -> jax.Array:
         return put(value, None if self.mesh is None else replicated(self.mesh))
 
-    def _rows(self, value) -> jax.Array:
+    def rows(self, value) -> jax.Array:
         """An array of batch rows on the batch axes of the mesh."""
         return put(value, None if self.mesh is None else batch_sharding(self.mesh, value.shape[0]))
 
@@ -370,25 +328,19 @@ def _names(loras: Sequence[tuple[Lora, float]]) -> frozenset[str]:
 
 def put(value, sharding: NamedSharding | None) -> jax.Array:
     """The value as an array with this sharding (None: on the default device)."""
-    return jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)
+    return jax.device_put(value, sharding)
 
 
-def interleaved(conditional: jax.Array, unconditional: jax.Array) -> jax.Array:
+def interleaved(conditional: np.ndarray, unconditional: np.ndarray) -> np.ndarray:
     """Rows of both guidance branches, those of a sample next to each other."""
-    return jnp.stack([conditional, unconditional], axis=1).reshape(-1, *conditional.shape[1:])
-
-
-def _watched(plan: Plan, watch: Watch) -> Callable[[Any, Run], Any]:
-    return lambda denoiser, run: watch.around(plan.applied(denoiser, run), run)
-
-
-def _segment(solver, count: int):
-    def segment(denoiser: Guided, carry: Carry, schedule: Schedule, first: jax.Array) -> Carry:
-        return sample(denoiser, solver, carry, schedule, first, count)
-
-    return segment
+    return np.stack([conditional, unconditional], axis=1).reshape(-1, *conditional.shape[1:])
 
 
 def _decode(vae, latents):
     video = vae.decode(vae.denormalise(latents), chunk=VAE_CHUNK)
+    return jnp.round((video + 1) * 127.5).astype(jnp.uint8)
+
+
+def _decode_tiled(vae, latents):
+    video = vae.decode_tiled(vae.denormalise(latents), chunk=VAE_CHUNK)
     return jnp.round((video + 1) * 127.5).astype(jnp.uint8)

@@ -83,7 +83,7 @@ class RandomPipeline(Pipeline):
 
     def _untrained(self, make: Callable[..., Part]) -> Part:
         part = make(self.checkpoint.component("transformer"), dict(map(_as_leaf, named_leaves(self.transformer))), 0)
-        return part._replace(leaves=jax.tree.map(self._replicated, part.leaves))
+        return part._replace(leaves=jax.tree.map(self.replicated, part.leaves))
 
     def _load_models(self, dtype: Any, offload_expert: bool) -> None:
         component = self.checkpoint.component("transformer")
@@ -109,7 +109,7 @@ class RandomPipeline(Pipeline):
     def limits(self) -> Limits:
         return Limits(space=self._space * self.transformer_config.patch[1], time=4, video=self.defaults.video)
 
-    def _stages(self, job: Job, schedule: Schedule) -> list[Stage]:
+    def stages(self, job: Job, schedule: Schedule) -> list[Stage]:
         return [Stage(first=0, stop=job.steps, denoiser=lambda: self._denoiser(job))]
 
     def _denoiser(self, job: Job) -> Guided:
@@ -120,7 +120,7 @@ class RandomPipeline(Pipeline):
         return Guided(
             model=self.transformer,
             conditioning=self._conditioning(samples * branches, job.guidance_scales[0]),
-            guidance_scale=self._replicated(np.float32(scale)),
+            guidance_scale=self.replicated(np.float32(scale)),
             extra=self._told(samples, *self.latents_shape(job.size, job.frames)[:3], extra) if extra else None,
             branches=branches,
         )
@@ -131,13 +131,13 @@ class RandomPipeline(Pipeline):
         if not self.is_flux:
             seen = config.image_width
             return Conditioning(text, self._told(rows, IMAGE_TOKENS, seen) if seen else None)
-        scales = self._rows(np.full(rows, guidance, np.float32)) if config.guidance else None
+        scales = self.rows(np.full(rows, guidance, np.float32)) if config.guidance else None
         return Conditioning(text, pooled=self._told(rows, config.pooled_width), guidance=scales)
 
     def _told(self, *shape: int) -> jax.Array:
         """Random numbers of this shape, always the same ones: drawing them is no part of a run's time."""
         if shape not in self._drawn:
-            self._drawn[shape] = self._rows(np.random.default_rng(0).standard_normal(shape, np.float32))
+            self._drawn[shape] = self.rows(np.random.default_rng(0).standard_normal(shape, np.float32))
         return self._drawn[shape]
 
 

@@ -15,6 +15,7 @@ from dit_jax.config import UserError
 from dit_jax.methods.plan import DENSE, FEW_STEPS, JOINT, Plan, parse_plan
 from dit_jax.sampling.solvers import SOLVERS
 
+OF_SAMPLES = ("prompts", "negative_prompts", "seeds", "images", "last_images", "latents")
 SEEDS = 2**32  # a threefry key keeps no more of a seed
 
 Given = Literal["never", "optional", "always"]
@@ -76,17 +77,17 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request with every choice made, one prompt and one first and last image (or none) a sample."""
+    """Samples with every choice made: each has a prompt, a negative prompt, a seed, first and last image or none."""
 
     prompts: list[str]
-    negative_prompt: str
+    negative_prompts: list[str]
+    seeds: list[int]
     size: tuple[int, int]
     frames: int
     steps: int
     guidance: Guidance
     true_cfg: float
     solver: str
-    seed: int
     images: list[Image.Image] | None = None
     last_images: list[Image.Image] | None = None
     latents: np.ndarray | None = None
@@ -96,14 +97,14 @@ class Job:
         """The job without images and latents, as JSON can hold it."""
         told = (
             "prompts",
-            "negative_prompt",
+            "negative_prompts",
+            "seeds",
             "size",
             "frames",
             "steps",
             "guidance",
             "true_cfg",
             "solver",
-            "seed",
             "plan",
         )
         return {name: getattr(self, name) for name in told}
@@ -114,11 +115,17 @@ class Job:
         return replace(
             self,
             prompts=self.prompts[one],
+            negative_prompts=self.negative_prompts[one],
+            seeds=self.seeds[one],
             images=None if self.images is None else self.images[one],
             last_images=None if self.last_images is None else self.last_images[one],
             latents=None if self.latents is None else self.latents[one],
-            seed=self.seed + index,
         )
+
+    def shared(self) -> Job:
+        """What its samples have in common: the job without them."""
+        nothing: dict[str, Any] = dict.fromkeys(OF_SAMPLES)
+        return replace(self, **nothing)
 
     @property
     def guidance_scales(self) -> tuple[float, float]:
@@ -142,19 +149,44 @@ def fill(request: Request, defaults: Defaults) -> Job:
 
     return Job(
         prompts=prompts,
-        negative_prompt=request.negative_prompt,
+        negative_prompts=[request.negative_prompt] * len(prompts),
+        seeds=_seeds(request.seed, len(prompts)),
         size=choice("size"),
         frames=choice("frames"),
         steps=plan.steps if plan.steps and request.steps is None else choice("steps"),
         guidance=_guidance(choice("guidance")),
         true_cfg=choice("true_cfg"),
         solver=_solver(plan, request.solver, defaults.solver),
-        seed=request.seed,
         images=images,
         last_images=last_images,
         latents=request.latents,
         plan=str(plan),
     )
+
+
+def _seeds(first: Any, count: int) -> list[int]:
+    if not isinstance(first, int) or not 0 <= first <= SEEDS - count:
+        raise UserError(
+            f"seed is {first}: expected a whole number from 0 to {SEEDS - count} "
+            f"(prompt i has seed + i, below 2**32); pass another --seed"
+        )
+    return list(range(first, first + count))
+
+
+def joined(jobs: Sequence[Job]) -> Job:
+    """One job of the samples of several that are alike in all else; ValueError if they are not."""
+    first = jobs[0]
+    alike = [job.shared() for job in jobs]
+    if any(job != alike[0] for job in alike):
+        raise ValueError("jobs of one batch differ in more than their samples")
+
+    def all_of(name: str) -> Any:
+        parts = [getattr(job, name) for job in jobs]
+        if parts[0] is None:
+            return None
+        return np.concatenate(parts) if name == "latents" else [one for part in parts for one in part]
+
+    return replace(first, **{name: all_of(name) for name in OF_SAMPLES})
 
 
 def _solver(plan: Plan, asked: str | None, usual: str) -> str:
@@ -220,11 +252,6 @@ def check(job: Job, limits: Limits) -> None:
             f"plan {job.plan} is for {plan.steps} steps, found {job.steps}: leave out --steps or change the plan"
         )
     _check_scales(job, limits.experts)
-    if not isinstance(job.seed, int) or not 0 <= job.seed <= SEEDS - len(job.prompts):
-        raise UserError(
-            f"seed is {job.seed}: expected a whole number from 0 to {SEEDS - len(job.prompts)} "
-            f"(prompt i has seed + i, below 2**32); pass another --seed"
-        )
     _check_size(job.size, limits.space)
     if job.frames < 1 or (job.frames - 1) % limits.time:
         low = max(job.frames - 1, 0) // limits.time * limits.time + 1

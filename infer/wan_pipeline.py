@@ -83,13 +83,13 @@ class WanPipeline(Pipeline):
             return_tensors="np",
         )  # fmt: skip
         ids, valid = texts["input_ids"].astype(np.int32), texts["attention_mask"].astype(bool)
-        return self.programs.run("text", _encode_text, self.text_encoder, self._rows(ids), self._rows(valid))
+        return self.programs.run("text", _encode_text, self.text_encoder, self.rows(ids), self.rows(valid))
 
-    def _stages(self, job: Job, schedule: Schedule) -> list[Stage]:
+    def stages(self, job: Job, schedule: Schedule) -> list[Stage]:
         told = self._told(job)
 
         def denoiser(expert: str, scale: float) -> Guided:
-            return replace(told, model=self.experts[expert], guidance_scale=self._replicated(np.float32(scale)))
+            return replace(told, model=self.experts[expert], guidance_scale=self.replicated(np.float32(scale)))
 
         high, low = job.guidance_scales
         denoisers = [partial(denoiser, HIGH_NOISE, high)]
@@ -102,14 +102,14 @@ class WanPipeline(Pipeline):
     def _told(self, job: Job) -> Guided:
         """The denoiser without a model and its guidance scale: what all experts are told alike."""
         branches = 2 if max(job.guidance_scales) > 1 else 1
-        text = self.encode_text(job.prompts)
+        text = self.embedded(job.prompts)
         if branches == 2:
-            text = interleaved(text, self.encode_text([job.negative_prompt] * len(job.prompts)))
+            text = interleaved(text, self.embedded(job.negative_prompts))
         as_channels = self.variant.image == "always"
         return Guided(
             model=None,
-            conditioning=Conditioning(self._rows(text), self._image_states(job, branches)),
-            guidance_scale=self._replicated(np.float32(1)),
+            conditioning=Conditioning(self.rows(text), self._image_states(job, branches)),
+            guidance_scale=self.replicated(np.float32(1)),
             extra=self._given_frames(job) if as_channels else None,
             held=None if as_channels or job.images is None else self._held_frame(job),
             branches=branches,
@@ -125,9 +125,9 @@ class WanPipeline(Pipeline):
         seen = [image for of_sample in zip(*given, strict=True) for image in of_sample]
         side = self.image_encoder.config.image_size
         pixels = np.concatenate([preprocess(np.asarray(image.convert("RGB"))[None], side) for image in seen])
-        states = self.programs.run("image", _encode_image, self.image_encoder, self._rows(pixels))
+        states = self.programs.run("image", _encode_image, self.image_encoder, self.rows(pixels))
         by_sample = jnp.repeat(states.reshape(len(job.images), -1, *states.shape[1:]), branches, axis=0)
-        return self._rows(by_sample.reshape(-1, *states.shape[1:]))
+        return self.rows(by_sample.reshape(-1, *states.shape[1:]))
 
     def _given_frames(self, job: Job) -> jax.Array:
         """Mask of the frames that are given, and the encoded video of them [B, T, Y, X, 4 + C]."""
@@ -143,11 +143,11 @@ class WanPipeline(Pipeline):
         mask[:, 0] = 1
         if job.last_images is not None:
             mask[:, -1, ..., -1] = 1
-        return self._rows(jnp.concatenate([put(mask, spread), encoded], axis=-1))
+        return self.rows(jnp.concatenate([put(mask, spread), encoded], axis=-1))
 
     def _held_frame(self, job: Job) -> jax.Array:
         """The encoded first frame [B, 1, Y, X, C]."""
-        return self._rows(self._encode(_at_size(job.images, job.size), self._spread(job)))
+        return self.rows(self._encode(_at_size(job.images, job.size), self._spread(job)))
 
     def _encode(self, video: np.ndarray, spread: NamedSharding | None) -> jax.Array:
         return self.programs.run("encode", _encode_video, self.vae, put(video, spread), out_shardings=spread)

@@ -42,6 +42,10 @@ class Encoders(Pipeline):
             return self.checkpoint.component(name).abstract
         return super()._load(name, dtype)
 
+    def embedded(self, prompts: Sequence[str]) -> Any:
+        """All captions in one batch: none comes again soon."""
+        return self.encode_text(list(prompts))
+
     def encode(self, captions: Sequence[str], bucket: Bucket, video: np.ndarray) -> dict[str, np.ndarray]:
         """Latents of uint8 [B, T, H, W, 3], and what the transformer is told beside them; all fp32.
 
@@ -51,7 +55,7 @@ class Encoders(Pipeline):
         image        of a Wan with an image encoder: its states of the first (and last) frame [B, I, E'']
         first_frame  of a Wan that is given frames as channels: these channels [B, T, Y, X, C']
         """
-        with self._on_mesh():
+        with self.on_mesh():
             _, rows, columns, _ = self.latents_shape(bucket.size, bucket.frames)
             spread = None if self.mesh is None else picture_sharding(self.mesh, len(video), rows, columns)
             latents = self.programs.run("latents", _latents, self.vae, put(video, spread), out_shardings=spread)
@@ -60,8 +64,8 @@ class Encoders(Pipeline):
     def told(self, captions: Sequence[str], bucket: Bucket, video: np.ndarray) -> dict[str, np.ndarray]:
         """What `encode` gives besides latents."""
         job = self._job(list(captions), bucket, video)
-        with self._on_mesh():
-            denoiser = self._stages(job, self.schedule(job))[0].denoiser()
+        with self.on_mesh():
+            denoiser = self.stages(job, self.schedule(job))[0].denoiser()
         text, image, pooled, _ = denoiser.conditioning
         arrays = {"text": text, "pooled": pooled, "image": image, "first_frame": denoiser.extra}
         return {name: np.asarray(array, np.float32) for name, array in arrays.items() if array is not None}
@@ -71,14 +75,14 @@ class Encoders(Pipeline):
         given = self.limits
         return Job(
             prompts=captions,
-            negative_prompt="",
+            negative_prompts=[""] * len(captions),
+            seeds=[0] * len(captions),
             size=bucket.size,
             frames=bucket.frames,
             steps=1,
             guidance=1.0,
             true_cfg=1.0,
             solver=self.defaults.solver,
-            seed=0,
             images=_images(video[:, 0]) if given.image == "always" else None,
             last_images=_images(video[:, -1]) if given.last_image == "always" else None,
         )

@@ -148,7 +148,8 @@ def plans(asked: Table) -> list[str]:
 def bench(asked: Table) -> Stage:
     """All of them in turn, with scores."""
     file = asked.path("table.json")
-    words = ("--model", asked.model, "--steps", str(STEPS), "--rounds", str(ROUNDS), "--suite", SUITES[asked.model])
+    words: tuple[str, ...] = ("--model", asked.model, "--steps", str(STEPS), "--rounds", str(ROUNDS))
+    words += ("--suite", SUITES[asked.model])
     words += ("--samples", str(asked.samples), "--seeds", str(SEEDS), "--keep", str(asked.path("samples")))
     words += ("--plans", ",".join(plans(asked)), "--json", str(file), "--plot", str(asked.path("table.png")))
     return Stage(name="bench", makes=file, command=("dit-bench", *words))

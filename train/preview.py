@@ -43,7 +43,7 @@ class Preview:
             texts = prompts[first : first + GROUP]
             # Sample-major: each prompt, then the empty one.
             pairs = self.embed([text for prompt in texts for text in (prompt, "")])
-            latents = noise(list(range(first, first + len(texts))), shape)
+            latents = noise(np.arange(first, first + len(texts), dtype=np.uint32), shape)
             parts.append(np.asarray(self._generate(model, pairs, latents)))
         video = np.concatenate(parts)
         draw(video, self.folder / f"{taken:06d}.png")

@@ -160,7 +160,10 @@ class Guided:
         return TokenTimesteps(jnp.stack([t_R, jnp.zeros_like(t_R)], axis=1), which)
 
 
-def noise(seeds: list[int], shape: tuple[int, ...]) -> jax.Array:
-    """Starting noise [B, *shape] in fp32, each sample from the threefry key of its own seed."""
-    keys = jnp.stack([jax.random.key(seed, impl="threefry2x32") for seed in seeds])
-    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+def noise(seeds: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Starting noise [B, *shape] in fp32, each sample from the threefry key of its own seed [B], uint32."""
+
+    def of_seed(seed):
+        return jax.random.normal(jax.random.key(seed, impl="threefry2x32"), shape, jnp.float32)
+
+    return jax.vmap(of_seed)(seeds)

@@ -50,7 +50,7 @@ def test_one_scale_serves_both_experts(pipe):
 def test_experts_share_one_program_and_a_second_request_compiles_nothing(text_experts):
     pipe, compiled = load_pipeline(text_experts[0]), []
     pipe("a dog", seed=1, **SHORT)
-    assert len(pipe.programs) == len(["text", "segment", "decode"])
+    assert len(pipe.programs) == len(["noise", "solver", "text", "segment", "decode"])
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )

@@ -100,7 +100,7 @@ def test_image_to_video_needs_an_image(image_to_video):
 
 
 def test_the_last_prompt_needs_a_seed_too(pipe):
-    assert pipe.prepare(Request(prompt=PROMPT, size=SIZE, frames=5, seed=2**32 - 1)).seed == 2**32 - 1
+    assert pipe.prepare(Request(prompt=PROMPT, size=SIZE, frames=5, seed=2**32 - 1)).seeds == [2**32 - 1]
     with pytest.raises(UserError, match="from 0 to 4294967294"):
         pipe.prepare(Request(prompt=[PROMPT] * 2, size=SIZE, frames=5, seed=2**32 - 1))
 

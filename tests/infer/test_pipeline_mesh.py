@@ -56,7 +56,7 @@ def test_a_second_request_compiles_nothing(on_eight, mesh):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_stage_of_a_batch_is_one_program(on_eight, mesh):
-    assert on_eight[f"{mesh} batch programs"] == len(["text", "segment", "decode"])
+    assert on_eight[f"{mesh} batch programs"] == len(["noise", "solver", "segment", "decode"])
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -54,11 +54,12 @@ def test_a_wan_is_told_what_its_pipeline_tells_it(kind, tiny_wan, video, tmp_pat
     found = made_of.encode(CAPTIONS, bucket, video)
     first, last = ([Image.fromarray(frame) for frame in video[:, place]] for place in (0, -1))
     job = Job(
-        prompts=CAPTIONS, negative_prompt="", size=bucket.size, frames=5, steps=4, guidance=1.0, true_cfg=1.0,
-        solver="unipc", seed=0, images=first if pipe.limits.image == "always" else None,
+        prompts=CAPTIONS, negative_prompts=[""] * 2, seeds=[0] * 2, size=bucket.size, frames=5, steps=4, guidance=1.0,
+        true_cfg=1.0,
+        solver="unipc", images=first if pipe.limits.image == "always" else None,
         last_images=last if kind == "first_and_last" else None,
     )  # fmt: skip
-    told = pipe._stages(job, pipe.schedule(job))[-1].denoiser()
+    told = pipe.stages(job, pipe.schedule(job))[-1].denoiser()
     np.testing.assert_allclose(found["text"], told.conditioning.text, atol=1e-6)
     np.testing.assert_allclose(found["text"], pipe.encode_text(CAPTIONS), atol=1e-6)
     with_tower = kind in ("image_to_video", "first_and_last")

@@ -22,7 +22,7 @@ def velocities(written):
     if written.has_image:
         options["image"] = [written.image] * 2
     job = pipe.prepare(Request(prompt=PROMPTS, size=(112, 80), steps=1, **options))
-    denoiser = pipe._stages(job, pipe.schedule(job))[0].denoiser()
+    denoiser = pipe.stages(job, pipe.schedule(job))[0].denoiser()
 
     def mine(x, sigma):
         return denoiser(x, denoiser.init(x), Step(jnp.int32(0), sigma, sigma, 1000 * sigma))[0]

@@ -31,7 +31,7 @@ class Knows:
 
 def run(seeds, clean, first=0, count=4, carry=None):
     denoiser = Knows(clean)
-    carry = start(denoiser, SOLVER, noise(seeds, SHAPE)) if carry is None else carry
+    carry = start(denoiser, SOLVER, noise(np.array(seeds, np.uint32), SHAPE)) if carry is None else carry
     return sample(denoiser, SOLVER, carry, SCHEDULE, jnp.int32(first), count)
 
 
@@ -43,7 +43,7 @@ def test_levels_are_evenly_spaced_and_shifted_once():
 def test_what_is_known_is_reached_and_noise_on_the_way_is_fresh():
     clean = jax.random.normal(jax.random.key(1), (2, *SHAPE))
     np.testing.assert_allclose(run([3, 4], clean).latents, clean, atol=1e-5)
-    seen = [np.asarray(noise([3, 4], SHAPE))]
+    seen = [np.asarray(noise(np.array([3, 4], np.uint32), SHAPE))]
     for count in (1, 2, 3):
         sigma = float(SCHEDULE.sigmas[count])
         latents = run([3, 4], clean, count=count).latents

@@ -1,0 +1,153 @@
+"""Figures of serving: how long a start takes, what the engine adds to a request, what batches bring.
+
+python -m infer.serving_bench --model demo-wan --model demo-flux --buckets demo --json serving.json
+
+Starts are of a process each, first with an empty store of compiled programs and then with what it holds. The engine's
+requests and the pipeline's own calls take turns; so do samples one by one and in batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dit_jax.config import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(
+        "python -m infer.serving_bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("--model", action="append", required=True, help="as for dit-serve")
+    add("--buckets", default="quick", metavar="FILE", help="as for dit-serve (default quick)")
+    add("--rounds", type=int, default=5, metavar="N", help="turns of what is compared (default 5)")
+    add("--batch", type=int, default=4, metavar="N", help="samples of a batch (default 4)")
+    add("--only", choices=("start", "engine"), help="one of the two parts")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--started", action="store_true", help=argparse.SUPPRESS)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; exit code 2 and one sentence for bad input."""
+    began = time.perf_counter()
+    options = parser().parse_args(arguments)
+    try:
+        if options.started:
+            print(json.dumps(_started(options, began)))
+            return 0
+        figures: dict[str, Any] = {"models": options.model, "buckets": options.buckets, "cores": os.cpu_count()}
+        if options.only != "engine":
+            figures |= starts(options)
+        if options.only != "start":
+            figures |= engine_figures(options)
+    except UserError as error:
+        print(f"serving_bench: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(figures, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def starts(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a start with an empty store and with a full one, and how they compare without imports and weights."""
+    words = [word for name in options.model for word in ("--model", name)]
+    command = [sys.executable, "-m", "infer.serving_bench", *words, "--buckets", options.buckets, "--started"]
+    with tempfile.TemporaryDirectory() as caches:
+        place = os.environ | {"XDG_CACHE_HOME": caches}
+        cold, warm = (
+            json.loads(subprocess.run(command, env=place, check=True, capture_output=True, text=True).stdout)
+            for _ in range(2)
+        )
+    return {"cold": cold, "warm": warm, "warm_over_cold": round(warm["ready"] / cold["ready"], 4)}
+
+
+def _started(options: argparse.Namespace, began: float) -> dict[str, Any]:
+    from infer.buckets import read_buckets
+    from infer.caches import cache_folder
+    from infer.loading import load_pipeline
+    from infer.program_store import ProgramStore
+    from infer.programs import Programs
+    from infer.warming import warm
+
+    imported = time.perf_counter()
+    buckets = read_buckets(options.buckets, options.model)
+    pipelines = {name: load_pipeline(name) for name in options.model}
+    loaded = time.perf_counter()
+    store = ProgramStore(cache_folder("executables") / "programs", limit_bytes=2**34)
+    for pipe in pipelines.values():
+        pipe.programs = Programs(store)
+    seconds = warm(pipelines, buckets)
+    programs = [pipe.programs for pipe in pipelines.values()]
+    return {
+        "imports": round(imported - began, 2),
+        "weights": round(loaded - imported, 2),
+        "ready": round(seconds, 2),
+        "compiled": sum(one.compiled_count for one in programs),
+        "from_store": sum(one.loaded_count for one in programs),
+    }
+
+
+def engine_figures(options: argparse.Namespace) -> dict[str, Any]:
+    """By model: seconds of a request from the pipeline and from the engine, and of so many at once and one by one."""
+    from infer.buckets import read_buckets
+    from infer.engine import Engine, EngineOptions, Ticket
+    from infer.loading import load_pipeline
+
+    figures = {}
+    for name, offered in read_buckets(options.buckets, options.model).items():
+        pipe = load_pipeline(name)
+        batches = tuple(sorted({1, options.batch}))
+        job = next(replace(offered, batches=(options.batch,)).jobs(pipe))
+
+        def served(engine: Engine, count: int, name: str = name, job: Any = job) -> float:
+            tickets = [Ticket(model=name, job=job.single(row)) for row in range(count)]
+            began = time.perf_counter()
+            engine.submit(tickets)
+            for ticket in tickets:
+                ticket.result.result()
+            return time.perf_counter() - began
+
+        one = Engine({name: pipe}, {name: replace(offered, batches=(1,))}, EngineOptions(window=0.0))
+        many = Engine({name: pipe}, {name: replace(offered, batches=batches)}, EngineOptions(window=0.05))
+        for engine in (one, many):
+            engine.start()
+        turns: dict[str, list[float]] = {"pipeline": [], "engine": [], "one_by_one": [], "together": []}
+        for turn in range(options.rounds + 1):
+            began = time.perf_counter()
+            pipe.decode(job.single(0), pipe.denoise(job.single(0)))
+            seconds = {
+                "pipeline": time.perf_counter() - began,
+                "engine": served(one, 1),
+                "one_by_one": served(one, options.batch),
+                "together": served(many, options.batch),
+            }
+            if turn:  # the first turn compiles
+                for what, value in seconds.items():
+                    turns[what].append(value)
+        for engine in (one, many):
+            engine.stop(60)
+        median = {what: round(statistics.median(values), 4) for what, values in turns.items()}
+        figures[name] = median | {
+            "steps": job.steps,
+            "batch": options.batch,
+            "engine_overhead": round(median["engine"] / median["pipeline"] - 1, 4),
+            "batched_throughput": round(median["one_by_one"] / median["together"], 4),
+        }
+    return {"engine": figures}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

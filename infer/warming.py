@@ -1,0 +1,41 @@
+"""Compiling all that a server offers before it says that it is ready."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from infer.buckets import Buckets
+from infer.pipeline import Pipeline
+from infer.request import Job
+
+logger = logging.getLogger(__name__)
+MOST_THREADS = 8
+
+
+def warm(
+    pipelines: Mapping[str, Pipeline], buckets: Buckets, told: Callable[[int, int], None] = lambda done, total: None
+) -> float:
+    """Compiles every program, several at a time, or takes it from the store; the seconds that it took."""
+    began = time.perf_counter()
+    work = [(name, job) for name, pipe in pipelines.items() for job in buckets[name].jobs(pipe)]
+    threads = min(os.cpu_count() or 1, MOST_THREADS)
+    done = itertools.count(1)
+
+    def compile_one(item: tuple[str, Job]) -> None:
+        name, job = item
+        pipelines[name].compile(job)
+        told(next(done), len(work))
+
+    with ThreadPoolExecutor(threads, "compiling") as pool:
+        for finished in [pool.submit(compile_one, item) for item in work]:
+            finished.result()
+    seconds = time.perf_counter() - began
+    programs = [pipe.programs for pipe in pipelines.values()]
+    compiled, loaded = sum(one.compiled_count for one in programs), sum(one.loaded_count for one in programs)
+    logger.info("ready in %.1f s: %d programs compiled, %d from the store", seconds, compiled, loaded)
+    return seconds
