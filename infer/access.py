@@ -77,20 +77,26 @@ class Access:
             )
 
 
+def keys_in(file: Path) -> dict[int, str]:
+    """The keys of a file by the number of their line; UserError where there is none."""
+    lines = [line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    keys = {number: line for number, line in enumerate(lines, start=1) if line}
+    if not keys:
+        raise UserError(f"{file} holds no key: expected one a line; write one, or leave out --api-key-file")
+    return keys
+
+
 def _read(file: Path) -> list[str]:
     try:
-        lines = [line.split("#")[0].strip() for line in file.read_text().splitlines()]
+        keys = keys_in(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read keys from {str(file)!r} ({error}): expected a text file with one a line"
         ) from None
-    keys = [line for line in lines if line]
-    if not keys:
-        raise UserError(f"{file} holds no key: expected one a line; write one, or leave out --api-key-file")
-    short = [place + 1 for place, line in enumerate(lines) if 0 < len(line) < 16]
+    short = [number for number, key in keys.items() if len(key) < 16]
     if short:
         raise UserError(f"{file}: the key in line {short[0]} is short: expected at least 16 characters; draw a new one")
-    return [_hash(key) for key in keys]
+    return [_hash(key) for key in keys.values()]
 
 
 def _hash(key: str) -> str:

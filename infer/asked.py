@@ -26,6 +26,11 @@ class Asked:
     quality: str
     fps: int
 
+    @property
+    def size(self) -> str:
+        """WIDTHxHEIGHT, as the API writes it."""
+        return "x".join(map(str, self.job.size))
+
 
 def asked_of(
     request: ImageRequest | VideoRequest,

@@ -18,7 +18,6 @@ from infer.pipeline import Pipeline
 from infer.request import Job, Request, parse_size
 
 PRESETS = Path(__file__).parent / "presets"
-QUALITIES = ("high", "standard", "fast")  # OpenAI's word for it; what each means is the file's to say
 NEAREST = 3
 
 

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from dit_jax.config import UserError
 from infer.access import RateLimitError
 from infer.api_types import Error, Failure
-from infer.engine import CancelledError, QueueFullError, StoppedError
+from infer.tickets import CancelledError, QueueFullError, StoppedError
 
 
 def failure(status: int, message: str, kind: str, *, code: str | None = None, param: str | None = None, **headers: str):

@@ -19,9 +19,10 @@ from PIL import Image
 from dit_jax.config import UserError
 from infer.api_types import ImageRequest, Picture, Pictures
 from infer.asked import Asked, asked_of
-from infer.engine import Engine, Progress, Sample, StoppedError, Ticket
+from infer.engine import Engine
 from infer.journal import Journal
 from infer.media import with_comment
+from infer.tickets import Progress, Sample, StoppedError, Ticket
 
 URL = "/v1/images/{id}/content"
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -60,7 +61,7 @@ class ImageRequests:
         made = [await run(self._media, self._picture, request, sample, owner, base) for sample in samples]
         return Pictures(
             created=int(time.time()), data=made, output_format=_kind(request), quality=asked.quality,
-            size="x".join(map(str, asked.job.size)), plan=asked.job.plan, usage=_usage(), timings=samples[0].seconds,
+            size=asked.size, plan=asked.job.plan, usage=_usage(), timings=samples[0].seconds,
         )  # fmt: skip
 
     async def stream(self, request: ImageRequest, asked: Asked, tickets: list[Ticket]) -> AsyncIterator[dict[str, Any]]:
@@ -71,7 +72,7 @@ class ImageRequests:
         news = _news_of(tickets)
         shown, left = dict.fromkeys(tickets, 0), len(tickets)
         common = {
-            "created_at": int(time.time()), "size": "x".join(map(str, asked.job.size)), "quality": asked.quality,
+            "created_at": int(time.time()), "size": asked.size, "quality": asked.quality,
             "background": "opaque", "output_format": _kind(request),
         }  # fmt: skip
         try:

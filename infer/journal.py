@@ -24,6 +24,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from convert.safetensors_files import flush
 from dit_jax.config import UserError
 from infer.job_records import FILE_NAME, ID, JobRecord, Kind, insert, open_database, select
 
@@ -55,7 +56,7 @@ class Journal:
                     f"cannot use the journal {str(file)!r} ({error}): expected one that this version wrote; name "
                     "another folder, or move the file away and begin without its jobs"
                 ) from error
-            _to_disk(folder)
+            flush(folder)
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Journal:
@@ -237,8 +238,8 @@ class Journal:
             folder.mkdir(exist_ok=True)
             for name in names:
                 (written / name).replace(folder / name)
-            _to_disk(folder)
-            _to_disk(self._jobs)
+            flush(folder)
+            flush(self._jobs)
 
     def _remove(self, id: str) -> None:
         shutil.rmtree(self._folder(id), ignore_errors=True)
@@ -269,12 +270,3 @@ def _own(folder: Path, rooms: tuple[Path, ...]) -> int:
 
 def _size(files: Mapping[str, bytes]) -> int:
     return sum(map(len, files.values()))
-
-
-def _to_disk(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

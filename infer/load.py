@@ -18,6 +18,7 @@ import httpx
 from convert.progress import progress_bar
 from dit_jax.config import UserError
 from infer import load_report, media
+from infer.access import keys_in
 from infer.bench_page import check_plotting
 from infer.load_client import ask, connected
 from infer.load_loops import Ask, Capacity, Record, closed_loop, open_loop
@@ -144,7 +145,8 @@ def _report(options: argparse.Namespace, found: Findings) -> dict[str, Any]:
 async def _run(options: argparse.Namespace, rate: Rate) -> Findings:
     prompts = read_prompts(options.prompts) if options.prompts else None
     rng, shares = random.Random(options.seed), Shares(cancels=options.cancels, bad=options.bad)
-    async with connected(options.server.rstrip("/"), _key(options.api_key_file)) as http:
+    key = next(iter(keys_in(Path(options.api_key_file)).values())) if options.api_key_file else None
+    async with connected(options.server.rstrip("/"), key) as http:
         mix = read_mix(await _models(http), options.mix, prompts, options.seed)
 
         def asking(arrival, patience):
@@ -206,16 +208,6 @@ async def _models(http: httpx.AsyncClient) -> Any:
             f"{http.base_url} lists no models ({error or type(error).__name__}): expected a running dit-serve; start "
             "it, or mend the URL"
         ) from None
-
-
-def _key(file: str | None) -> str | None:
-    if file is None:
-        return None
-    lines = (line.split("#")[0].strip() for line in Path(file).read_text(encoding="utf-8").splitlines())
-    key = next(filter(None, lines), None)
-    if key is None:
-        raise UserError(f"{file} holds no key: expected one a line; write one, or leave out --api-key-file")
-    return key
 
 
 def _rate(options: argparse.Namespace) -> Rate:

@@ -337,10 +337,12 @@ def interleaved(conditional: np.ndarray, unconditional: np.ndarray) -> np.ndarra
 
 
 def _decode(vae, latents):
-    video = vae.decode(vae.denormalise(latents), chunk=VAE_CHUNK)
-    return jnp.round((video + 1) * 127.5).astype(jnp.uint8)
+    return _levels(vae.decode(vae.denormalise(latents), chunk=VAE_CHUNK))
 
 
 def _decode_tiled(vae, latents):
-    video = vae.decode_tiled(vae.denormalise(latents), chunk=VAE_CHUNK)
+    return _levels(vae.decode_tiled(vae.denormalise(latents), chunk=VAE_CHUNK))
+
+
+def _levels(video: jax.Array) -> jax.Array:
     return jnp.round((video + 1) * 127.5).astype(jnp.uint8)

@@ -15,10 +15,10 @@ from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from infer.api_types import Failure, ImageRequest, Pictures, Video, VideoRequest
-from infer.engine import Progress
 from infer.http_errors import failure
 from infer.image_requests import TYPES, ImageRequests, encoded
 from infer.reading import read_json, read_video_request
+from infer.tickets import Progress
 
 if TYPE_CHECKING:
     from infer.server import Server

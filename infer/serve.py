@@ -22,8 +22,6 @@ from types import FrameType
 
 from dit_jax.config import UserError
 
-STORE_LIMIT = 16 * 2**30
-
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
@@ -132,24 +130,18 @@ def _server(options: argparse.Namespace):
     from infer.engine import Engine, EngineOptions
     from infer.journal import Journal
     from infer.loading import load_pipeline
-    from infer.program_store import ProgramStore
-    from infer.programs import Programs
     from infer.server import Server
     from infer.server_metrics import ServerMetrics
-    from infer.warming import warm
+    from infer.warming import warm, with_store
 
     buckets = read_buckets(options.buckets, options.model)
     access = Access(options.api_key_file, KeyLimits(per_minute=options.per_minute))
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
-    store = (
-        None if options.no_store else ProgramStore(cache_folder("executables") / "programs", limit_bytes=STORE_LIMIT)
-    )
     pipelines = {name: load_pipeline(name, mesh=mesh) for name in options.model}
-    for pipe in pipelines.values():
-        pipe.programs = Programs(store)
+    if not options.no_store:
+        with_store(pipelines)
     for name, pipe in pipelines.items():
-        for job in buckets[name].jobs(pipe):  # what cannot be served is told of now
-            del job
+        list(buckets[name].jobs(pipe))  # what cannot be served is told of now
     metrics = ServerMetrics()
     shared = EngineOptions(window=options.window, active=options.active, queue=options.queue)
     engine = Engine(pipelines, buckets, shared, metrics.observe)

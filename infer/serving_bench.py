@@ -76,19 +76,14 @@ def starts(options: argparse.Namespace) -> dict[str, Any]:
 
 def _started(options: argparse.Namespace, began: float) -> dict[str, Any]:
     from infer.buckets import read_buckets
-    from infer.caches import cache_folder
     from infer.loading import load_pipeline
-    from infer.program_store import ProgramStore
-    from infer.programs import Programs
-    from infer.warming import warm
+    from infer.warming import warm, with_store
 
     imported = time.perf_counter()
     buckets = read_buckets(options.buckets, options.model)
     pipelines = {name: load_pipeline(name) for name in options.model}
     loaded = time.perf_counter()
-    store = ProgramStore(cache_folder("executables") / "programs", limit_bytes=2**34)
-    for pipe in pipelines.values():
-        pipe.programs = Programs(store)
+    with_store(pipelines)
     seconds = warm(pipelines, buckets)
     programs = [pipe.programs for pipe in pipelines.values()]
     return {
@@ -103,8 +98,9 @@ def _started(options: argparse.Namespace, began: float) -> dict[str, Any]:
 def engine_figures(options: argparse.Namespace) -> dict[str, Any]:
     """By model: seconds of a request from the pipeline and from the engine, and of so many at once and one by one."""
     from infer.buckets import read_buckets
-    from infer.engine import Engine, EngineOptions, Ticket
+    from infer.engine import Engine, EngineOptions
     from infer.loading import load_pipeline
+    from infer.tickets import Ticket
 
     figures = {}
     for name, offered in read_buckets(options.buckets, options.model).items():

@@ -22,9 +22,10 @@ from infer import media
 from infer.api_types import Video, VideoRequest
 from infer.asked import Asked, asked_of
 from infer.contact_sheet import contact_sheet
-from infer.engine import CancelledError, Engine, Progress, QueueFullError, Sample, StoppedError, Ticket
+from infer.engine import Engine
 from infer.job_records import JobRecord
 from infer.journal import Journal
+from infer.tickets import CancelledError, Progress, QueueFullError, Sample, StoppedError, Ticket
 
 logger = logging.getLogger(__name__)
 VIDEO, THUMBNAIL, SHEET, REFERENCE = "video.mp4", "thumbnail.webp", "spritesheet.jpg", "reference.png"
@@ -212,7 +213,7 @@ def _settled(request: VideoRequest, asked: Asked) -> dict[str, Any]:
     job = asked.job
     return kept | {
         "model": asked.model,
-        "size": "x".join(map(str, job.size)),
+        "size": asked.size,
         "frames": job.frames,
         "fps": asked.fps,
         "seed": job.seeds[0],

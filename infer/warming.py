@@ -10,11 +10,22 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from infer.buckets import Buckets
+from infer.caches import cache_folder
 from infer.pipeline import Pipeline
+from infer.program_store import ProgramStore
+from infer.programs import Programs
 from infer.request import Job
 
 logger = logging.getLogger(__name__)
 MOST_THREADS = 8
+STORE_LIMIT = 16 * 2**30
+
+
+def with_store(pipelines: Mapping[str, Pipeline]) -> None:
+    """Lets pipelines that have compiled nothing yet take their programs from the user's store, and keep them there."""
+    store = ProgramStore(cache_folder("executables") / "programs", limit_bytes=STORE_LIMIT)
+    for pipe in pipelines.values():
+        pipe.programs = Programs(store)
 
 
 def warm(

@@ -17,11 +17,11 @@ import uvicorn
 from dit_jax.config import UserError
 from infer.access import Access
 from infer.buckets import Frame, ModelBuckets, Offer
-from infer.engine import Progress, Sample, Ticket
 from infer.journal import Journal
 from infer.request import Defaults, Job, Limits, Request, check, fill
 from infer.server import Server, build_app
 from infer.server_metrics import ServerMetrics
+from infer.tickets import Progress, Sample, Ticket
 
 FAILS = "this one fails"
 REASON = "the digits fell off: expected them to stay; hold them tighter"

@@ -13,9 +13,10 @@ from test_patch_schedules import random_part
 from dit_jax.config import UserError
 from infer.buckets import Frame, ModelBuckets, Offer
 from infer.denoising import Denoising
-from infer.engine import CancelledError, Engine, EngineOptions, QueueFullError, StoppedError, Ticket
+from infer.engine import Engine, EngineOptions
 from infer.loading import load_pipeline
 from infer.request import Request, joined
+from infer.tickets import CancelledError, QueueFullError, StoppedError, Ticket
 from infer.warming import warm
 
 STEPS = 8
