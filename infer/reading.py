@@ -19,22 +19,31 @@ from infer.api_types import VideoRequest
 from infer.uploads import UploadLimits, read_reference
 
 TEXT = 2**18  # bytes of a body without a file
+PATIENCE = 120.0  # seconds until a body has to be there
 REFERENCE = "input_reference"
 _DECODING = asyncio.Semaphore(2)  # uploads that are decoded at once: each may take as much memory as its limits allow
 Model = TypeVar("Model", bound=BaseModel)
 
 
 async def body_of(request: Request, limit: int) -> bytes:
-    """The body; 413 as soon as it is known to be longer than `limit` bytes."""
+    """The body; 413 as soon as it is known to be longer than `limit` bytes, 408 when it takes too long to come."""
     told = request.headers.get("content-length", "0")
     if told.isdigit() and int(told) > limit:
         raise HTTPException(413, f"the body has {told} bytes: expected at most {limit}; send less")
     parts, length = [], 0
-    async for part in request.stream():
-        length += len(part)
-        if length > limit:
-            raise HTTPException(413, f"the body has more than {limit} bytes: expected at most {limit}; send less")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                length += len(part)
+                if length > limit:
+                    raise HTTPException(
+                        413, f"the body has more than {limit} bytes: expected at most {limit}; send less"
+                    )
+                parts.append(part)
+    except TimeoutError:
+        raise HTTPException(
+            408, f"the body was not there after {PATIENCE:g} s, only {length} bytes: send it faster"
+        ) from None
     return b"".join(parts)
 
 

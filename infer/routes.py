@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).parent / "page" / "index.html"
 HEARTBEAT = 15.0  # seconds between signs of life on a quiet stream
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    code: {"model": Failure} for code in (400, 401, 403, 404, 409, 413, 429, 503)
+    code: {"model": Failure} for code in (400, 401, 403, 404, 408, 409, 413, 429, 503)
 }
 STREAM = "text/event-stream"
 VideoId = Annotated[str, InPath(pattern="^video_[0-9a-f]{32}$")]

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from convert.progress import progress_bar
 from dit_jax.config import UserError
 
 
@@ -69,7 +70,7 @@ def starts(options: argparse.Namespace) -> dict[str, Any]:
         place = os.environ | {"XDG_CACHE_HOME": caches}
         cold, warm = (
             json.loads(subprocess.run(command, env=place, check=True, capture_output=True, text=True).stdout)
-            for _ in range(2)
+            for _ in progress_bar(("cold", "warm"), desc="starts", unit="start")
         )
     return {"cold": cold, "warm": warm, "warm_over_cold": round(warm["ready"] / cold["ready"], 4)}
 
@@ -92,6 +93,7 @@ def _started(options: argparse.Namespace, began: float) -> dict[str, Any]:
         "ready": round(seconds, 2),
         "compiled": sum(one.compiled_count for one in programs),
         "from_store": sum(one.loaded_count for one in programs),
+        "mappings": len(Path("/proc/self/maps").read_text().splitlines()),
     }
 
 
@@ -121,7 +123,7 @@ def engine_figures(options: argparse.Namespace) -> dict[str, Any]:
         for engine in (one, many):
             engine.start()
         turns: dict[str, list[float]] = {"pipeline": [], "engine": [], "one_by_one": [], "together": []}
-        for turn in range(options.rounds + 1):
+        for turn in progress_bar(range(options.rounds + 1), desc=f"{name}: engine", unit="turn"):
             began = time.perf_counter()
             pipe.decode(job.single(0), pipe.denoise(job.single(0)))
             seconds = {

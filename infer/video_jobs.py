@@ -53,14 +53,18 @@ class VideoJobs:
         self._media = ThreadPoolExecutor(2, "media")
 
     def create(self, request: VideoRequest, reference: Image.Image | None, owner: str) -> Video:
-        """A new job; UserError for what is not served, QueueFullError where too many wait."""
+        """A new job; UserError for what is not served, QueueFullError where too many wait, StoppedError at the end."""
         asked = asked_of(request, self.engine.pipelines, self.engine.buckets, reference)
         self.engine.check_room(1)
         inputs = {} if reference is None else {REFERENCE: _png(reference)}
         record = self.journal.accept(
             kind="video", model=asked.model, owner=owner, request=_settled(request, asked), inputs=inputs
         )
-        self._run(record, asked)
+        try:
+            self._run(record, asked)
+        except StoppedError:  # the client hears of it, so that the next process must not make it
+            self.journal.deleted(record.id, owner)
+            raise
         return self.view(record)
 
     def resume(self) -> int:
@@ -74,6 +78,8 @@ class VideoJobs:
                 self._run(record, self._asked_again(record))
             except UserError as error:
                 self.journal.failed(record.id, "invalid_request_error", str(error))
+            except StoppedError:  # then they are the next process's
+                break
         return len(records)
 
     def _asked_again(self, record: JobRecord) -> Asked:
@@ -86,8 +92,13 @@ class VideoJobs:
         ticket = Ticket(model=asked.model, job=asked.job, told=partial(self._told, record.id))
         with self._turn:
             self._live[record.id] = Live(ticket=ticket, progress=Progress(done=0, steps=asked.job.steps))
+        try:
+            self.engine.submit([ticket], limited=False)
+        except StoppedError:
+            with self._turn:
+                del self._live[record.id]
+            raise
         ticket.result.add_done_callback(partial(self._ended, record.id, asked.fps))
-        self.engine.submit([ticket], limited=False)
 
     def _told(self, id: str, progress: Progress) -> None:
         if progress.done == 0:

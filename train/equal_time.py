@@ -28,8 +28,8 @@ PRUNED = ("0.3", "0.5", "0.75")
 TOKENS = ("0.75", "0.5", "0.25")
 PLAIN = ("dense:30", "dense:20", "dense:10", "hsa:75A", "hsa:50", "hsa:25", "taylorseer:n=2", "taylorseer:n=5")
 # Thresholds and spans of steps, from most time to least.
-TEACACHE = {"demo-wan": (0.075, 0.12, 0.35), "demo-flux": (0.037, 0.06, 0.2)}
-MAGCACHE = {"demo-wan": ("0.01", "0.02", "0.5:k=10"), "demo-flux": ("0.01", "0.05", "0.3:k=10")}
+TEACACHE = {"demo-wan": (0.075, 0.12, 0.35), "demo-flux": (0.03, 0.05, 0.23)}
+MAGCACHE = {"demo-wan": ("0.01", "0.02", "0.5:k=10"), "demo-flux": ("0.015", "0.06", "0.5:k=10")}
 SPANS = {
     "demo-wan": ("ddit:2p@25-39", "ddit:2p@9-39", "dense:20+ddit:2p@4-19"),
     "demo-flux": ("ddit:2p@24-39", "ddit:2p@7-39", "dense:20+ddit:2p@4-19"),

@@ -10,13 +10,17 @@ from PIL import Image
 
 from dit_jax.sharding import make_mesh, parse_mesh
 from infer import load_pipeline
+from infer.buckets import Frame, ModelBuckets, Offer
+from infer.engine import Engine, EngineOptions
 from infer.request import Request
+from infer.tickets import Ticket
 
 SMALL = dict(size=(48, 64), frames=5, guidance=3.0)
 LARGE = dict(size=(96, 64), frames=5, guidance=3.0)  # where a latent is 16x16 pixels
 GUIDANCE = (3.5, 2.0)
 PROMPTS = ["the dog sleeps", "a red cat runs"]
 IMAGE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8))
+SERVED = ((7, "a red cat runs"), (8, "the dog sleeps"))  # seeds and prompts
 WIDE = dict(size=(832, 480), frames=1)  # latents of 60 x 104: eight devices divide the columns alone
 
 
@@ -37,6 +41,20 @@ def record_runs(pipe):
     return runs
 
 
+def served(pipe) -> np.ndarray:
+    """The first frames of two requests that an engine makes in one batch."""
+    shape = Frame(*SMALL["size"], SMALL["frames"])
+    buckets = ModelBuckets(shapes=(shape,), offers={"high": Offer(plan="dense", steps=8)}, batches=(1, 2))
+    engine = Engine({"tiny": pipe}, {"tiny": buckets}, EngineOptions(window=1.0))
+    engine.start()
+    jobs = [pipe.prepare(Request(prompt=text, seed=seed, steps=8, **SMALL)) for seed, text in SERVED]
+    tickets = [Ticket(model="tiny", job=job) for job in jobs]
+    engine.submit(tickets)
+    samples = [ticket.result.result(600) for ticket in tickets]
+    assert [sample.batch for sample in samples] == [2, 2] and engine.stop(60)
+    return np.stack([sample.frames[0] for sample in samples])
+
+
 def text_to_video(folder: str, mesh: str, compiled: list[str]) -> dict[str, np.ndarray]:
     pipe = load_pipeline(folder, mesh=make_mesh(parse_mesh(mesh)))
     kernel = pipe.transformer.blocks.mlp.up.kernel[...]
@@ -52,6 +70,7 @@ def text_to_video(folder: str, mesh: str, compiled: list[str]) -> dict[str, np.n
     before = len(compiled)
     pipe(PROMPTS[::-1], seed=9, steps=8, **SMALL)
     found[f"{mesh} batch compiled"] = np.array(len(compiled) - before)
+    found[f"{mesh} served"] = served(pipe)
     runs = record_runs(pipe)
     job = pipe.prepare(Request(prompt="a red cat", **WIDE))
     found[f"{mesh} wide"] = pipe.decode(job, wide_latents()).frames[0]

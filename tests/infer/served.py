@@ -9,6 +9,7 @@ import httpx
 import uvicorn
 from tiny_flux import pipeline as tiny_flux
 
+from infer import video_jobs
 from infer.access import Access, KeyLimits
 from infer.buckets import Frame, ModelBuckets, Offer
 from infer.engine import Engine, EngineOptions
@@ -72,3 +73,15 @@ def serving(models, folder, *, keys=None, options=None, limits=None, ready=True)
         go.set()
         running.should_exit = True
         thread.join(120)
+
+
+def remember_frames(monkeypatch):
+    """A list that gets the frames of every video that is made, as they are before the codec."""
+    made, files = [], video_jobs._files
+
+    def remembering(sample, fps):
+        made.append(sample.frames)
+        return files(sample, fps)
+
+    monkeypatch.setattr(video_jobs, "_files", remembering)
+    return made

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from eight_devices import GUIDANCE, IMAGE, LARGE, PROMPTS, SMALL, WIDE, wide_latents
+from eight_devices import GUIDANCE, IMAGE, LARGE, PROMPTS, SERVED, SMALL, WIDE, wide_latents
 
 from infer import load_pipeline
 from infer.request import Request
@@ -46,6 +46,13 @@ def on_one(pipe):
 def test_pixels_are_the_same(on_eight, on_one, mesh, kind):
     assert np.abs(on_eight[mesh + kind].astype(int) - on_one).max() <= 1
     assert on_one.std() > 10
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_an_engine_on_eight_serves_the_same(on_eight, pipe, mesh):
+    for found, (seed, prompt) in zip(on_eight[f"{mesh} served"], SERVED, strict=True):
+        expected = pipe(prompt, seed=seed, steps=8, **SMALL).frames[0, 0]
+        assert np.abs(found.astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -18,7 +18,7 @@ BUCKETS = {
     "tiny-t2v": {
         "shapes": ["48x32x9"],
         "plans": {"high": {"plan": "dense", "steps": 16}, "fast": {"plan": "dense", "steps": 4}},
-        "batches": [1, 2],
+        "batches": [1],
     }
 }
 
