@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import threading
 import time
 from collections import defaultdict
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from dit_jax.config import UserError
 
+LOCAL = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 NOBODY = ""  # the owner of all where no keys are asked for
 
 
@@ -43,10 +45,10 @@ class Access:
         self._turn = threading.Lock()
         self._tokens: dict[str, tuple[float, float]] = defaultdict(lambda: (float(limits.per_minute or 0), clock()))
 
-    @property
-    def open(self) -> bool:
-        """Whether no key is asked for."""
-        return self._owners is None
+    def welcomes(self, host: str | None) -> bool:
+        """Whether a request may name this host. Without keys only this machine's own names may stand there, since a
+        page from elsewhere can have its own name mean this machine."""
+        return self._owners is not None or LOCAL.fullmatch(host or "") is not None
 
     def owner(self, authorization: str | None) -> str | None:
         """Whose request it is, by its header `Authorization: Bearer KEY`; None for nobody's."""

@@ -18,7 +18,7 @@ class _Request(BaseModel):
 
     prompt: Annotated[str, Field(min_length=1)]
     model: str | None = None
-    size: str | None = None
+    size: Annotated[str, Field(examples=["832x480"])] | None = None
     quality: str | None = None
     user: str | None = None
     seed: Seed | None = None
@@ -74,6 +74,7 @@ class Video(BaseModel):
     remixed_from_video_id: None = None
     error: dict[str, str] | None = None
     timings: dict[str, float] | None = None
+    notes: list[str] | None = None
 
 
 class Error(BaseModel):
@@ -109,3 +110,4 @@ class Pictures(BaseModel):
     plan: str
     usage: dict[str, Any]
     timings: dict[str, float]
+    notes: list[str] | None = None

@@ -14,7 +14,7 @@ from dit_jax.config import UserError
 from infer.api_types import ImageRequest, VideoRequest
 from infer.buckets import Buckets, Frame, ModelBuckets
 from infer.pipeline import Pipeline
-from infer.request import SEEDS, Job, Request, parse_size
+from infer.request import SEEDS, Job, Request, fill, parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def _shape(request: ImageRequest | VideoRequest, pipe: Pipeline, offered: ModelB
 
 def _check_guidance(pipe: Pipeline, job: Job) -> None:
     """Guidance takes a second branch, so programs have it or not."""
-    usual = pipe.prepare(Request(prompt="x", steps=job.steps, plan=job.plan))
+    usual = fill(Request(prompt="x", steps=job.steps, plan=job.plan), pipe.defaults)
     scale, compiled = (max(one.guidance_scales) if pipe.defaults.video else one.true_cfg for one in (job, usual))
     if (scale > 1) != (compiled > 1):
         raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from dit_jax.config import UserError
-from dit_jax.methods.plan import parse_plan
+from dit_jax.methods.plan import JOINT, parse_plan
 from infer.pipeline import Pipeline
 from infer.request import Job, Request, parse_size
 
@@ -66,6 +66,11 @@ class ModelBuckets:
     def jobs(self, pipe: Pipeline) -> Iterator[Job]:
         """A job of every program: each shape, plan and batch, with a picture to begin with, without, or either."""
         grey, given = Image.new("RGB", (8, 8), "grey"), pipe.limits.image
+        if pipe.limits.last_image == "always":
+            raise UserError(
+                f"{pipe.name} draws between two pictures: expected a model that begins with one at most, since "
+                "requests hold no second; serve another"
+            )
         starts: list[Image.Image | None] = [] if given == "always" else [None]
         starts += [] if given == "never" else [grey]
         for shape, offer, batch, image in itertools.product(self.shapes, self.offers.values(), self.batches, starts):
@@ -75,7 +80,6 @@ class ModelBuckets:
                     Request(
                         prompt=["warming up"] * batch,
                         image=image,
-                        last_image=image if pipe.limits.last_image == "always" else None,
                         size=shape.size,
                         frames=shape.frames,
                         steps=offer.steps,
@@ -95,7 +99,7 @@ class ModelBuckets:
     def offer(self, quality: str | None, plan: str | None, steps: int | None) -> Offer:
         """What a request asks for: a plan, or a quality, or neither; UserError for what is not served."""
         if plan is not None:
-            wanted = str(parse_plan(plan))
+            wanted = JOINT.join(word.strip() for word in plan.split(JOINT))  # not parsed: a plan may name a file
             found = [offer for offer in self.offers.values() if offer.plan == wanted]
         elif quality in (None, "auto"):
             found = [next(iter(self.offers.values()))]

@@ -38,10 +38,11 @@ class Watch(Protocol):
 
 
 class Entered(NamedTuple):
-    """A stage that has begun, and its denoisers."""
+    """A stage that has begun, its denoisers, and the first frames that they hold, if any."""
 
     stage: Stage
     variants: Variants
+    held: jax.Array | None
 
 
 class Denoising:
@@ -82,7 +83,7 @@ class Denoising:
     def advance(self) -> None:
         """Runs the next segment; what it gives may still be on its way when this returns."""
         with self.pipe.on_mesh():
-            stage, variants = self._entered()
+            stage, variants, _ = self._entered()
             if self.done in self._starts:
                 self._choose(stage, variants)
             self.carry = self._segment(self.pipe.programs.run, variants.denoiser, self.carry, self._pinned)
@@ -132,16 +133,22 @@ class Denoising:
     def compile(self) -> None:
         """Compiles what the job's steps need, and runs none of them."""
         with self.pipe.on_mesh():
+            before = None
             for stage in self._stages:
                 variants = self._enter(stage).variants
                 variants.compile_choice(self.carry.latents)
                 for denoiser in variants.all:
-                    self._compile(denoiser)
+                    state = self._compile(denoiser, before)
+                before = None if self._plan.chooser else state
 
     def final(self) -> np.ndarray:
         """Final latents [B, T, Y, X, C], fp32 in the sampler's normalised units."""
         with self.pipe.on_mesh():
-            return np.asarray(self._entered().variants.denoiser.finish(self.carry.latents))
+            held = self._entered().held
+            latents = np.array(self.carry.latents)
+        if held is not None:
+            latents[:, : held.shape[1]] = held
+        return latents
 
     def _entered(self) -> Entered:
         """The stage of the next step, or, once all have been taken, of the last one."""
@@ -172,7 +179,7 @@ class Denoising:
         variants = Variants(plan.chooser, applied, run, pipe.programs, self._chosen)
         for denoiser in variants.unforetold:
             self._compile(denoiser)
-        return Entered(stage, variants)
+        return Entered(stage, variants, plain.held)
 
     def _choose(self, stage: Stage, variants: Variants) -> None:
         if not variants.choose(self.done, self.carry.latents):
@@ -183,8 +190,11 @@ class Denoising:
         before = None if self._plan.chooser else self.carry.denoiser
         self.carry, self._pinned = _started(self.pipe, variants.denoiser, self.carry, before)
 
-    def _compile(self, denoiser: Any) -> None:
-        self._segment(self.pipe.programs.compiled, denoiser, *_started(self.pipe, denoiser, self.carry, None))
+    def _compile(self, denoiser: Any, before: Any = None) -> Any:
+        """Compiles a denoiser's segment, and the start of its state behind another's; returns that state."""
+        carry, pinned = _started(self.pipe, denoiser, self.carry, before)
+        self._segment(self.pipe.programs.compiled, denoiser, carry, pinned)
+        return carry.denoiser
 
     def _segment(self, use: Callable, denoiser: Any, carry: Carry, pinned: Any) -> Any:
         solver, count = self._solver, self.segment_steps

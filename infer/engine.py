@@ -5,14 +5,15 @@ Shapes: T Y X latent grid, C latent channels, F frames, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,10 @@ import jax
 import numpy as np
 
 from dit_jax.config import UserError
-from dit_jax.sampling.solvers import SOLVERS, Renoise, UniPCState
 from infer.buckets import Buckets
-from infer.denoising import Denoising
+from infer.engine_batch import Batch, Decoding, check_memory
 from infer.pipeline import NOT_FINITE, Pipeline
-from infer.request import Job, joined
-from infer.tickets import OUTCOMES, Progress, QueueFullError, Sample, StoppedError, Ticket
+from infer.tickets import OUTCOMES, CancelledError, QueueFullError, Sample, StoppedError, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +43,11 @@ class EngineOptions:
     queue: int = 64
 
 
-@dataclass(kw_only=True, eq=False)
-class Batch:
-    """Samples that run together: `tickets` are those of the run's first rows, the others repeat the first."""
-
-    tickets: list[Ticket]
-    run: Denoising
-
-    @property
-    def wanted(self) -> bool:
-        return not all(ticket.over for ticket in self.tickets)
-
-
 class Engine:
     """`submit` a ticket and wait for its `result`; `start` and `stop` the thread that serves them.
+
+    That thread alone gives the devices work. While they are busy with a segment it encodes the text of samples that
+    wait; frames leave them in another thread, while the next segment runs.
 
     observe  is told of the size of each `batch`, how each sample ended (an outcome of OUTCOMES) and of its seconds by
              stage (`queue`, `text`, `denoise`, `decode`)
@@ -75,10 +65,13 @@ class Engine:
         self._waiting: deque[Ticket] = deque()
         self._running: deque[Batch] = deque()
         self._finished: deque[Batch] = deque()
-        self._busy = 0
-        self._stopping = False
-        self._mean_seconds = 1.0
+        self._decoding: list[Decoding] = []
+        self._too_large: deque[Decoding] = deque()
+        self._in_hand: list[Ticket] = []
+        self._deadline = math.inf
+        self._busy_seconds, self._made = 0.0, 0
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._fetcher = ThreadPoolExecutor(1, "frames")
 
     def start(self) -> None:
         """Begins to serve."""
@@ -94,7 +87,16 @@ class Engine:
     def running(self) -> int:
         """Samples that are being made."""
         with self._changed:
-            return self._busy + sum(len(batch.tickets) for batch in (*self._running, *self._finished))
+            return sum(not ticket.over for ticket in self._begun())
+
+    def _begun(self) -> list[Ticket]:
+        decoding = [one.batch for one in (*self._decoding, *self._too_large)]
+        batches = (*self._running, *self._finished, *decoding)
+        return list(dict.fromkeys([*self._in_hand, *(ticket for batch in batches for ticket in batch.tickets)]))
+
+    @property
+    def _stopping(self) -> bool:
+        return self._deadline < math.inf
 
     def submit(self, tickets: Sequence[Ticket], limited: bool = True) -> None:
         """Takes all of these or none: QueueFullError where too many wait, StoppedError while the engine stops."""
@@ -109,63 +111,83 @@ class Engine:
             ticket.result.add_done_callback(partial(self._over, ticket))
 
     def _over(self, ticket: Ticket, result: Future[Sample]) -> None:
-        error = result.exception()
-        self.observe(OUTCOMES.get(type(error), "failed"), 1)
-        for stage, seconds in ticket.seconds.items():
+        kind = CancelledError if result.cancelled() else type(result.exception())
+        self.observe(OUTCOMES.get(kind, "failed"), 1)
+        for stage, seconds in dict(ticket.seconds).items():
             self.observe(stage, seconds)
 
     def check_room(self, count: int) -> None:
-        """QueueFullError where so many samples more may not wait."""
-        waiting = self.waiting
-        if waiting + count > self.options.queue:
-            raise QueueFullError(waiting, max(1.0, self._mean_seconds * waiting))
+        """QueueFullError where so many samples more may not wait now, UserError where they never may."""
+        waiting, most = self.waiting, self.options.queue
+        if count > most:
+            raise UserError(
+                f"{count} samples were asked for: expected at most {most}, as many as may wait; ask for fewer"
+            )
+        if waiting + count > most:
+            seconds = self._busy_seconds / self._made if self._made else 1.0
+            raise QueueFullError(waiting, max(1.0, seconds * waiting))
 
     def stop(self, patience: float) -> bool:
         """Takes nothing new, and waits for what runs; after `patience` seconds the rest ends with StoppedError.
 
-        Returns whether all was finished. What had not begun ends at once.
+        Returns whether all was finished. What had not begun ends at once. A second call does not wait longer than the
+        first would.
         """
         with self._changed:
-            self._stopping = True
-            for ticket in self._waiting:
-                ticket.end(StoppedError("the server is stopping"))
-            self._waiting.clear()
+            if not self._stopping:
+                for ticket in self._waiting:
+                    ticket.end(StoppedError("the server is stopping"))
+                self._waiting.clear()
+            self._deadline = min(self._deadline, time.monotonic() + patience)
             self._changed.notify_all()
         if self._thread.is_alive():
-            self._thread.join(patience)
+            self._thread.join(max(0.0, self._deadline - time.monotonic()))
         with self._changed:
-            left = [ticket for batch in (*self._running, *self._finished) for ticket in batch.tickets]
-            self._running.clear()
-            self._finished.clear()
+            left = [ticket for ticket in (*self._begun(), *self._waiting) if not ticket.over]
+            for rest in (self._waiting, self._running, self._finished, self._too_large):
+                rest.clear()
         for ticket in left:
             ticket.end(StoppedError("the server is stopping"))
+        self._fetcher.shutdown(wait=False)
         return not left and not self._thread.is_alive()
 
     def _work(self) -> None:
         while (turn := self._next()) is not None:
+            began = time.perf_counter()
             turn()
             with self._changed:
-                self._busy = 0
+                self._in_hand = []
+                self._busy_seconds += time.perf_counter() - began
 
     def _next(self) -> Callable[[], None] | None:
         """What comes next: what is nearly done, then what may begin, then the batch that has waited longest."""
         with self._changed:
-            while True:
+            while time.monotonic() < self._deadline:
+                if self._too_large:
+                    decoding = self._too_large.popleft()
+                    return self._take(self._decode_apart, decoding, decoding.batch.tickets)
                 if self._finished:
-                    return self._take(self._decode, self._finished.popleft())
-                group, wait = self._group() if len(self._running) < self.options.active else ([], None)
+                    batch = self._finished.popleft()
+                    return self._take(self._decode, batch, batch.tickets)
+                group, wait = self._group() if self._may_begin() else ([], None)
                 if group:
-                    self._busy = len(group)
-                    return partial(self._begin, group)
+                    return self._take(self._begin, group, group)
                 if self._running:
-                    return self._take(self._advance, self._running.popleft())
-                if self._stopping:
+                    batch = self._running.popleft()
+                    return self._take(self._advance, batch, batch.tickets)
+                if self._stopping and not self._decoding:
                     return None
                 self._changed.wait(wait)
+            return None
 
-    def _take(self, turn: Callable[[Batch], None], batch: Batch) -> Callable[[], None]:
-        self._busy = len(batch.tickets)
-        return partial(turn, batch)
+    def _may_begin(self) -> bool:
+        """Whether fewer batches are under way than may be; parts of a torn one count as one."""
+        most = self.options.active
+        return len({id(batch.begun) for batch in self._running}) < most and len(self._decoding) < most
+
+    def _take(self, turn: Callable[[Any], None], what: Any, tickets: list[Ticket]) -> Callable[[], None]:
+        self._in_hand = tickets
+        return partial(turn, what)
 
     def _group(self) -> tuple[list[Ticket], float | None]:
         """Samples that may begin together; if there are none yet, the seconds until some will."""
@@ -189,75 +211,100 @@ class Engine:
         for ticket in tickets:
             self._note(ticket, "queue", began - ticket.asked)
         with self._failing(tickets):
-            pipe, buckets = self.pipelines[tickets[0].model], self.buckets[tickets[0].model]
-            rows = _padded(range(len(tickets)), buckets.batch(len(tickets)))
-            run = Denoising(pipe, joined([tickets[row].job for row in rows]))
+            batch = Batch.of(tickets, self.pipelines[tickets[0].model], self.buckets[tickets[0].model])
             self.observe("batch", len(tickets))
             self._spent(tickets, "text", began)
-            batch = Batch(tickets=tickets, run=run)
-            self._tell(batch, None, 1.0)
+            batch.tell()
             self._running.append(batch)
 
     def _advance(self, batch: Batch) -> None:
         if not batch.wanted:
             return
-        with self._failing(batch.tickets):
-            began = time.perf_counter()
-            for part in self._agreeing(batch):
-                before = np.asarray(part.run.carry.latents) if _previews(part) else None
-                sigma = part.run.sigma
+        try:
+            parts = batch.agreeing(self.buckets[batch.tickets[0].model])
+        except Exception as error:
+            self._failed(batch.tickets, error)
+            return
+        for part in parts:
+            with self._failing(part.tickets):
+                began = time.perf_counter()
+                before = part.seen()
                 part.run.advance()
+                self._encode_ahead()
                 jax.block_until_ready(part.run.carry.latents)
                 self._spent(part.tickets, "denoise", began)
-                began = time.perf_counter()
-                self._tell(part, before, sigma)
+                part.tell(before)
                 (self._finished if part.run.finished else self._running).append(part)
 
-    def _agreeing(self, batch: Batch) -> list[Batch]:
-        """The batch, or batches of those of its samples that want the same of the next segment."""
-        groups = batch.run.agreeing()
-        if len(groups) == 1:
-            return [batch]
-        buckets, parts = self.buckets[batch.tickets[0].model], []
-        for rows in groups:
-            live = [row for row in rows if row < len(batch.tickets)]
-            if live:
-                run = batch.run.of(_padded(live, buckets.batch(len(live))))
-                parts.append(replace(batch, tickets=[batch.tickets[row] for row in live], run=run))
-        return parts
-
-    def _tell(self, batch: Batch, before: np.ndarray | None, sigma: float) -> None:
-        run, steps = batch.run, batch.run.job.steps
-        clean = None if before is None or run.finished else _clean(run, before, sigma)
-        for row, ticket in enumerate(batch.tickets):
-            if not ticket.over:
-                shown = run.pipe.preview(clean[row, 0]) if ticket.previews and clean is not None else None
-                ticket.told(Progress(done=run.done, steps=steps, preview=shown))
+    def _encode_ahead(self) -> None:
+        """Encodes the text of the sample that has waited longest without; if that fails, its turn will tell."""
+        with self._changed:
+            ticket = next((one for one in self._waiting if not one.encoded and not one.over), None)
+        if ticket is not None:
+            ticket.encoded, began = True, time.perf_counter()
+            with contextlib.suppress(Exception):
+                self.pipelines[ticket.model].encode_ahead(ticket.job)
+            self._spent([ticket], "text", began)
 
     def _decode(self, batch: Batch) -> None:
         if not batch.wanted:
             return
-        began = time.perf_counter()
         with self._failing(batch.tickets):
-            latents, job, pipe = batch.run.final(), batch.run.job, batch.run.pipe
-            frames, notes = _decoded(pipe, job, latents)
-            self._spent(batch.tickets, "decode", began)
-            for row, (ticket, metadata) in enumerate(zip(batch.tickets, pipe.metadata(job), strict=False)):
-                if not np.isfinite(latents[row]).all():
-                    ticket.end(UserError(NOT_FINITE))
-                    continue
-                total = time.perf_counter() - ticket.asked
-                self._mean_seconds += 0.1 * (total - self._mean_seconds)
-                ticket.end(
-                    Sample(
-                        frames=frames[row] if frames[row].ndim == 4 else frames[row][None],
-                        metadata=metadata,
-                        fps=pipe.defaults.fps,
-                        seconds={name: round(value, 4) for name, value in ticket.seconds.items()},
-                        batch=len(batch.tickets),
-                        notes=notes,
-                    )
+            run = batch.run
+            decoding = Decoding(batch=batch, latents=run.final(), began=time.perf_counter())
+            try:
+                video = run.pipe.decoding(run.job, decoding.latents)
+            except jax.errors.JaxRuntimeError as error:
+                check_memory(error)
+                self._too_large.append(decoding)
+                return
+            with self._changed:
+                self._decoding.append(decoding)
+            self._fetcher.submit(self._fetch, decoding, video)
+
+    def _fetch(self, decoding: Decoding, video: jax.Array) -> None:
+        """Waits for the frames of a batch; in a thread of its own."""
+        batch = decoding.batch
+        try:
+            self._end(decoding, batch.run.pipe.frames(video), ())
+        except Exception as error:
+            try:
+                check_memory(error)
+                self._too_large.append(decoding)
+            except Exception as other:
+                self._failed(batch.tickets, other)
+        finally:
+            with self._changed:
+                self._decoding.remove(decoding)
+                self._changed.notify_all()
+
+    def _decode_apart(self, decoding: Decoding) -> None:
+        """Decodes one sample at a time, in tiles if need be, as all at once take more memory than there is."""
+        batch, run = decoding.batch, decoding.batch.run
+        logger.warning("decoding %d samples of %dx%d ran out of memory: apart now", len(batch.tickets), *run.job.size)
+        with self._failing(batch.tickets):
+            frames, how = decoding.apart()
+            self._end(decoding, frames, (f"decoded {how}, since at once it takes more memory than there is",))
+
+    def _end(self, decoding: Decoding, frames: np.ndarray, notes: tuple[str, ...]) -> None:
+        batch, latents = decoding.batch, decoding.latents
+        run = batch.run
+        self._spent(batch.tickets, "decode", decoding.began)
+        self._made += len(batch.tickets)
+        for row, (ticket, metadata) in enumerate(zip(batch.tickets, run.pipe.metadata(run.job), strict=False)):
+            if not np.isfinite(latents[row]).all():
+                ticket.end(UserError(NOT_FINITE))
+                continue
+            ticket.end(
+                Sample(
+                    frames=frames[row] if frames[row].ndim == 4 else frames[row][None],
+                    metadata=metadata,
+                    fps=run.pipe.defaults.fps,
+                    seconds={name: round(value, 4) for name, value in ticket.seconds.items()},
+                    batch=len(batch.tickets),
+                    notes=notes,
                 )
+            )
 
     def _spent(self, tickets: Sequence[Ticket], stage: str, began: float) -> None:
         seconds = time.perf_counter() - began
@@ -267,7 +314,7 @@ class Engine:
     def _note(self, ticket: Ticket, stage: str, seconds: float) -> None:
         ticket.seconds[stage] = ticket.seconds.get(stage, 0.0) + seconds
 
-    @contextmanager
+    @contextlib.contextmanager
     def _failing(self, tickets: Sequence[Ticket]) -> Iterator[None]:
         """What goes wrong inside ends a lone sample; of several each is tried again alone, so that one does not fail
         all."""
@@ -282,37 +329,8 @@ class Engine:
                 logger.error("a sample failed", exc_info=error)
             tickets[0].end(error)
             return
+        logger.warning("a batch of %d samples failed: each alone now", len(tickets), exc_info=error)
         with self._changed:
             for ticket in reversed(tickets):
                 ticket.alone = True
                 self._waiting.appendleft(ticket)
-
-
-def _padded(rows: Sequence[int], count: int) -> list[int]:
-    return [*rows, *[rows[0]] * (count - len(rows))]
-
-
-def _previews(batch: Batch) -> bool:
-    return not isinstance(SOLVERS[batch.run.job.solver], Renoise) and any(
-        ticket.previews and not ticket.over for ticket in batch.tickets
-    )
-
-
-def _clean(run: Denoising, before: np.ndarray, sigma: float) -> np.ndarray:
-    """What the latents [B, T, Y, X, C] seem to become: UniPC's own prediction, or straight on from the segment."""
-    if isinstance(run.carry.solver, UniPCState):
-        return np.asarray(run.carry.solver.clean)
-    after = np.asarray(run.carry.latents)
-    return after - run.sigma * (after - before) / (run.sigma - sigma)
-
-
-def _decoded(pipe: Pipeline, job: Job, latents: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Frames of every sample; in tiles, one sample at a time, where all at once take more memory than there is."""
-    try:
-        return pipe.decode(job, latents).frames, ()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-    logger.warning("decoding %d samples of %dx%d ran out of memory: in tiles now", len(latents), *job.size)
-    one = [pipe.decode(job.single(row), latents[row : row + 1], tiled=True).frames for row in range(len(latents))]
-    return np.concatenate(one), ("decoded in tiles, since whole it takes more memory than there is",)

@@ -5,7 +5,6 @@ Shapes: B samples, R batch rows (guidance branches of a sample next to each othe
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -61,7 +60,8 @@ class FluxPipeline(Pipeline):
         return self.rows(ids["input_ids"].astype(np.int32))
 
     def stages(self, job: Job, schedule: Schedule) -> list[Stage]:
-        return [Stage(first=0, stop=job.steps, denoiser=partial(self._denoiser, job))]
+        denoiser = self._denoiser(job)
+        return [Stage(first=0, stop=job.steps, denoiser=lambda: denoiser)]
 
     def _denoiser(self, job: Job) -> Guided:
         branches = 2 if job.true_cfg > 1 else 1

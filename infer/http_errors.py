@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from dit_jax.config import UserError
 from infer.access import RateLimitError
@@ -42,6 +43,7 @@ def handle_errors(app: FastAPI) -> None:
     handled(UserError, lambda error: failure(400, str(error), "invalid_request_error"))
     handled(QueueFullError, too_soon)
     handled(RateLimitError, too_soon)
+    handled(ClientDisconnect, lambda error: failure(499, "the client is gone", "invalid_request_error"))
     handled(StoppedError, lambda error: failure(503, str(error), "server_error", **{"Retry-After": "10"}))
     handled(CancelledError, lambda error: failure(409, "the request was cancelled", "invalid_request_error"))
     handled(RequestValidationError, _invalid)
@@ -53,6 +55,12 @@ def handle_errors(app: FastAPI) -> None:
 def _invalid(error: RequestValidationError | ValidationError) -> JSONResponse:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body")
-    found = f", found {str(first.get('input'))[:80]!r}" if place else ""
+    found = f", found {_shown(first.get('input'))}" if place else ""
     message = f"{place or 'the request'}: {first['msg'].lower()}{found}; change it"
     return failure(400, message, "invalid_request_error", param=place or None)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return repr(value[:80])
+    return str(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class ImageRequests:
     ) -> Pictures:
         """The whole answer; whoever stops waiting gives the samples up."""
         try:
-            samples = await asyncio.gather(*(asyncio.wrap_future(ticket.result) for ticket in tickets))
+            samples = await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(ticket.result)) for ticket in tickets))
         finally:
             for ticket in tickets:
                 ticket.cancel()
@@ -62,6 +63,7 @@ class ImageRequests:
         return Pictures(
             created=int(time.time()), data=made, output_format=_kind(request), quality=asked.quality,
             size=asked.size, plan=asked.job.plan, usage=_usage(), timings=samples[0].seconds,
+            notes=list(samples[0].notes) or None,
         )  # fmt: skip
 
     async def stream(self, request: ImageRequest, asked: Asked, tickets: list[Ticket]) -> AsyncIterator[dict[str, Any]]:
@@ -107,11 +109,20 @@ class ImageRequests:
         return common | {
             "type": "image_generation.completed", "b64_json": await self._base64(sample.frames[0], request, sample),
             "usage": _usage(), "seed": sample.metadata["seed"], "plan": asked.job.plan, "timings": sample.seconds,
+            "notes": list(sample.notes),
         }  # fmt: skip
 
     async def _base64(self, frame: np.ndarray, request: ImageRequest, sample: Sample | None = None) -> str:
         run = asyncio.get_running_loop().run_in_executor
         return base64.b64encode(await run(self._media, encoded, frame, request, sample)).decode()
+
+    def file(self, id: str, owner: str) -> tuple[Path, str] | None:
+        """The file of an image that was asked for by URL, and its type."""
+        for kind, type in TYPES.items():
+            path = self.journal.file(id, owner, f"image.{kind}")
+            if path is not None:
+                return path, type
+        return None
 
     def close(self) -> None:
         """Waits until what is being written is."""

@@ -74,15 +74,15 @@ class Journal:
         self, *, kind: Kind, model: str, owner: str, request: dict[str, Any], inputs: Mapping[str, bytes] | None = None
     ) -> JobRecord:
         """A new job in the queue, which no crash can lose any more."""
-        inputs = inputs or {}
+        inputs, now = inputs or {}, self._clock()
         record = JobRecord(
-            id=f"{kind}_{secrets.token_hex(16)}",
+            id=f"{kind}_{int(1000 * now):012x}{secrets.token_hex(10)}",
             kind=kind,
             model=model,
             owner=owner,
             request=request,
             inputs=tuple(inputs),
-            created=self._clock(),
+            created=now,
         )
         with self._written(record.id, inputs) as written, self._turn:
             try:
@@ -151,17 +151,18 @@ class Journal:
     ) -> tuple[list[JobRecord], bool]:
         """Up to `limit` (at least 1) of the owner's jobs that follow the job `after`, and whether there are more.
 
-        UserError where the owner has no job `after`.
+        Where that job is gone, the time in its id says where to go on. UserError for what is no id.
         """
-        where, values = "WHERE owner = ? AND kind = ?", [owner, kind]
+        where, values = "WHERE owner = ? AND kind = ?", list[Any]((owner, kind))
         sign, order = ("<", "DESC") if newest_first else (">", "ASC")
+        if after is not None and not ID.fullmatch(after):
+            raise UserError(f"there is no job {after!r} to go on after: expected the id of one from this list")
         with self._turn:
             if after is not None:
                 found = self._database.execute("SELECT place FROM jobs WHERE id = ? AND owner = ?", (after, owner))
                 place = found.fetchone()
-                if place is None:
-                    raise UserError(f"there is no job {after!r} to go on after: expected the id of one from this list")
-                where, values = f"{where} AND place {sign} ?", [*values, *place]
+                column, bound = ("place", place[0]) if place else ("created", _moment(after, newest_first))
+                where, values = f"{where} AND {column} {sign} ?", [*values, bound]
             records = select(self._database, f"{where} ORDER BY place {order} LIMIT ?", *values, limit + 1)
         return records[:limit], len(records) > limit
 
@@ -266,6 +267,11 @@ def _own(folder: Path, rooms: tuple[Path, ...]) -> int:
             "or name another folder"
         ) from error
     return lock
+
+
+def _moment(id: str, newest_first: bool) -> float:
+    """Seconds since 1970 beside the millisecond in which an id was given; those of the same one are on the far side."""
+    return (int(id.partition("_")[2][:12], 16) + (1 if newest_first else -0.5)) / 1000
 
 
 def _size(files: Mapping[str, bytes]) -> int:

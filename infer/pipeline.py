@@ -159,6 +159,11 @@ class Pipeline(ABC):
         ]
         return jax.tree.map(lambda *rows: np.concatenate(rows), *found)
 
+    def encode_ahead(self, job: Job) -> None:
+        """Encodes what a job will ask for, so that it is there by then."""
+        with self.on_mesh():
+            self.embedded(job.prompts + job.negative_prompts)
+
     @property
     def transformer_config(self) -> Any:
         """Sizes of the transformer (of every expert)."""
@@ -268,14 +273,22 @@ class Pipeline(ABC):
         """Videos or images of final latents, `tiled` in overlapping tiles that take less memory."""
         if progress:
             progress("decode", 0, 1)
-        name, program = ("decode in tiles", _decode_tiled) if tiled else ("decode", _decode)
-        with self.on_mesh():
-            spread = self._spread(job)
-            video = self.programs.run(name, program, self.vae, put(latents, spread), out_shardings=spread)
-            frames = np.asarray(video) if self.defaults.video else np.asarray(video)[:, 0]
+        frames = self.frames(self.decoding(job, latents, tiled=tiled))
         if progress:
             progress("decode", 1, 1)
         return Result(frames=frames, latents=latents, metadata=self.metadata(job), fps=self.defaults.fps)
+
+    def decoding(self, job: Job, latents: np.ndarray, *, tiled: bool = False) -> jax.Array:
+        """What `frames` makes frames of; it may still be on its way."""
+        name, program = ("decode in tiles", _decode_tiled) if tiled else ("decode", _decode)
+        with self.on_mesh():
+            spread = self._spread(job)
+            return self.programs.run(name, program, self.vae, put(latents, spread), out_shardings=spread)
+
+    def frames(self, decoded: jax.Array) -> np.ndarray:
+        """Videos uint8 [B, F, H, W, 3] or images [B, H, W, 3]."""
+        frames = np.asarray(decoded)
+        return frames if self.defaults.video else frames[:, 0]
 
     def preview(self, latents: np.ndarray) -> np.ndarray:
         """The picture uint8 [H, W, 3] of a latent frame [Y, X, C]."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import json
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from dit_jax.config import UserError
@@ -21,6 +22,8 @@ from infer.uploads import UploadLimits, read_reference
 TEXT = 2**18  # bytes of a body without a file
 PATIENCE = 120.0  # seconds until a body has to be there
 REFERENCE = "input_reference"
+PARTS = 100  # objects and lists in a body
+_UPLOADS = asyncio.Semaphore(4)  # bodies at once that may hold a file, and so take much memory
 _DECODING = asyncio.Semaphore(2)  # uploads that are decoded at once: each may take as much memory as its limits allow
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -54,17 +57,20 @@ async def read_json(request: Request, model: type[Model], limit: int = TEXT) -> 
 
 async def read_video_request(request: Request, limits: UploadLimits) -> tuple[VideoRequest, Any]:
     """What `POST /v1/videos` is asked, as JSON or as a form, and the picture that came with it (or None)."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        told, reference = await _form(request, limits)
-    else:
-        told = _object(await body_of(request, TEXT + limits.bytes * 4 // 3))
-        reference = _in_json(told.pop(REFERENCE, None), limits)
-    asked = VideoRequest.model_validate(told)
-    if reference is None:
-        return asked, None
-    async with _DECODING:
-        return asked, await run_in_threadpool(read_reference, reference, limits)
+    length = request.headers.get("content-length", "")
+    short = length.isdigit() and int(length) <= TEXT
+    async with contextlib.nullcontext() if short else _UPLOADS:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            told, reference = await _form(request, limits)
+        else:
+            told = _object(await body_of(request, TEXT + limits.bytes * 4 // 3))
+            reference = _in_json(told.pop(REFERENCE, None), limits)
+        asked = VideoRequest.model_validate(told)
+        if reference is None:
+            return asked, None
+        async with _DECODING:
+            return asked, await run_in_threadpool(read_reference, reference, limits)
 
 
 async def _form(request: Request, limits: UploadLimits) -> tuple[dict[str, Any], bytes | None]:
@@ -73,19 +79,25 @@ async def _form(request: Request, limits: UploadLimits) -> tuple[dict[str, Any],
     async def again() -> dict[str, Any]:
         return {"type": "http.request", "body": whole, "more_body": False}
 
-    form = Request(request.scope, again).form(max_files=1, max_fields=40, max_part_size=TEXT)
-    async with form as parts:
-        told: dict[str, Any] = {}
-        reference = None
-        for name, value in parts.multi_items():
-            if isinstance(value, UploadFile):
-                if name != REFERENCE:
-                    raise UserError(f"a file was sent as {name!r}: expected {REFERENCE!r}; name it so")
-                reference = await value.read()
-            elif name in told:
-                raise UserError(f"{name} was sent twice: expected it once; leave one out")
-            else:
-                told[name] = value
+    try:
+        async with Request(request.scope, again).form(max_files=1, max_fields=40, max_part_size=TEXT) as parts:
+            return await _parts(parts, limits)
+    except UnicodeError:
+        raise UserError("the form is written in no known way: expected UTF-8; send it so") from None
+
+
+async def _parts(parts: FormData, limits: UploadLimits) -> tuple[dict[str, Any], bytes | None]:
+    told: dict[str, Any] = {}
+    reference = None
+    for name, value in parts.multi_items():
+        if isinstance(value, UploadFile):
+            if name != REFERENCE:
+                raise UserError(f"a file was sent as {name!r}: expected {REFERENCE!r}; name it so")
+            reference = await value.read()
+        elif name in told:
+            raise UserError(f"{name!r} was sent twice: expected it once; leave one out")
+        else:
+            told[name] = value
     if reference is None:
         reference = _in_json(told.pop(REFERENCE, None), limits)
     elif REFERENCE in told:
@@ -94,6 +106,8 @@ async def _form(request: Request, limits: UploadLimits) -> tuple[dict[str, Any],
 
 
 def _object(body: bytes) -> dict[str, Any]:
+    if body.count(b"[") + body.count(b"{") > PARTS:
+        raise UserError(f"the body holds more than {PARTS} objects and lists: expected one object; send less")
     try:
         told = json.loads(body)
     except (ValueError, RecursionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -168,7 +169,7 @@ def _seeds(first: Any, count: int) -> list[int]:
     if not isinstance(first, int) or not 0 <= first <= SEEDS - count:
         raise UserError(
             f"seed is {first}: expected a whole number from 0 to {SEEDS - count} "
-            f"(prompt i has seed + i, below 2**32); pass another --seed"
+            f"(prompt i has seed + i, below 2**32); choose another seed"
         )
     return list(range(first, first + count))
 
@@ -239,9 +240,9 @@ class Limits:
 def check(job: Job, limits: Limits) -> None:
     """Raises UserError for a job that the model cannot serve; warns of methods that it gains nothing by."""
     if not limits.video and job.frames != 1:
-        raise UserError(f"{job.frames} frames were asked of a model that makes images: leave out --frames")
+        raise UserError(f"{job.frames} frames were asked of a model that makes images: leave their number out")
     if not job.prompts or not all(text.strip() for text in job.prompts):
-        raise UserError("the prompt is empty: expected a description of the picture; pass one with --prompt")
+        raise UserError("the prompt is empty: expected a description of the picture; write one")
     if job.solver not in SOLVERS:
         raise UserError(f"unknown solver {job.solver!r}: expected one of {', '.join(SOLVERS)}")
     if not isinstance(job.steps, int) or job.steps < 1:
@@ -249,7 +250,7 @@ def check(job: Job, limits: Limits) -> None:
     plan = parse_plan(job.plan)
     if plan.steps and job.steps != plan.steps:
         raise UserError(
-            f"plan {job.plan} is for {plan.steps} steps, found {job.steps}: leave out --steps or change the plan"
+            f"plan {job.plan} is for {plan.steps} steps, found {job.steps}: leave the steps out or change the plan"
         )
     _check_scales(job, limits.experts)
     _check_size(job.size, limits.space)
@@ -270,17 +271,17 @@ def check(job: Job, limits: Limits) -> None:
 
 def _check_images(job: Job, limits: Limits) -> None:
     if limits.image == "always" and job.images is None:
-        raise UserError("this model animates an image and none was given: pass one with --image")
+        raise UserError("this model animates an image and none was given: pass one as image")
     if limits.image == "never" and job.images is not None:
         raise UserError(
-            f"an image was given to a text-to-{'video' if limits.video else 'image'} model: leave out --image or "
+            f"an image was given to a text-to-{'video' if limits.video else 'image'} model: leave it out or "
             "choose an image-to-video model"
         )
     if limits.last_image == "always" and job.last_images is None:
-        raise UserError("this model draws between two images and one was given: pass the other with --last-image")
+        raise UserError("this model draws between two images and one was given: pass the other as last_image")
     if job.last_images is not None and (limits.last_image == "never" or job.frames == 1):
         raise UserError(
-            "a last image was given where only a first one has a place: leave out --last-image, ask for more frames, "
+            "a last image was given where only a first one has a place: leave it out, ask for more frames, "
             "or choose a model that draws between two"
         )
 
@@ -320,7 +321,7 @@ def parse_guidance(text: str) -> Guidance:
 
 def parse_size(text: str) -> tuple[int, int]:
     """`832x480` -> (832, 480)."""
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdigit() and height.isdigit()):
-        raise UserError(f"size {text!r} is not understood: expected WIDTHxHEIGHT such as 832x480")
-    return int(width), int(height)
+    sides = re.fullmatch("([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text.lower())
+    if sides is None:
+        raise UserError(f"size {text[:40]!r} is not understood: expected WIDTHxHEIGHT such as 832x480")
+    return int(sides[1]), int(sides[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from infer.api_types import Failure, ImageRequest, Pictures, Video, VideoRequest
 from infer.http_errors import failure
-from infer.image_requests import TYPES, ImageRequests, encoded
+from infer.image_requests import ImageRequests, encoded
 from infer.reading import read_json, read_video_request
 from infer.tickets import Progress
 
@@ -110,11 +111,8 @@ def _images(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/images/{id}/content", response_class=FileResponse, responses=REFUSALS)
     async def image(id: ImageId, request: Request) -> FileResponse:
-        for kind, type in TYPES.items():
-            path = server.journal.file(id, request.state.owner, f"image.{kind}")
-            if path is not None:
-                return FileResponse(path, media_type=type)
-        raise HTTPException(404, f"there is no image {id}: it was never made, or its time is over")
+        found = await asyncio.to_thread(server.images.file, id, request.state.owner)
+        return await _file(found, f"there is no image {id}: it was never made, or its time is over")
 
 
 def _videos(app: FastAPI, server: Server) -> None:
@@ -126,6 +124,7 @@ def _videos(app: FastAPI, server: Server) -> None:
         "/v1/videos", response_model=Video, responses=REFUSALS, openapi_extra={"requestBody": body | {"required": True}}
     )
     async def create(request: Request) -> Video:
+        server.engine.check_room(1)
         asked, reference = await read_video_request(request, server.uploads)
         return await asyncio.to_thread(server.videos.create, asked, reference, request.state.owner)
 
@@ -165,7 +164,7 @@ def _video(app: FastAPI, server: Server) -> None:
         found = await asyncio.to_thread(videos.file, id, request.state.owner, variant)
         if found is None:
             return failure(409, f"{id} is {video.status}: expected it to be completed; wait", "invalid_request_error")
-        return FileResponse(found[0], media_type=found[1], filename=f"{id}{found[0].suffix}")
+        return await _file(found, _no_video(id), f"{id}{found[0].suffix}")
 
     @app.get("/v1/videos/{id}/events", responses={200: {"content": {STREAM: {}}}, **REFUSALS})
     async def events(id: VideoId, request: Request, previews: bool = True) -> StreamingResponse:
@@ -175,8 +174,21 @@ def _video(app: FastAPI, server: Server) -> None:
 
 def _there(found: Any, id: str) -> Any:
     if found is None:
-        raise HTTPException(404, f"there is no video {id}: it was never asked for, was deleted, or its time is over")
+        raise HTTPException(404, _no_video(id))
     return found
+
+
+def _no_video(id: str) -> str:
+    return f"there is no video {id}: it was never asked for, was deleted, or its time is over"
+
+
+async def _file(found: tuple[Path, str] | None, missing: str, name: str | None = None) -> FileResponse:
+    """A file of this type as an answer; 404 where there is none, or none any more."""
+    if found is not None:
+        path, type = found
+        with contextlib.suppress(FileNotFoundError):
+            return FileResponse(path, media_type=type, filename=name, stat_result=await asyncio.to_thread(path.stat))
+    raise HTTPException(404, missing)
 
 
 async def _told(events: AsyncIterator[tuple[Video, Progress | None]]) -> AsyncIterator[dict[str, Any]]:

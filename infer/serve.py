@@ -13,14 +13,19 @@ import argparse
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 from dit_jax.config import UserError
+
+WRITING = 10  # seconds for results that are done to be written down
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,13 +77,16 @@ def serve(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     _check(options)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    listening = _listening(options)
     server, warm = _server(options)
     from infer.server import build_app
 
-    logging.getLogger(__name__).info("models loaded in %.1f s", time.perf_counter() - began)
-    app = build_app(server, warm)
+    host, port = listening.getsockname()[:2]
+    where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    logger = logging.getLogger(__name__)
+    logger.info("models loaded in %.1f s; listening at %s", time.perf_counter() - began, where)
     config = uvicorn.Config(
-        app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=int(options.patience)
+        build_app(server, warm), log_level="warning", timeout_graceful_shutdown=int(options.patience) + WRITING
     )
 
     class Stopping(uvicorn.Server):
@@ -92,11 +100,27 @@ def serve(options: argparse.Namespace) -> int:
             yield
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            server.ready.clear()
+            server.stop()
             super().handle_exit(sig, frame)
 
-    Stopping(config).run()
-    return 0
+    Stopping(config).run(sockets=[listening])
+    code = 1 if server.failed else 0
+    if any(thread.name in ("engine", "preparing") for thread in threading.enumerate()):
+        # What the devices or the compiler are in the middle of cannot be stopped, and nobody waits for it.
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
+def _listening(options: argparse.Namespace) -> socket.socket:
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        return socket.create_server((options.host, options.port), family=family)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot listen at {options.host}, port {options.port} ({error}): expected an address of this machine and "
+            "a free port; name another --port, or stop what has it"
+        ) from None
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -156,7 +180,7 @@ def _server(options: argparse.Namespace):
         bar.total = total
         bar.update(done - bar.n)
 
-    return server, partial(warm, pipelines, buckets, told)
+    return server, partial(warm, pipelines, buckets, told, server.stopping.is_set)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,12 @@ class Server:
     uploads: UploadLimits = field(default_factory=UploadLimits)
     patience: float = 30.0
     ready: threading.Event = field(default_factory=threading.Event)
+    failed: bool = False
     began: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
+        self.stopping = threading.Event()
+        self._life = threading.Lock()
         self.videos = VideoJobs(self.engine, self.journal)
         self.images = ImageRequests(self.engine, self.journal)
         engine, gauge = self.engine, self.metrics.gauge
@@ -59,16 +62,31 @@ class Server:
         count("dit_text_hits", "Prompts whose text was encoded before", lambda: sum(one.texts.hits for one in pipes))
 
     def begin(self) -> None:
-        """Serves, and goes on with what a server before this one has left."""
-        self.engine.start()
-        if left := self.videos.resume():
-            logger.info("going on with %d jobs of the last run", left)
-        self.ready.set()
+        """Serves, and goes on with what a server before this one has left; does nothing once it is to stop."""
+        with self._life:
+            if self.stopping.is_set():
+                return
+            self.engine.start()
+            if left := self.videos.resume():
+                logger.info("going on with %d jobs of the last run", left)
+            self.ready.set()
+
+    def stop(self) -> None:
+        """Takes nothing new from now on, and lets what runs finish; returns at once."""
+        self.ready.clear()
+        self.stopping.set()
+        threading.Thread(target=self.engine.stop, args=(self.patience,), daemon=True).start()
+
+    def sweep(self) -> None:
+        """Writes down what could not be written down before, and lets go what is old or too much."""
+        self.videos.retry()
+        self.journal.sweep()
 
     def end(self) -> None:
-        """Lets what runs finish, and writes it down; the rest is the next server's."""
-        self.ready.clear()
-        self.engine.stop(self.patience)
+        """Waits for what runs, and writes it down; the rest is the next server's."""
+        self.stop()
+        with self._life:
+            self.engine.stop(self.patience)
         self.videos.close()
         self.images.close()
         self.journal.close()
@@ -79,12 +97,7 @@ def build_app(server: Server, warm: Callable[[], None] = lambda: None) -> FastAP
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        def prepare() -> None:
-            warm()
-            server.begin()
-
-        preparing = asyncio.create_task(asyncio.to_thread(prepare))
-        preparing.add_done_callback(_stop_on_failure)
+        threading.Thread(target=_prepare, args=(server, warm), name="preparing", daemon=True).start()
         sweeping = asyncio.create_task(_sweep(server))
         yield
         sweeping.cancel()
@@ -97,16 +110,24 @@ def build_app(server: Server, warm: Callable[[], None] = lambda: None) -> FastAP
     return app
 
 
-def _stop_on_failure(preparing: asyncio.Task[None]) -> None:
-    if not preparing.cancelled() and (error := preparing.exception()):
-        logger.error("the server cannot start", exc_info=error)
-        os.kill(os.getpid(), signal.SIGTERM)
+def _prepare(server: Server, warm: Callable[[], None]) -> None:
+    try:
+        warm()
+        server.begin()
+    except Exception:
+        if not server.stopping.is_set():
+            logger.exception("the server cannot start")
+            server.failed = True
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _sweep(server: Server) -> None:
     while True:
         await asyncio.sleep(SWEEP)
-        await asyncio.to_thread(server.journal.sweep)
+        try:
+            await asyncio.to_thread(server.sweep)
+        except Exception:  # a full disk, say: the next time it may go better
+            logger.exception("results could not be looked through")
 
 
 def _guard(app: FastAPI, server: Server) -> None:
@@ -115,19 +136,27 @@ def _guard(app: FastAPI, server: Server) -> None:
     @app.middleware("http")
     async def guard(request: Request, call_next: RequestResponseEndpoint):
         refused = _refused(request, server)
-        answer = refused or await call_next(request)
-        route = request.scope.get("route")
-        server.metrics.answers.labels(
-            route=getattr(route, "path", "refused" if refused else "unknown"), status=str(answer.status_code)
-        ).inc()
-        return answer
+        status = "500"
+        try:
+            answer = refused or await call_next(request)
+            status = str(answer.status_code)
+            return answer
+        finally:
+            route = getattr(request.scope.get("route"), "path", "refused" if refused else "unknown")
+            server.metrics.answers.labels(route=route, status=status).inc()
 
 
 def _refused(request: Request, server: Server):
     origin, host = request.headers.get("origin"), request.headers.get("host")
     if origin is not None and origin.partition("://")[2] != host:
         return failure(403, f"a page of {origin[:80]} may not ask this server: use its own page", "permission_error")
-    if not request.url.path.startswith("/v1/"):
+    if not server.access.welcomes(host):
+        return failure(
+            403, "without keys this server answers to localhost alone: ask it by that name, or give it --api-key-file",
+            "permission_error",
+        )  # fmt: skip
+    path = request.scope["path"]
+    if not path.startswith("/v1/"):
         return None
     owner = server.access.owner(request.headers.get("authorization"))
     if owner is None:
@@ -136,7 +165,7 @@ def _refused(request: Request, server: Server):
             "authentication_error", code="invalid_api_key",
         )  # fmt: skip
     request.state.owner = owner
-    if request.method == "POST" and request.url.path in MAKING:
+    if request.method == "POST" and path in MAKING:
         if not server.ready.is_set():
             return failure(
                 503, "the server is compiling, or stopping: wait for /health/ready", "server_error",

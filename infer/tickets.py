@@ -69,6 +69,7 @@ class Ticket:
     told      is called from the engine's thread after every segment
     previews  whether progress shows pictures
     alone     keeps others out of its batch
+    encoded   whether its text was encoded while it waited
     """
 
     model: str
@@ -76,6 +77,7 @@ class Ticket:
     told: Callable[[Progress], None] = lambda progress: None
     previews: bool = False
     alone: bool = False
+    encoded: bool = False
     result: Future[Sample] = field(default_factory=Future)
     asked: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=dict)

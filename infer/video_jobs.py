@@ -30,6 +30,7 @@ from infer.tickets import CancelledError, Progress, QueueFullError, Sample, Stop
 logger = logging.getLogger(__name__)
 VIDEO, THUMBNAIL, SHEET, REFERENCE = "video.mp4", "thumbnail.webp", "spritesheet.jpg", "reference.png"
 VARIANTS = {"video": VIDEO, "thumbnail": THUMBNAIL, "spritesheet": SHEET}
+MOST_UNWRITTEN = 8  # jobs that are done but not on the disk; the engine waits for their turn
 TYPES = {VIDEO: "video/mp4", THUMBNAIL: "image/webp", SHEET: "image/jpeg"}
 
 
@@ -51,6 +52,8 @@ class VideoJobs:
         self._turn = threading.Lock()
         self._writer = ThreadPoolExecutor(1, "journal")
         self._media = ThreadPoolExecutor(2, "media")
+        self._room = threading.Semaphore(MOST_UNWRITTEN)
+        self._unwritten: dict[str, str] = {}
 
     def create(self, request: VideoRequest, reference: Image.Image | None, owner: str) -> Video:
         """A new job; UserError for what is not served, QueueFullError where too many wait, StoppedError at the end."""
@@ -111,6 +114,7 @@ class VideoJobs:
                 _wake(live)
 
     def _ended(self, id: str, fps: int, result) -> None:
+        self._room.acquire()
         self._media.submit(self._record, id, fps, result)
 
     def _record(self, id: str, fps: int, result) -> None:
@@ -125,13 +129,21 @@ class VideoJobs:
                 self._writer.submit(self.journal.failed, id, *_reason(error)).result()
         except Exception as error:
             logger.exception("the result of %s could not be kept", id)
-            reason = f"the result could not be kept: {error}"
-            self._writer.submit(self.journal.failed, id, "server_error", reason).result()
+            self._unwritten[id] = f"the result could not be kept: {error}"
+            with contextlib.suppress(Exception):  # the next sweep tries again
+                self.retry()
         finally:
+            self._room.release()
             with self._turn:
                 live = self._live.pop(id, None)
                 if live is not None:
                     _wake(live)
+
+    def retry(self) -> None:
+        """Writes down what failed when that could not be written down."""
+        for id, reason in list(self._unwritten.items()):
+            self._writer.submit(self.journal.failed, id, "server_error", reason).result()
+            del self._unwritten[id]
 
     def get(self, id: str, owner: str) -> Video | None:
         """The owner's job of that id."""
@@ -160,6 +172,7 @@ class VideoJobs:
             seconds=f"{asked['frames'] / asked['fps']:g}",
             error=record.error,
             timings=(record.result or {}).get("timings"),
+            notes=(record.result or {}).get("notes") or None,
             **{name: asked[name] for name in ("prompt", "size", "frames", "fps", "seed", "plan", "quality")},
         )
 

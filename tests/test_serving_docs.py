@@ -24,7 +24,8 @@ def test_the_manifests_are_valid_and_the_server_understands_them():
     options = parser().parse_args(container["args"])
     assert options.host == "0.0.0.0" and options.api_key_file and options.port == container["ports"][0]["containerPort"]
     assert parse_mesh(options.mesh)["context"] == container["resources"]["limits"]["google.com/tpu"]
-    assert options.patience < pod["terminationGracePeriodSeconds"]
+    before = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+    assert before + options.patience + 30 <= pod["terminationGracePeriodSeconds"]
     mounted = [mount["mountPath"] for mount in container["volumeMounts"]]
     named = (options.model[0], options.buckets, str(options.data), str(options.api_key_file))
     assert all(any(path.startswith(f"{folder}/") for folder in mounted) for path in named)

@@ -42,7 +42,7 @@ def _fitting(pipe, sizes):
 
 
 @contextlib.contextmanager
-def serving(models, folder, *, keys=None, options=None, limits=None, ready=True):
+def serving(models, folder, *, keys=None, options=None, limits=None, ready=True, warm=None):
     """(url, server) of a server that runs inside."""
     metrics = ServerMetrics()
     server = Server(
@@ -57,7 +57,7 @@ def serving(models, folder, *, keys=None, options=None, limits=None, ready=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = uvicorn.Config(build_app(server, lambda: go.wait(60) and None), port=port, log_level="error")
+    config = uvicorn.Config(build_app(server, warm or (lambda: go.wait(60) and None)), port=port, log_level="error")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
     thread.start()

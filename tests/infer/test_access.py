@@ -16,7 +16,18 @@ def keys(tmp_path):
 
 def test_without_a_file_all_are_one():
     access = Access(None)
-    assert access.open and access.owner(None) == access.owner("Bearer whatever") == NOBODY
+    assert access.owner(None) == access.owner("Bearer whatever") == NOBODY
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("localhost", True), ("LocalHost:8000", True), ("127.0.0.1:80", True), ("127.8.8.8", True), ("[::1]:80", True),
+        ("localhost.example", False), ("127.0.0.1.example", False), ("10.0.0.1", False), ("", False), (None, False),
+    ],
+)  # fmt: skip
+def test_without_keys_only_this_machine_may_be_named(keys, host, local):
+    assert Access(None).welcomes(host) == local and Access(keys).welcomes(host)
 
 
 def test_keys_are_told_apart(keys):

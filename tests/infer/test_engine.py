@@ -197,6 +197,69 @@ def test_short_work_does_not_wait_for_long(engine, pipe):
     assert order[0] == "short"
 
 
+def test_what_was_begun_in_time_is_no_longer_waited_for(pipe, buckets):
+    made = Engine({"tiny": pipe}, buckets, EngineOptions(window=0.0))
+    begun, go = threading.Event(), threading.Event()
+
+    def told(progress):
+        begun.set()
+        go.wait(60)
+
+    held = ticket(pipe, told=told)
+    made.submit([held])
+    made.start()
+    begun.wait(60)
+    before = time.monotonic()
+    assert not made.stop(0.2) and time.monotonic() - before < 5
+    with pytest.raises(StoppedError):
+        held.result.result(0)
+    go.set()
+    made._thread.join(60)
+    assert not made._thread.is_alive() and made.running == 0
+
+
+def test_a_result_that_is_given_up_is_counted(pipe, buckets):
+    told = []
+    made = Engine({"tiny": pipe}, buckets, EngineOptions(), lambda name, value: told.append(name))
+    one = ticket(pipe)
+    made.submit([one])
+    assert one.result.cancel() and told == ["cancelled"]
+
+
+def test_a_part_that_fails_leaves_the_others_where_they_are(engine, pipe, monkeypatch):
+    advance, begun = Denoising.advance, []
+
+    def failing(run):
+        if len(run.job.prompts) == 1 and run.job.prompts[0] == PROMPTS[1] and not begun:
+            begun.append(run.done)
+            raise RuntimeError("this part is lost")
+        return advance(run)
+
+    monkeypatch.setattr(Denoising, "advance", failing)
+    monkeypatch.setattr(Denoising, "agreeing", lambda run: [[row] for row in range(len(run.job.prompts))])
+    seen: list[list[int]] = [[], []]
+    tickets = [
+        ticket(pipe, text, told=lambda progress, row=row: seen[row].append(progress.done))
+        for row, text in enumerate(PROMPTS[:2])
+    ]
+    engine.submit(tickets)
+    assert tickets[0].result.result(300).frames.shape[0] == FRAMES
+    with pytest.raises(RuntimeError, match="this part is lost"):
+        tickets[1].result.result(300)
+    assert seen == [[0, 4, 8], [0]]
+
+
+def test_text_is_encoded_while_others_are_on_the_devices(engine, pipe, monkeypatch):
+    pipe.texts.clear()
+    ahead = []
+    encode_ahead = pipe.encode_ahead
+    monkeypatch.setattr(pipe, "encode_ahead", lambda job: ahead.append(job.prompts) or encode_ahead(job))
+    first = [ticket(pipe, PROMPTS[0], told=lambda progress: time.sleep(0.3), alone=True) for _ in range(2)]
+    second = ticket(pipe, "a fish that was never seen", alone=True)
+    results(engine, [*first, second])
+    assert [second.job.prompts[0]] in ahead
+
+
 def test_no_more_wait_than_may(pipe, buckets):
     made = Engine({"tiny": pipe}, buckets, EngineOptions(queue=2))
     made.submit([ticket(pipe), ticket(pipe)])
@@ -204,6 +267,8 @@ def test_no_more_wait_than_may(pipe, buckets):
         made.submit([ticket(pipe)])
     assert full.value.retry_after >= 1
     assert made.waiting == 2
+    with pytest.raises(UserError, match="3 samples were asked for: expected at most 2"):
+        made.submit([ticket(pipe) for _ in range(3)])
 
 
 def test_stopping_finishes_what_runs_and_hands_back_the_rest(pipe, buckets):
@@ -223,16 +288,34 @@ def test_stopping_finishes_what_runs_and_hands_back_the_rest(pipe, buckets):
         made.submit([ticket(pipe)])
 
 
-def test_where_decoding_takes_too_much_memory_it_is_done_in_tiles(engine, pipe, monkeypatch):
-    decode = pipe.decode
+FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_where_decoding_takes_too_much_memory_it_is_done_apart(engine, pipe, monkeypatch, most):
+    decoding = pipe.decoding
     whole = results(engine, [ticket(pipe)])[0]
 
-    def full(job, latents, progress=None, *, tiled=False):
-        if not tiled:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
-        return decode(job, latents, progress, tiled=tiled)
+    def full(job, latents, *, tiled=False):
+        if not tiled and len(latents) > most:
+            raise FULL
+        return decoding(job, latents, tiled=tiled)
 
-    monkeypatch.setattr(pipe, "decode", full)
-    tiled = results(engine, [ticket(pipe), ticket(pipe, PROMPTS[1])])
-    assert all("in tiles" in one.notes[0] for one in tiled)
-    assert np.abs(tiled[0].frames.astype(int) - whole.frames).max() <= 1
+    monkeypatch.setattr(pipe, "decoding", full)
+    apart = results(engine, [ticket(pipe), ticket(pipe, PROMPTS[1])])
+    assert all("one by one" if most else "in tiles" in one.notes[0] for one in apart)
+    assert np.abs(apart[0].frames.astype(int) - whole.frames).max() <= 1
+
+
+def test_memory_may_run_out_when_frames_are_fetched(engine, pipe, monkeypatch):
+    frames, tries = pipe.frames, []
+
+    def full(decoded):
+        tries.append(len(decoded))
+        if len(tries) == 1:
+            raise FULL
+        return frames(decoded)
+
+    monkeypatch.setattr(pipe, "frames", full)
+    found = results(engine, [ticket(pipe), ticket(pipe, PROMPTS[1])])
+    assert tries == [2, 1, 1] and all("one by one" in one.notes[0] for one in found)

@@ -154,8 +154,7 @@ def test_nobody_sees_what_another_owns(opened):
     for owner in (OTHER, "", ME.upper(), "%"):
         assert journal.get(id, owner) is None and journal.file(id, owner, "video.mp4") is None
         assert not journal.deleted(id, owner) and journal.page(owner, "video") == ([], False)
-        with pytest.raises(UserError):
-            journal.page(owner, "video", after=id)
+        assert journal.page(owner, "video", after=id) == ([], False)
     nobodys = done(journal, owner="")
     assert journal.get(nobodys, "").owner == "" and journal.get(nobodys, ME) is None
     assert journal.deleted(id, ME) and journal.get(id, ME) is None and lying(journal, id) == {}
@@ -180,6 +179,17 @@ def test_pages(opened):
     assert page(limit=3, newest_first=False, after=ids[2]) == ([3, 4], False)
     with pytest.raises(UserError, match=r"^there is no job 'video_0' .* expected the id of one from this list$"):
         page(after="video_0")
+
+
+def test_pages_go_on_where_a_job_is_gone(opened, clock):
+    journal, ids = opened(), []
+    for _ in range(5):
+        ids.append(accept(journal).id)
+        clock.now += 0.002
+    journal.deleted(ids[2], ME)
+    for newest_first, left in ((True, [1, 0]), (False, [3, 4])):
+        records, more = journal.page(ME, "video", after=ids[2], newest_first=newest_first)
+        assert [ids.index(record.id) for record in records] == left and not more
 
 
 def test_jobs_are_swept_when_their_life_is_over(opened, clock):

@@ -42,11 +42,11 @@ def test_a_pair_of_images_stays_together_in_a_batch(both):
 def test_a_missing_or_needless_last_frame_is_told(both, image_to_video):
     pipe, theirs = both
     if theirs.image_encoder is not None:
-        with pytest.raises(UserError, match="--last-image"):
+        with pytest.raises(UserError, match="as last_image"):
             pipe(PROMPT, image=FIRST, size=SIZE, frames=5, steps=1)
     with pytest.raises(UserError, match="ask for more frames"):
         pipe(PROMPT, **PAIR, size=SIZE, frames=1, steps=1)
-    with pytest.raises(UserError, match="leave out --last-image"):
+    with pytest.raises(UserError, match="leave it out, ask"):
         load_pipeline(image_to_video[0])(PROMPT, **PAIR, size=SIZE, frames=5, steps=1)
 
 

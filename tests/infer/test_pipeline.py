@@ -95,7 +95,7 @@ def test_an_empty_prompt_is_refused(pipe):
 
 
 def test_image_to_video_needs_an_image(image_to_video):
-    with pytest.raises(UserError, match="--image"):
+    with pytest.raises(UserError, match="as image"):
         load_pipeline(image_to_video[0])(PROMPT, size=SIZE, frames=5, steps=1)
 
 

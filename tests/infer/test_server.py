@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import time
+from pathlib import Path
 
 import av
 import httpx
@@ -19,6 +20,7 @@ from served import remember_frames, serving, small_models
 from infer.access import KeyLimits
 from infer.engine import EngineOptions
 from infer.media import save
+from infer.video_jobs import VideoJobs
 
 KEY, OTHER = "a-key-of-the-first-kind", "a-key-of-another-kind"
 
@@ -192,10 +194,15 @@ def test_events_tell_of_a_video(models, tmp_path):
         ({"prompt": ""}, "prompt: string should have at least 1"),
         ({"prompt": "a cat", "size": "640x480"}, "640x480 is not served.*nearest are"),
         ({"prompt": "a cat", "size": "big"}, "size 'big' is not understood"),
+        ({"prompt": "a cat", "size": "0x128"}, "size '0x128' is not understood"),
+        ({"prompt": "a cat", "size": "²x²"}, "is not understood"),
+        ({"prompt": "a cat", "size": f"1{'0' * 400}x128"}, "is not understood"),
         ({"prompt": "a cat", "steps": 4}, "steps: extra inputs are not permitted"),
         ({"prompt": "a cat", "num_inference_steps": 7}, "7 steps of dense are not served"),
         ({"prompt": "a cat", "plan": "hsa:50"}, "plan 'hsa:50' is not served: expected one of high"),
         ({"prompt": "a cat", "plan": "nonsense"}, "nonsense"),
+        ({"prompt": "a cat", "plan": "coredit:/dev/zero"}, "plan 'coredit:/dev/zero' is not served"),
+        ({"prompt": "a cat", "plan": "magcache:1:ratios=/etc/passwd"}, "is not served"),
         ({"prompt": "a cat", "quality": "best"}, "quality 'best' is not served"),
         ({"prompt": "a cat", "model": "another"}, "no model 'another' makes images here"),
         ({"prompt": "a cat", "model": "tiny-video"}, "no model 'tiny-video' makes images here"),
@@ -216,7 +223,8 @@ def test_what_is_not_served_is_refused_in_a_sentence(url, asked, words):
     [
         ({"content": b"{"}, 400, "no JSON"),
         ({"content": b"[1]"}, 400, "JSON list"),
-        ({"content": b"[" * 100_000}, 400, "no JSON"),
+        ({"content": b"[" * 90}, 400, "no JSON"),
+        ({"content": b"[" * 100_000}, 400, "more than 100 objects and lists"),
         ({"content": b"x" * 10**8}, 413, "at most"),
         (
             {"json": {"prompt": "x", "input_reference": {"image_url": "http://127.0.0.1:1/x.png"}}},
@@ -296,10 +304,14 @@ def test_keys_part_what_is_whose(models, tmp_path):
 
 
 def test_too_many_are_told_to_come_back(models, tmp_path):
-    with serving(models, tmp_path, options=EngineOptions(queue=2, window=5.0)) as (url, _):
-        answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a cat", "n": 3})
-        problem(answer, 429, "as many as may")
-        assert int(answer.headers["retry-after"]) >= 1
+    with serving(models, tmp_path, options=EngineOptions(queue=2, window=50.0)) as (url, _):
+        problem(httpx.post(f"{url}/v1/images/generations", json={"prompt": "a cat", "n": 3}), 400, "ask for fewer")
+        for quality in ("high", "fast"):  # which share no batch, and so wait
+            assert httpx.post(f"{url}/v1/videos", json={"prompt": "a cat", "quality": quality}).status_code == 200
+        for route in ("images/generations", "videos"):
+            answer = httpx.post(f"{url}/v1/{route}", json={"prompt": "a cat"})
+            problem(answer, 429, "2 samples are waiting, which is as many as may")
+            assert int(answer.headers["retry-after"]) >= 1
 
 
 def test_a_page_of_another_origin_may_not_ask(url):
@@ -308,6 +320,22 @@ def test_a_page_of_another_origin_may_not_ask(url):
     problem(answer, 403, "may not ask")
     own = httpx.post(f"{url}/v1/images/generations", json=asked, headers={"Origin": url}, timeout=60)
     assert own.status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""])
+def test_a_name_that_was_bent_to_this_machine_is_refused(url, host):
+    for path in ("/", "/v1/videos"):
+        problem(httpx.get(f"{url}{path}", headers={"Host": host, "Origin": f"http://{host}"}), 403, "localhost alone")
+    for known in ("localhost", "LOCALHOST:80", "[::1]:8000"):
+        assert httpx.get(f"{url}/v1/videos", headers={"Host": known}).status_code == 200
+
+
+def test_with_keys_any_name_will_do(models, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(f"{KEY}\n")
+    with serving(models, tmp_path, keys=keys) as (url, _):
+        headers = {"Host": "videos.example", "Authorization": f"Bearer {KEY}"}
+        assert httpx.get(f"{url}/v1/videos", headers=headers).status_code == 200
 
 
 def test_nothing_is_taken_before_all_is_compiled(models, tmp_path):
@@ -319,14 +347,15 @@ def test_nothing_is_taken_before_all_is_compiled(models, tmp_path):
         assert httpx.get(f"{url}/").status_code == 200
 
 
-def test_whoever_hangs_up_gives_up(models, tmp_path):
+def test_whoever_hangs_up_gives_up(models, tmp_path, caplog):
     with serving(models, tmp_path, options=EngineOptions(window=2.0)) as (url, server):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/images/generations", json={"prompt": "a cat", "quality": "high"}, timeout=0.3)
         began = time.monotonic()
-        while any(not ticket.over for ticket in list(server.engine._waiting)):
+        while b'dit_samples_total{outcome="cancelled"} 1.0' not in server.metrics.text():
             assert time.monotonic() - began < 10
             time.sleep(0.05)
+        assert server.engine.waiting == 0 and "exception calling callback" not in caplog.text
 
 
 def test_jobs_outlive_the_server(models, tmp_path, monkeypatch):
@@ -358,11 +387,54 @@ def test_what_a_stop_refuses_is_never_made(models, tmp_path):
         assert server.journal.unfinished() == [] and httpx.get(f"{url}/v1/videos").json()["data"] == []
 
 
+def test_a_plan_is_never_read(url, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("a file was read")
+
+    monkeypatch.setattr(Path, "read_text", read)
+    for plan in ("coredit:/etc/passwd", "ddit:/x.json", "magcache:1:ratios=/etc/passwd", "magcache:1:k=inf"):
+        problem(httpx.post(f"{url}/v1/videos", json={"prompt": "a cat", "plan": plan}), 400, "is not served")
+
+
+def test_a_result_may_go_while_it_is_asked_for(client, url, monkeypatch):
+    video = ended(client, client.videos.create(prompt="a cat", extra_body={"quality": "fast"}))
+    monkeypatch.setattr(VideoJobs, "file", lambda *_: (Path("/nowhere/video.mp4"), "video/mp4"))
+    problem(httpx.get(f"{url}/v1/videos/{video.id}/content"), 404, "there is no video")
+
+
+def test_faults_of_the_server_are_counted(models, tmp_path, monkeypatch):
+    with serving(models, tmp_path) as (url, server):
+
+        def broken(*_):
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(server.videos, "page", broken)
+        problem(httpx.get(f"{url}/v1/videos"), 500, "see its log")
+        assert b'dit_requests_total{route="/v1/videos",status="500"} 1.0' in server.metrics.text()
+
+
+def test_what_could_not_be_written_down_is_tried_again(models, tmp_path, monkeypatch):
+    with serving(models, tmp_path) as (url, server):
+
+        def full(*_):
+            raise OSError("the disk is full")
+
+        monkeypatch.setattr(server.journal, "completed", full)
+        monkeypatch.setattr(server.journal, "failed", full)
+        made = remember_frames(monkeypatch)
+        id = httpx.post(f"{url}/v1/videos", json={"prompt": "a cat", "quality": "fast"}).json()["id"]
+        while server.videos._live.get(id) or not made:
+            time.sleep(0.05)
+        monkeypatch.undo()
+        server.sweep()
+        assert "the disk is full" in httpx.get(f"{url}/v1/videos/{id}").json()["error"]["message"]
+
+
 def test_a_body_must_come_in_time(url, monkeypatch):
     monkeypatch.setattr("infer.reading.PATIENCE", 0.2)
     port = int(url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=30) as slow:
-        slow.sendall(b"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        slow.sendall(b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
         answer = slow.makefile("rb").readline()
     assert answer.split()[1] == b"408"
 
@@ -380,3 +452,16 @@ def test_many_at_once(url):
         for a in answers
     ]
     assert [one["prompt"] for one in prompts] == [f"cat {index}" for index in range(12)]
+
+
+def test_a_server_that_cannot_start_says_so(models, tmp_path, monkeypatch, caplog):
+    killed = []
+    monkeypatch.setattr("infer.server.os.kill", lambda *told: killed.append(told))
+
+    def warm():
+        raise RuntimeError("no such program")
+
+    with serving(models, tmp_path, ready=False, warm=warm) as (_, server):
+        while not killed:
+            time.sleep(0.05)
+        assert server.failed and "the server cannot start" in caplog.text

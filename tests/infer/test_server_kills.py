@@ -40,14 +40,14 @@ class Served:
         self.caches = os.environ | {"XDG_CACHE_HOME": str(folder / "caches")}
         self.process = None
 
-    def start(self):
+    def start(self, wait_for="ready"):
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.command, env=self.caches, stderr=log)
         began = time.monotonic()
         while True:
             assert self.process.poll() is None and time.monotonic() - began < 600, self.log.read_text()[-2000:]
             try:
-                if httpx.get(f"{self.url}/health/ready").status_code == 200:
+                if httpx.get(f"{self.url}/health/{wait_for}").status_code == 200:
                     return
             except httpx.TransportError:
                 pass
@@ -113,6 +113,13 @@ def test_no_job_is_lost(server, kills):
     assert server.stop() == 0
 
 
+def test_a_stop_ends_a_server_that_still_compiles(server):
+    server.start(wait_for="live")
+    began = time.monotonic()
+    assert server.stop() == 0 and time.monotonic() - began < 20
+    assert "ready in" not in server.log.read_text()
+
+
 def test_a_stop_in_order_finishes_what_runs(server):
     server.start()
     ids = [httpx.post(f"{server.url}/v1/videos", json={"prompt": f"a cat {n}"}).json()["id"] for n in range(3)]
@@ -134,6 +141,7 @@ def test_a_stop_in_order_finishes_what_runs(server):
         (["--buckets", "nothing"], "cannot read buckets from 'nothing'"),
         (["--queue", "0"], "--queue is 0"),
         (["--model", "nowhere"], "no buckets for 'nowhere'"),
+        (["--host", "192.0.2.1", "--api-key-file", "keys"], "cannot listen at 192.0.2.1, port 8000"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_once(words, found, capsys):
@@ -142,3 +150,13 @@ def test_what_cannot_be_served_is_refused_at_once(words, found, capsys):
     assert main(["--model", "demo-wan", *words]) == 2
     said = capsys.readouterr().err
     assert said.startswith("dit-serve: ") and found in said and said.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_told_of_at_once(capsys):
+    from infer.serve import main
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["--model", "demo-wan", "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot listen at 127.0.0.1" in capsys.readouterr().err
