@@ -179,6 +179,8 @@ def _server(options: argparse.Namespace):
     def told(done: int, total: int) -> None:
         bar.total = total
         bar.update(done - bar.n)
+        if done == total:
+            bar.close()
 
     return server, partial(warm, pipelines, buckets, told, server.stopping.is_set)
 
