@@ -123,13 +123,17 @@ def _draw_quality(axes: Any, rows: Sequence[Mapping[str, Any]], quality: str) ->
 def series(plan: str) -> tuple[str, str]:
     """A plan's method and what sets it apart from others of that method: of `on:FOLDER+routing:max=6` routing and
     max=6; files go unsaid where there are other words, and a checkpoint without a plan is `on` its folder's name."""
-    folder, _, on_it = plan.removeprefix("on:").partition("+") if plan.startswith("on:") else ("", "", plan)
-    if not on_it:
-        return "on", Path(folder).name
-    method, *rest = re.split("[:+]", on_it, maxsplit=1)
-    words = rest[0].split(":") if rest else []
-    said = [word for word in words if not word.endswith(".json")] or [Path(word).stem for word in words]
-    return method, ":".join(said)
+    folder, steps, rest = "", [], plan
+    while rest.startswith("on:") or (rest.startswith("dense:") and "+" in rest):
+        first, _, rest = rest.partition("+")
+        word, _, value = first.partition(":")
+        folder, steps = (value, steps) if word == "on" else (folder, [f"{value} steps"])
+    if not rest:
+        return "on", ":".join([Path(folder).name, *steps])
+    method, *told = re.split("[:+]", rest, maxsplit=1)
+    words = told[0].split(":") if told else []
+    said = [word for word in words if not word.endswith(".json")] or [Path(word).stem for word in words if not steps]
+    return method, ":".join(said + steps)
 
 
 def title(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -132,7 +132,9 @@ def test_what_is_drawn_are_the_measures_that_all_have():
     [("dense", ("dense", "")), ("hsa:50", ("hsa", "50")), ("magcache:0.1:ratios=a/b.json", ("magcache", "0.1")),
      ("coredit:runs/r.json", ("coredit", "r")), ("on:runs/narrow", ("on", "narrow")),
      ("on:runs/routed+routing:min=2:max=3", ("routing", "min=2:max=3")),
-     ("coredit:0.3+teacache:0.1", ("coredit", "0.3+teacache:0.1"))],
+     ("coredit:0.3+teacache:0.1", ("coredit", "0.3+teacache:0.1")), ("dense:30", ("dense", "30")),
+     ("dense:20+coredit:runs/r.json", ("coredit", "20 steps")), ("dense:20+on:runs/narrow", ("on", "narrow:20 steps")),
+     ("dense:20+on:runs/sized+ddit:2p@4-19", ("ddit", "2p@4-19:20 steps"))],
 )  # fmt: skip
 def test_plans_of_a_method_are_one_line(plan, drawn):
     assert series(plan) == drawn
