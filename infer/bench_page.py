@@ -123,7 +123,8 @@ def _draw_quality(axes: Any, rows: Sequence[Mapping[str, Any]], quality: str) ->
 def series(plan: str) -> tuple[str, str]:
     """A plan's method and what sets it apart from others of that method: of `on:FOLDER+routing:max=6` routing and
     max=6; files go unsaid where there are other words, and a checkpoint without a plan is `on` its folder's name."""
-    folder, steps, rest = "", [], plan
+    folder, rest = "", plan
+    steps: list[str] = []
     while rest.startswith("on:") or (rest.startswith("dense:") and "+" in rest):
         first, _, rest = rest.partition("+")
         word, _, value = first.partition(":")

@@ -16,12 +16,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convert.progress import progress_bar
 from dit_jax.config import UserError
+
+if TYPE_CHECKING:
+    from infer.buckets import ModelBuckets
+    from infer.pipeline import Pipeline
+    from infer.request import Job
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,51 +107,61 @@ def _started(options: argparse.Namespace, began: float) -> dict[str, Any]:
 def engine_figures(options: argparse.Namespace) -> dict[str, Any]:
     """By model: seconds of a request from the pipeline and from the engine, and of so many at once and one by one."""
     from infer.buckets import read_buckets
-    from infer.engine import Engine, EngineOptions
     from infer.loading import load_pipeline
+
+    offered = read_buckets(options.buckets, options.model)
+    return {"engine": {name: _figures(name, load_pipeline(name), one, options) for name, one in offered.items()}}
+
+
+def _figures(name: str, pipe: Pipeline, offered: ModelBuckets, options: argparse.Namespace) -> dict[str, Any]:
+    from infer.engine import Engine, EngineOptions
     from infer.tickets import Ticket
 
-    figures = {}
-    for name, offered in read_buckets(options.buckets, options.model).items():
-        pipe = load_pipeline(name)
-        batches = tuple(sorted({1, options.batch}))
-        job = next(replace(offered, batches=(options.batch,)).jobs(pipe))
+    count = options.batch
+    job = next(replace(offered, batches=(count,)).jobs(pipe))
+    batches = tuple(sorted({1, count}))
+    one = Engine({name: pipe}, {name: replace(offered, batches=(1,))}, EngineOptions(window=0.0))
+    many = Engine({name: pipe}, {name: replace(offered, batches=batches)}, EngineOptions(window=0.05))
 
-        def served(engine: Engine, count: int, name: str = name, job: Any = job) -> float:
-            tickets = [Ticket(model=name, job=job.single(row)) for row in range(count)]
-            began = time.perf_counter()
-            engine.submit(tickets)
-            for ticket in tickets:
-                ticket.result.result()
-            return time.perf_counter() - began
+    def served(engine: Engine, samples: int) -> None:
+        tickets = [Ticket(model=name, job=job.single(row)) for row in range(samples)]
+        engine.submit(tickets)
+        for ticket in tickets:
+            ticket.result.result()
 
-        one = Engine({name: pipe}, {name: replace(offered, batches=(1,))}, EngineOptions(window=0.0))
-        many = Engine({name: pipe}, {name: replace(offered, batches=batches)}, EngineOptions(window=0.05))
-        for engine in (one, many):
-            engine.start()
-        turns: dict[str, list[float]] = {"pipeline": [], "engine": [], "one_by_one": [], "together": []}
-        for turn in progress_bar(range(options.rounds + 1), desc=f"{name}: engine", unit="turn"):
+    def called(job: Job) -> None:
+        pipe.decode(job, pipe.denoise(job))
+
+    turns = {
+        "pipeline": partial(called, job.single(0)),
+        "pipeline_together": partial(called, job),
+        "engine": partial(served, one, 1),
+        "one_by_one": partial(served, one, count),
+        "together": partial(served, many, count),
+    }
+    for engine in (one, many):
+        engine.start()
+    seconds = {what: statistics.median(values) for what, values in _timed(turns, options.rounds, name).items()}
+    for engine in (one, many):
+        engine.stop(60)
+    ratios = {
+        "engine_overhead": seconds["engine"] / seconds["pipeline"] - 1,
+        "batched_throughput": seconds["one_by_one"] / seconds["together"],
+        "batched_throughput_of_pipeline": count * seconds["pipeline"] / seconds["pipeline_together"],
+    }
+    return {what: round(value, 4) for what, value in (seconds | ratios).items()} | {"steps": job.steps, "batch": count}
+
+
+def _timed(turns: Mapping[str, Callable[[], None]], rounds: int, name: str) -> dict[str, list[float]]:
+    """Seconds of each, taking turns; what the first of them compile is not counted."""
+    seconds: dict[str, list[float]] = {what: [] for what in turns}
+    for number in progress_bar(range(rounds + 1), desc=f"{name}: engine", unit="turn"):
+        for what, run in turns.items():
             began = time.perf_counter()
-            pipe.decode(job.single(0), pipe.denoise(job.single(0)))
-            seconds = {
-                "pipeline": time.perf_counter() - began,
-                "engine": served(one, 1),
-                "one_by_one": served(one, options.batch),
-                "together": served(many, options.batch),
-            }
-            if turn:  # the first turn compiles
-                for what, value in seconds.items():
-                    turns[what].append(value)
-        for engine in (one, many):
-            engine.stop(60)
-        median = {what: round(statistics.median(values), 4) for what, values in turns.items()}
-        figures[name] = median | {
-            "steps": job.steps,
-            "batch": options.batch,
-            "engine_overhead": round(median["engine"] / median["pipeline"] - 1, 4),
-            "batched_throughput": round(median["one_by_one"] / median["together"], 4),
-        }
-    return {"engine": figures}
+            run()
+            if number:
+                seconds[what].append(time.perf_counter() - began)
+    return seconds
 
 
 if __name__ == "__main__":
