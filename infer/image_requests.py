@@ -54,7 +54,7 @@ class ImageRequests:
     ) -> Pictures:
         """The whole answer; whoever stops waiting gives the samples up."""
         try:
-            samples = await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(ticket.result)) for ticket in tickets))
+            samples = await asyncio.gather(*map(_awaited, tickets))
         finally:
             for ticket in tickets:
                 ticket.cancel()
@@ -136,6 +136,13 @@ class ImageRequests:
         record = self.journal.accept(kind="image", model=sample.metadata["model"], owner=owner, request=told)
         self.journal.completed(record.id, {"timings": sample.seconds}, {f"image.{_kind(request)}": data})
         return Picture(url=base + URL.format(id=record.id), seed=seed)
+
+
+def _awaited(ticket: Ticket) -> asyncio.Future[Sample]:
+    """Its result; whoever stops waiting for it does not end it, and what becomes of it then is nobody's error."""
+    result = asyncio.wrap_future(ticket.result)
+    result.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return asyncio.shield(result)
 
 
 def _news_of(tickets: list[Ticket]) -> asyncio.Queue[tuple[Ticket, Progress | None]]:
