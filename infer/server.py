@@ -73,9 +73,12 @@ class Server:
 
     def stop(self) -> None:
         """Takes nothing new from now on, and lets what runs finish; returns at once."""
+        self._close_doors()
+        threading.Thread(target=self.engine.stop, args=(self.patience,), daemon=True).start()
+
+    def _close_doors(self) -> None:
         self.ready.clear()
         self.stopping.set()
-        threading.Thread(target=self.engine.stop, args=(self.patience,), daemon=True).start()
 
     def sweep(self) -> None:
         """Writes down what could not be written down before, and lets go what is old or too much."""
@@ -84,7 +87,7 @@ class Server:
 
     def end(self) -> None:
         """Waits for what runs, and writes it down; the rest is the next server's."""
-        self.stop()
+        self._close_doors()
         with self._life:
             self.engine.stop(self.patience)
         self.videos.close()
