@@ -31,6 +31,11 @@ GIVEN, SHOTS = os.environ.get("DIT_PAGE_URL"), os.environ.get("DIT_PAGE_SCREENSH
 SECONDS = 300 if GIVEN else 30
 ANSWERED = re.compile(r"Failed to load resource: the server responded with a status of (400|401|409|429|503) ")
 VIOLATIONS = "addEventListener('securitypolicyviolation', told => console.error('CSP: ' + told.violatedDirective))"
+FIRST_PAINT = """milliseconds => new Promise((done, fail) => {
+    const seen = list => list.getEntriesByName('first-contentful-paint').length && done();
+    new PerformanceObserver(seen).observe({type: 'paint', buffered: true});
+    setTimeout(() => fail(new Error('nothing was painted')), milliseconds);
+})"""
 IMAGE, VIDEO = "a green 4 left of a white 9", "a red 7 moving left on a dotted background"
 needs_canned = pytest.mark.skipif(bool(GIVEN), reason="the server of DIT_PAGE_URL cannot be told what to answer")
 
@@ -141,7 +146,7 @@ def test_the_first_paint_waits_for_nothing(visit, site):
     expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
     page.keyboard.type("a blue 3")
     expect(page.locator("#prompt")).to_have_value("a blue 3")
-    page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length == 1")
+    page.evaluate(FIRST_PAINT, 1000 * SECONDS)
     assert held
     assert page.locator("#make").get_attribute("aria-disabled") == "true"
 
@@ -211,7 +216,7 @@ def test_a_video_and_what_was_made_before(visit, site):
         expect(page.locator("#progress")).to_have_attribute("value", re.compile(r"^\d+$"))
     finished(page, VIDEO)
     video = page.locator("#frame video")
-    page.wait_for_function("document.querySelector('#frame video').currentTime > 0")
+    expect(video).not_to_have_js_property("currentTime", 0)
     assert video.evaluate("shown => [shown.videoWidth, shown.videoHeight]") == [width, height]
     shoot(page, "video")
     wanted = {"Length": f"{frames} frames, {seconds}", "Seed": "11", "Plan": about["first"]["plan"]}
