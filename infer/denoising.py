@@ -120,7 +120,7 @@ class Denoising:
         """The denoiser's state of these samples, placed as `like` is, a state of as many."""
         lone = Denoising(self.pipe, self.job.single(0))
         denoiser = lone._entered().variants.of_variant(self._entered().variants.current)
-        of_lone = jax.eval_shape(_init, denoiser, lone.carry.latents, None)
+        of_lone = _abstract(_init, denoiser, lone.carry.latents, None)
 
         def of_rows(leaf: jax.Array, of_one: jax.ShapeDtypeStruct, placed: jax.Array) -> jax.Array:
             both = zip(leaf.shape, of_one.shape, strict=True)
@@ -215,8 +215,14 @@ def _init(denoiser: Any, latents: jax.Array, before: Any) -> Any:
 
 def _run_if_any(pipe: Pipeline, name: Any, function: Callable, *arguments: Any) -> Any:
     """What a function of the devices' arrays gives; where that holds no arrays, no program is made of it."""
-    result = jax.eval_shape(function, *arguments)
+    result = _abstract(function, *arguments)
     return pipe.programs.run(name, function, *arguments) if jax.tree.leaves(result) else result
+
+
+def _abstract(function: Callable, *arguments: Any) -> Any:
+    """Shapes of what a function gives. jax keeps every trace of a function for as long as that lives, so this one's is
+    of a function that goes."""
+    return jax.eval_shape(partial(function), *arguments)
 
 
 def _started(pipe: Pipeline, denoiser: Any, carry: Carry, before: Any) -> tuple[Carry, Any]:
