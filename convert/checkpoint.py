@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from convert.components import (
     class_name,
     component_of,
     read_json,
+    reference_in_index,
     with_class,
 )
 from convert.fp8 import widened
@@ -58,6 +60,7 @@ class Checkpoint:
     converted  component -> native weights to read in place of the folder's own (`convert/cache.py`)
     held       locks on these, for as long as this lives
     edited     component -> leaves in place of those that its files hold
+    places     component -> its folder in another checkpoint, which the index names
     """
 
     folder: Path
@@ -69,6 +72,7 @@ class Checkpoint:
     converted: dict[str, Path] = field(default_factory=dict)
     held: tuple[FileLock, ...] = ()
     edited: dict[str, dict[str, Leaf]] = field(default_factory=dict, repr=False)
+    places: dict[str, Path] = field(default_factory=dict)
     _components: dict[str, Component] = field(default_factory=dict, repr=False)
 
     @property
@@ -93,16 +97,16 @@ class Checkpoint:
         """The outside tensors of a component, under the table's spelling of their keys, fp8 widened to bfloat16."""
         model = self.component(name)
         original = self.layout == "original"
-        found = self.weights[name].tensors if original else read_tensors(self.folder / name, model.stem)
+        found = self.weights[name].tensors if original else read_tensors(self._source(name), model.stem)
         return model.canonical_tensors(widened(found))
 
     def weight_files(self, name: str) -> list[Path]:
         """The files on disk that hold a component's weights. Raises UserError when they are missing."""
         if self.layout == "native":
-            return [file for file in (self.folder / name / PARAMS).rglob("*") if file.is_file()]
+            return [file for file in (self._source(name) / PARAMS).rglob("*") if file.is_file()]
         if self.layout == "original":
             return self.weights[name].files
-        return weight_files(self.folder / name, self.component(name).stem)
+        return weight_files(self._source(name), self.component(name).stem)
 
     def leaves(self, name: str) -> dict[str, Leaf]:
         """Our leaves of a component, read when their turn comes.
@@ -121,8 +125,8 @@ class Checkpoint:
         return leaves_from_tensors(self.tensors(name), model.rows, model.shapes, layout, source)
 
     def _source(self, name: str) -> Path:
-        """What an error about a component names."""
-        return self.weights[name].file if name in self.weights else self.folder / name
+        """Where a component's weights lie: what an error about it names."""
+        return self.weights[name].file if name in self.weights else self.places.get(name, self.folder / name)
 
 
 def resolve(path_or_id: str | Path) -> Path:
@@ -198,24 +202,32 @@ def _open_pipeline(folder: Path) -> Checkpoint:
     settings: dict[str, Settings] = {}
     files: dict[str, Path | bytes] = {name: folder / name for name in _top_files(folder)}
     files |= {file.relative_to(folder).as_posix(): file for file in (folder / METHODS).rglob("*") if file.is_file()}
-    native = set()
-    for name, entry in read_json(folder / INDEX).items():
+    native, places = set(), {}
+    index = read_json(folder / INDEX)
+    for name, entry in index.items():
         named = class_in_index(entry)
         if name.startswith("_") or named is None:
             continue
-        if Path(name).name != name or not (folder / name).is_dir():
+        place = folder / name
+        if (elsewhere := reference_in_index(entry)) is not None:
+            checkpoint, inside = elsewhere
+            place = places[name] = resolve(checkpoint) / inside
+            index[name] = entry[:-1]
+        if Path(name).name != name or not place.is_dir():
             raise UserError(f"{folder} lacks the folder {name}, which {INDEX} names; download the checkpoint again.")
-        files |= _other_files(folder, name)
-        if not _has_weights(folder / name) and named not in COMPONENTS:
+        files |= _other_files(place, name)
+        if not _has_weights(place) and named not in COMPONENTS:
             continue
-        if not (folder / name / CONFIG).is_file():
-            raise UserError(f"{folder / name} lacks {CONFIG}; download the checkpoint again.")
-        settings[name] = with_class(read_json(folder / name / CONFIG), named)
-        native.add(is_native(folder / name))
+        if not (place / CONFIG).is_file():
+            raise UserError(f"{place} lacks {CONFIG}; download the checkpoint again.")
+        settings[name] = with_class(read_json(place / CONFIG), named)
+        native.add(is_native(place))
     if len(native) > 1:
         raise UserError(f"{folder} mixes components with {PARAMS} and with safetensors; expected one or the other.")
     layout: CheckpointLayout = "native" if True in native else "diffusers"
-    return Checkpoint(folder=folder, layout=layout, settings=settings, files=files)
+    if places:
+        files[INDEX] = json.dumps(index, indent=2).encode() + b"\n"
+    return Checkpoint(folder=folder, layout=layout, settings=settings, files=files, places=places)
 
 
 def _is_weights(file: Path) -> bool:
@@ -231,8 +243,8 @@ def _top_files(folder: Path) -> list[str]:
     return [name for name in wanted if (folder / name).is_file()]
 
 
-def _other_files(folder: Path, name: str) -> dict[str, Path | bytes]:
-    found = sorted(file for file in (folder / name).iterdir() if file.is_file() and not _is_weights(file))
+def _other_files(place: Path, name: str) -> dict[str, Path | bytes]:
+    found = sorted(file for file in place.iterdir() if file.is_file() and not _is_weights(file))
     return {f"{name}/{file.name}" if name else file.name: file for file in found}
 
 
@@ -313,7 +325,8 @@ def checkpoint_hash(checkpoint: str | Path | Checkpoint) -> str:
         checkpoint = open_checkpoint(checkpoint)
     contents = dict(checkpoint.files)
     for name in checkpoint.settings:
-        contents |= {file.relative_to(checkpoint.folder).as_posix(): file for file in checkpoint.weight_files(name)}
+        root = checkpoint.places[name].parent if name in checkpoint.places else checkpoint.folder
+        contents |= {file.relative_to(root).as_posix(): file for file in checkpoint.weight_files(name)}
     digest = hashlib.sha256()
     for place in sorted(contents, key=Path):
         if not _is_incidental(Path(place)):

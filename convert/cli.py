@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("source", metavar="SRC", help=_SOURCE)
         command.add_argument("destination", metavar="DST", type=Path, help="folder to make")
         command.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already at DST")
+        command.add_argument(
+            "--base", metavar="MODEL", help="name what this model has too, instead of copying it"
+        )
     to_torch.add_argument("--layout", choices=("diffusers", "original"), default="diffusers")
     to_torch.add_argument("--allow-unmatched", action="store_true", help="leave out a LoRA's keys that match no layer")
     to_torch.add_argument(
@@ -73,10 +76,10 @@ def _parser() -> argparse.ArgumentParser:
 def _convert(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     if is_lora(arguments.source):
-        if getattr(arguments, "layout", "native") != "diffusers":
+        if getattr(arguments, "layout", "native") != "diffusers" or arguments.base is not None:
             raise UserError(
-                f"{arguments.source} is a LoRA: expected `dit-convert to-torch --layout diffusers`, the one form that "
-                "LoRAs are written in; the file itself can be given to --lora."
+                f"{arguments.source} is a LoRA: expected `dit-convert to-torch --layout diffusers` without --base, the "
+                "one form that LoRAs are written in; the file itself can be given to --lora."
             )
         with warnings_in_lines():
             file = convert_lora(arguments.source, arguments.destination, arguments.overwrite, arguments.allow_unmatched)
@@ -92,6 +95,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             overwrite=arguments.overwrite,
             max_shard_bytes=getattr(arguments, "max_shard_size", MAX_SHARD_BYTES),
             progress=bar,
+            base=arguments.base,
         )
     print(f"{arguments.destination}: {layout} layout, {time.perf_counter() - start:.1f} s")
 

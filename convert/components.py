@@ -22,6 +22,7 @@ from dit_jax.parameters import Precision, named_leaves
 Settings = dict[str, Any]  # the contents of a component's config.json, as diffusers or transformers wrote it
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
+ELSEWHERE = "pretrained_model_name_or_path"
 _MOST_BLOCKS = 100
 _MOST_VALUES = 1 << 48  # in one leaf
 
@@ -231,7 +232,20 @@ def with_class(settings: Settings, name: str) -> Settings:
 
 def class_in_index(entry: Any) -> str | None:
     """The class that a value of model_index.json names; None for an absent component and for what is no component."""
-    return entry[-1] if isinstance(entry, list) and entry and isinstance(entry[-1], str) else None
+    names = [part for part in entry if not isinstance(part, dict)] if isinstance(entry, list) else []
+    return names[-1] if names and isinstance(names[-1], str) else None
+
+
+def reference_in_index(entry: Any) -> tuple[str, str] | None:
+    """(checkpoint, folder in it) of a component that another checkpoint holds, as a value of model_index.json tells."""
+    told = entry[-1] if isinstance(entry, list) and entry and isinstance(entry[-1], dict) else {}
+    return (str(told[ELSEWHERE]), str(told["subfolder"])) if {ELSEWHERE, "subfolder"} <= set(told) else None
+
+
+def referring(entry: list[Any], checkpoint: str, folder: str) -> list[Any]:
+    """A value of model_index.json whose component another checkpoint holds, in the words of diffusers' modular
+    pipelines."""
+    return [*entry[:2], {ELSEWHERE: checkpoint, "subfolder": folder}]
 
 
 def read_json(file: Path) -> dict[str, Any]:

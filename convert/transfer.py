@@ -24,6 +24,7 @@ from convert.leaves import Leaf, check_leaves, tensors_from_leaves
 from convert.method_parts import part_weights
 from convert.native import PARAMS, write_native
 from convert.original import CONFIG, INDEX, SIDECAR
+from convert.references import with_references
 from convert.safetensors_files import flush, write_durably, write_safetensors, write_tensors
 from dit_jax.config import UserError
 from dit_jax.parameters import named_leaves
@@ -40,10 +41,12 @@ def convert(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: tqdm | None = None,
+    base: str | None = None,
 ) -> None:
     """Write a checkpoint in another layout, every tensor bit for bit in its own dtype, one at a time.
 
     progress  a bar that is told the number of reads, then advanced by each
+    base      a checkpoint whose components are named, instead of copied, where the source's are the same
     Raises UserError for whatever is wrong with the source, and when the destination exists and `overwrite` is not set;
     the destination is then as it was, with nothing left beside it.
     """
@@ -51,6 +54,9 @@ def convert(
     # All components are opened before anything is written: most mistakes show in configs, names and shapes.
     leaves = {name: source.leaves(name) for name in source.settings}
     files = original.side_files(source.settings, source.files) if layout == "original" else source.files
+    if base is not None:
+        files, shared = with_references(source, base, layout)
+        leaves = {name: part for name, part in leaves.items() if name not in shared}
     weights_of_methods = {} if layout == "original" else part_weights(source, layout)
     if progress is not None:
         progress.total = sum(len(leaf.blocks) for part in leaves.values() for leaf in part.values())

@@ -1,14 +1,13 @@
 """A small classifier of handwritten digits, trained on real ones; its features tell drawn digits from real ones.
 
+python -m infer.digit_reader [FILE]    (trains it anew, about a minute on two cores)
+
 Shapes: B glyphs, 28 x 28 pixels, F features.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import inspect
-import os
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -18,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
-from infer import digit_tracks
-from infer.caches import cache_folder
+from dit_jax.parameters import named_leaves, with_leaves
 from infer.digit_tracks import glyph_crops
 from infer.moving_digits import load_digits
 
+SHIPPED = Path(__file__).parents[1] / "dit_jax" / "demo" / "digit_reader.safetensors"
 FEATURES = 64
 _BATCH = 128
 _READ_BATCH = 32
@@ -126,7 +126,7 @@ def train_reader(
     rng = np.random.default_rng(7)
     order = rng.permutation(len(digits.labels) * variants)
     if progress:
-        progress(f"training the digit classifier (once): drawing {len(order):,} glyphs")
+        progress(f"training the digit classifier: drawing {len(order):,} glyphs")
     batches = len(order) // _BATCH
     chosen = order[: batches * _BATCH].reshape(batches, _BATCH) % len(digits.labels)
     glyphs = jnp.asarray(np.stack([distorted(digits.images[batch], rng) for batch in chosen]))
@@ -157,27 +157,19 @@ def train_reader(
     return carry[0]
 
 
-def cache_path() -> Path:
-    """Where the trained classifier is kept: under XDG_CACHE_HOME or ~/.cache, named by the code that makes it."""
-    code = Path(__file__).read_text() + inspect.getsource(digit_tracks.glyph_crops) + inspect.getsource(load_digits)
-    return cache_folder("digit-reader") / f"{hashlib.sha256(code.encode()).hexdigest()[:12]}.npz"
-
-
 @lru_cache(maxsize=1)
-def load_reader(progress: Callable[[str], None] | None = None) -> DigitReader:
-    """The classifier from its cache; where it is not there, trained (about a minute on 2 cores) and put there.
+def load_reader() -> DigitReader:
+    """The classifier that ships: all scores are by the same one, so that those of two machines can be compared."""
+    abstract = nnx.eval_shape(lambda: DigitReader(rngs=nnx.Rngs(0)))
+    return with_leaves(abstract, {name: jnp.asarray(leaf) for name, leaf in load_file(SHIPPED).items()})
 
-    Where there can be no cache, it is trained by every process.
-    """
-    abstract, structure = jax.tree.flatten(nnx.eval_shape(lambda: DigitReader(rngs=nnx.Rngs(0))))
-    try:
-        with np.load(cache_path()) as leaves:
-            return jax.tree.unflatten(structure, [jnp.asarray(leaves[f"arr_{i}"]) for i in range(len(abstract))])
-    except (OSError, KeyError, ValueError, EOFError):
-        reader = train_reader(progress=progress)
-    with contextlib.suppress(OSError):
-        path = cache_path()
-        partial = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-        np.savez(partial, *map(np.asarray, jax.tree.leaves(reader)))
-        partial.replace(path)
-    return reader
+
+def main() -> None:
+    """Trains the classifier and writes it to where it ships from, or to a file that is named."""
+    file = Path(sys.argv[1]) if sys.argv[1:] else SHIPPED
+    reader = train_reader(progress=lambda told: print(told, file=sys.stderr, flush=True))
+    save_file({name: np.asarray(leaf) for name, leaf in named_leaves(reader)}, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -145,7 +145,7 @@ def _check(options: argparse.Namespace) -> None:
 def _exam(name: str, samples: int, seeds: int) -> Exam:
     from infer.digit_reader import load_reader
 
-    return Exam(SUITES[name], samples, seeds, load_reader(_say))
+    return Exam(SUITES[name], samples, seeds, load_reader())
 
 
 def _load(model: str):
@@ -225,10 +225,6 @@ def _generated(
                     contact_sheet(frames_of_it, text, Path(options.sheets) / f"{number:03d}.png")
                 yield sample
                 bar.update()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _table(report: dict[str, Any]) -> str:

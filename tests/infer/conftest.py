@@ -48,7 +48,7 @@ def quick_reader():
 
     patch = pytest.MonkeyPatch()
     quick = digit_reader.train_reader(variants=1, epochs=1)
-    patch.setattr(digit_reader, "load_reader", lambda progress=None: quick)
+    patch.setattr(digit_reader, "load_reader", lambda: quick)
     evaluate._exam.cache_clear()
     yield
     patch.undo()

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from infer import caches, digit_reader
+from infer import caches
 
 
 @pytest.fixture
@@ -27,11 +27,3 @@ def test_a_user_without_a_home(monkeypatch, capsys):
     monkeypatch.setattr(caches.Path, "home", homeless)
     caches.keep_compiled_programs()
     assert "no home folder" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("no_cache")
-def test_the_digit_classifier_goes_without(monkeypatch):
-    monkeypatch.setattr(digit_reader, "train_reader", lambda progress=None: "trained")
-    digit_reader.load_reader.cache_clear()
-    assert digit_reader.load_reader() == "trained"
-    digit_reader.load_reader.cache_clear()

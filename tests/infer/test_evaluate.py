@@ -176,9 +176,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, named, capsys):
     assert named in error and len(error.strip().splitlines()) == 1
 
 
-def test_bad_solver_is_refused_before_any_training(monkeypatch, capsys):
+def test_bad_solver_is_refused_before_anything_is_read(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "_load", lambda model: Drawer())
-    monkeypatch.setattr(digit_reader, "load_reader", lambda progress=None: pytest.fail("trained"))
+    monkeypatch.setattr(digit_reader, "load_reader", lambda: pytest.fail("read"))
     assert evaluate.main(["--solver", "magic"]) == 2
     assert "magic" in capsys.readouterr().err
 

@@ -31,7 +31,7 @@ from dit_jax.models.network import NetworkCall
 from dit_jax.parameters import with_leaves
 from infer.digit_grammar import Scene, caption, random_picture
 from infer.digit_pictures import CLOSE_UP, SIZE, close_up
-from infer.digit_reader import cache_path, load_reader
+from infer.digit_reader import load_reader
 from infer.picture_scores import read_picture
 from train.batches import Batches, Kind, Stage, Window, in_groups
 from train.checkpoints import newest_step
@@ -199,8 +199,6 @@ def _preview(preview: Preview, model, size: int, taken: int) -> dict[str, float]
     side = size // preview.vae.config.space_factor  # type: ignore[attr-defined]
     prompts = [caption(scene, rng, of_picture=True) for scene in scenes]
     pictures = preview(model, prompts, (1, side, side, SHIPPED.in_channels), taken)[:, 0]
-    if not cache_path().exists():
-        return {}
     reader = load_reader()
     readings = [read_picture(picture, scene, reader) for picture, scene in zip(pictures, scenes, strict=True)]
     right = np.concatenate([reading.right for reading in readings]).mean(0)

@@ -33,7 +33,7 @@ from dit_jax.models.wan import Wan, WanConfig
 from dit_jax.parameters import with_leaves
 from infer.digit_grammar import caption, random_scene
 from infer.digit_pictures import CLOSE_UP, close_up
-from infer.digit_reader import cache_path, load_reader
+from infer.digit_reader import load_reader
 from infer.digit_scores import read_clip
 from train.batches import Batches, Kind, Stage, Window, in_groups
 from train.checkpoints import newest_step
@@ -187,8 +187,6 @@ def _preview(preview: Preview, model, shape: tuple[int, int, int, int], taken: i
         scenes = [close_up(scene) for scene in scenes]
     prompts = [caption(scene, rng, of_picture=shape == CLOSE_UP_SHAPE) for scene in scenes]
     video = preview(model, prompts, shape, taken)
-    if not cache_path().exists():
-        return {}
     still = shape[0] == 1
     clips = np.repeat(video, 5, axis=1) if still else video
     reader = load_reader()
