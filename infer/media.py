@@ -79,7 +79,9 @@ def _save_video(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.options = {"crf": "12" if codec == "libx264" else "20"}
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            # Left to the encoder, some of a hundred of these conversions come out otherwise when cores are busy.
+            container.mux(stream.encode(picture.reformat(format=stream.pix_fmt)))
         container.mux(stream.encode())
 
 

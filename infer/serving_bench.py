@@ -105,26 +105,32 @@ def _started(options: argparse.Namespace, began: float) -> dict[str, Any]:
 
 
 def engine_figures(options: argparse.Namespace) -> dict[str, Any]:
-    """By model: seconds of a request from the pipeline and from the engine, and of so many at once and one by one."""
+    """By model and shape: seconds of a request from the pipeline and from the engine, and of so many at once and one by
+    one."""
     from infer.buckets import read_buckets
     from infer.loading import load_pipeline
 
     offered = read_buckets(options.buckets, options.model)
-    return {"engine": {name: _figures(name, load_pipeline(name), one, options) for name, one in offered.items()}}
+    found: dict[str, Any] = {}
+    for name, of_model in offered.items():
+        pipe = load_pipeline(name)
+        of_shape = {str(shape): replace(of_model, shapes=(shape,)) for shape in of_model.shapes}
+        found[name] = {shape: _figures(f"{name} {shape}", pipe, one, options) for shape, one in of_shape.items()}
+    return {"engine": found}
 
 
-def _figures(name: str, pipe: Pipeline, offered: ModelBuckets, options: argparse.Namespace) -> dict[str, Any]:
+def _figures(what: str, pipe: Pipeline, offered: ModelBuckets, options: argparse.Namespace) -> dict[str, Any]:
     from infer.engine import Engine, EngineOptions
     from infer.tickets import Ticket
 
     count = options.batch
     job = next(replace(offered, batches=(count,)).jobs(pipe))
     batches = tuple(sorted({1, count}))
-    one = Engine({name: pipe}, {name: replace(offered, batches=(1,))}, EngineOptions(window=0.0))
-    many = Engine({name: pipe}, {name: replace(offered, batches=batches)}, EngineOptions(window=0.05))
+    one = Engine({what: pipe}, {what: replace(offered, batches=(1,))}, EngineOptions(window=0.0))
+    many = Engine({what: pipe}, {what: replace(offered, batches=batches)}, EngineOptions(window=0.05))
 
     def served(engine: Engine, samples: int) -> None:
-        tickets = [Ticket(model=name, job=job.single(row)) for row in range(samples)]
+        tickets = [Ticket(model=what, job=job.single(row)) for row in range(samples)]
         engine.submit(tickets)
         for ticket in tickets:
             ticket.result.result()
@@ -141,7 +147,8 @@ def _figures(name: str, pipe: Pipeline, offered: ModelBuckets, options: argparse
     }
     for engine in (one, many):
         engine.start()
-    seconds = {what: statistics.median(values) for what, values in _timed(turns, options.rounds, name).items()}
+    timed = _timed(turns, options.rounds, what)
+    seconds = {turn: statistics.median(values) for turn, values in timed.items()}
     for engine in (one, many):
         engine.stop(60)
     ratios = {
@@ -149,18 +156,19 @@ def _figures(name: str, pipe: Pipeline, offered: ModelBuckets, options: argparse
         "batched_throughput": seconds["one_by_one"] / seconds["together"],
         "batched_throughput_of_pipeline": count * seconds["pipeline"] / seconds["pipeline_together"],
     }
-    return {what: round(value, 4) for what, value in (seconds | ratios).items()} | {"steps": job.steps, "batch": count}
+    figures = {figure: round(value, 4) for figure, value in (seconds | ratios).items()}
+    return figures | {"steps": job.steps, "batch": count}
 
 
 def _timed(turns: Mapping[str, Callable[[], None]], rounds: int, name: str) -> dict[str, list[float]]:
     """Seconds of each, taking turns; what the first of them compile is not counted."""
-    seconds: dict[str, list[float]] = {what: [] for what in turns}
+    seconds: dict[str, list[float]] = {turn: [] for turn in turns}
     for number in progress_bar(range(rounds + 1), desc=f"{name}: engine", unit="turn"):
-        for what, run in turns.items():
+        for turn, run in turns.items():
             began = time.perf_counter()
             run()
             if number:
-                seconds[what].append(time.perf_counter() - began)
+                seconds[turn].append(time.perf_counter() - began)
     return seconds
 
 

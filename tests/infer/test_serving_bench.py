@@ -4,7 +4,8 @@ import json
 
 from infer import serving_bench
 
-BUCKETS = {"tiny-t2v": {"shapes": ["48x32x5"], "plans": {"high": {"plan": "dense", "steps": 4}}, "batches": [1]}}
+PLANS = {"high": {"plan": "dense", "steps": 4}}
+BUCKETS = {"tiny-t2v": {"shapes": ["48x32x5", "32x32x5"], "plans": PLANS, "batches": [1]}}
 
 
 def test_what_the_engine_adds_is_told(text_to_video, tmp_path, capsys):
@@ -14,8 +15,10 @@ def test_what_the_engine_adds_is_told(text_to_video, tmp_path, capsys):
     assert serving_bench.main(["--model", str(text_to_video[0]), *words]) == 0
     told = json.loads(report.read_text())
     assert told == json.loads(capsys.readouterr().out)
-    found = told["engine"][str(text_to_video[0])]
-    assert found["steps"] == 4 and found["batch"] == 2
-    assert found["together"] > 0.5 * found["engine"] > 0
-    assert abs(found["engine_overhead"] - (found["engine"] / found["pipeline"] - 1)) < 0.01
-    assert abs(found["batched_throughput"] - found["one_by_one"] / found["together"]) < 0.01
+    by_shape = told["engine"][str(text_to_video[0])]
+    assert list(by_shape) == ["48x32x5", "32x32x5"]
+    for found in by_shape.values():
+        assert found["steps"] == 4 and found["batch"] == 2
+        assert found["together"] > 0.5 * found["engine"] > 0
+        assert abs(found["engine_overhead"] - (found["engine"] / found["pipeline"] - 1)) < 0.01
+        assert abs(found["batched_throughput"] - found["one_by_one"] / found["together"]) < 0.01
