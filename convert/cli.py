@@ -55,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("source", metavar="SRC", help=_SOURCE)
         command.add_argument("destination", metavar="DST", type=Path, help="folder to make")
         command.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already at DST")
-        command.add_argument(
-            "--base", metavar="MODEL", help="name what this model has too, instead of copying it"
-        )
+        command.add_argument("--base", metavar="MODEL", help="name what this model has too, instead of copying it")
     to_torch.add_argument("--layout", choices=("diffusers", "original"), default="diffusers")
     to_torch.add_argument("--allow-unmatched", action="store_true", help="leave out a LoRA's keys that match no layer")
     to_torch.add_argument(

@@ -9,6 +9,7 @@ import numpy as np
 
 from convert.checkpoint import SHIPPED, Checkpoint, CheckpointLayout, open_checkpoint
 from convert.components import read_json, referring
+from convert.leaves import Leaf
 from convert.original import INDEX
 from dit_jax.config import UserError
 
@@ -44,13 +45,19 @@ def _index(checkpoint: Checkpoint) -> dict:
 
 
 def _is_same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
+    if name in other.places:
+        return False  # a name of a name is not followed
     if name in one.settings or name in other.settings:
         if one.settings.get(name) != other.settings.get(name):
             return False
         ours, theirs = one.leaves(name), other.leaves(name)
-        return all(np.array_equal(leaf.rectangle(None), theirs[key].rectangle(None)) for key, leaf in ours.items())
+        return all(_is_equal(leaf, theirs[key]) for key, leaf in ours.items())
     ours_files, theirs_files = (_contents(checkpoint, name) for checkpoint in (one, other))
     return bool(ours_files) and ours_files == theirs_files
+
+
+def _is_equal(one: Leaf, other: Leaf) -> bool:
+    return one.dtype == other.dtype and np.array_equal(one.rectangle(None), other.rectangle(None))
 
 
 def _contents(checkpoint: Checkpoint, name: str) -> dict[str, bytes]:

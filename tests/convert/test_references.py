@@ -66,6 +66,14 @@ def test_a_copy_holds_all_again(student, tmp_path):
     assert all(len(entry) == 2 for entry in index_of(tmp_path / "copy").values() if isinstance(entry, list))
 
 
+def test_a_student_of_a_student_names_what_that_one_holds_itself(student, tmp_path):
+    opened = open_checkpoint(student)
+    convert(opened, tmp_path / "next", opened.layout, base=str(student))
+    index = index_of(tmp_path / "next")
+    assert len(index["transformer"]) == 3 and len(index["vae"]) == 2
+    jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "next", "vae"), arrays(student, "vae"))
+
+
 def test_its_hash_changes_with_the_base(base, student):
     before = checkpoint_hash(student)
     file = max(base.joinpath("vae").rglob("*"), key=lambda file: file.stat().st_size)
