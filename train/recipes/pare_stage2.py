@@ -7,6 +7,9 @@
 The student is what stage I made (or, to compare with, the raw pruned model). A router that its checkpoint has is
 trained further. `least` and `most` are the blocks that run without noise and at pure noise: 20 and 35 of 40 in the
 paper, as many of another model. With `content=False` the router is told the timestep alone (the paper's ablation).
+
+Reached on demo-flux in 300 steps behind stage I, with 5 to 10 of 12 blocks: 53.0 % of the digits right, of the
+teacher's 76.7 % (300 prompts; docs/distillation.md).
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ arXiv 2605.27336).
 The student starts from the model, or from `student`, whose router, if its checkpoint has one, stays active and learns
 too. A fake score, which starts from the model, follows the student's own pictures, five updates to one of the
 student's.
+
+Reached on demo-flux in 200 steps: 75.0 % of the digits right in four unguided steps, of the teacher's 76.7 % in forty
+guided ones (300 prompts; docs/distillation.md).
 """
 
 from __future__ import annotations
