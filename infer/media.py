@@ -79,7 +79,7 @@ def _save_video(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
         container.metadata["comment"] = comment
         stream = cast(av.VideoStream, container.add_stream(codec, rate=Fraction(fps)))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        stream.options = _x264_options() if codec == "libx264" else {"crf": "20"}
+        stream.options = _options(codec)
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             # Left to the encoder, some of a hundred of these conversions come out otherwise when cores are busy.
@@ -87,10 +87,12 @@ def _save_video(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
         container.mux(stream.encode())
 
 
-@lru_cache(maxsize=1)
-def _x264_options() -> dict[str, str]:
+@lru_cache
+def _options(codec: str) -> dict[str, Any]:
     """High quality. On processors with AVX-512, x264's code for it makes another file of the same frames in some of a
     thousand tries, and its code for AVX2 does not."""
+    if codec != "libx264":
+        return {"crf": "20"}
     file = Path("/proc/cpuinfo")
     reproducible = {"x264-params": f"asm={AVX2}"} if file.exists() and " avx512f " in file.read_text() else {}
     return {"crf": "12"} | reproducible
