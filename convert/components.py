@@ -248,8 +248,10 @@ def referring(entry: list[Any], checkpoint: str, folder: str) -> list[Any]:
     return [*entry[:2], {ELSEWHERE: checkpoint, "subfolder": folder}]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError when it is not one."""
+def read_json(file: Path | bytes) -> dict[str, Any]:
+    """A JSON object from a file, or from contents that were made here. Raises UserError for a file that is not one."""
+    if isinstance(file, bytes):
+        return json.loads(file)
     try:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:

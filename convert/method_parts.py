@@ -94,8 +94,7 @@ def _folder(name: str, component: str) -> str:
 
 
 def _settings(checkpoint: Checkpoint, name: str, component: str) -> dict:
-    content = checkpoint.files[f"{_folder(name, component)}/{CONFIG}"]
-    return json.loads(content) if isinstance(content, bytes) else read_json(content)
+    return read_json(checkpoint.files[f"{_folder(name, component)}/{CONFIG}"])
 
 
 def _leaves(checkpoint: Checkpoint, name: str, component: str, settings: Mapping) -> dict[str, Leaf]:

@@ -225,7 +225,7 @@ def side_files(settings: Mapping[str, Settings], files: Mapping[str, Path | byte
         if is_wan and _parent(where) == "tokenizer":
             out[f"{WAN_TOKENIZER}/{Path(where).name}"] = content
         elif where.endswith(".json") and not where.startswith("tokenizer"):
-            configs[where] = json.loads(content) if isinstance(content, bytes) else read_json(content)
+            configs[where] = read_json(content)
         else:
             out[where] = content
     return out | {SIDECAR: _json(configs)}

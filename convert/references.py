@@ -29,7 +29,7 @@ def with_references(source: Checkpoint, base: str, layout: CheckpointLayout) -> 
         raise UserError(
             f"{base} cannot be a base ({found}): expected a pipeline in the {layout} layout, as is written."
         )
-    index = _index(source)
+    index = read_json(source.files[INDEX])
     shared = {name for name, entry in index.items() if isinstance(entry, list) and _is_same(source, other, name)}
     if not shared:
         raise UserError(f"{base} has no component of {source.place}: expected some to be the same; leave out the base.")
@@ -37,11 +37,6 @@ def with_references(source: Checkpoint, base: str, layout: CheckpointLayout) -> 
     index |= {name: referring(index[name], named, name) for name in shared}
     files: Files = {place: content for place, content in source.files.items() if place.split("/")[0] not in shared}
     return files | {INDEX: json.dumps(index, indent=2).encode() + b"\n"}, shared
-
-
-def _index(checkpoint: Checkpoint) -> dict:
-    content = checkpoint.files[INDEX]
-    return json.loads(content) if isinstance(content, bytes) else read_json(content)
 
 
 def _is_same(one: Checkpoint, other: Checkpoint, name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -117,9 +116,7 @@ def _component(checkpoint: Checkpoint, name: str) -> ComponentSummary:
 def _kind(checkpoint: Checkpoint) -> str:
     if not checkpoint.is_pipeline:
         return class_name(checkpoint.settings[""]) or "model"
-    index = checkpoint.files[INDEX]
-    content = json.loads(index) if isinstance(index, bytes) else read_json(index)
-    return f"pipeline {content.get('_class_name', 'of no class')}"
+    return f"pipeline {read_json(checkpoint.files[INDEX]).get('_class_name', 'of no class')}"
 
 
 def _variant(config: Any, experts: bool) -> str:

@@ -87,15 +87,18 @@ def _save_video(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
         container.mux(stream.encode())
 
 
-@lru_cache
 def _options(codec: str) -> dict[str, Any]:
-    """High quality. On processors with AVX-512, x264's code for it makes another file of the same frames in some of a
-    thousand tries, and its code for AVX2 does not."""
+    """High quality. x264's code for AVX-512 makes another file of the same frames in some of a thousand tries, its code
+    for AVX2 does not."""
     if codec != "libx264":
         return {"crf": "20"}
+    return {"crf": "12"} | ({"x264-params": f"asm={AVX2}"} if _has_avx512() else {})
+
+
+@lru_cache(maxsize=1)
+def _has_avx512() -> bool:
     file = Path("/proc/cpuinfo")
-    reproducible = {"x264-params": f"asm={AVX2}"} if file.exists() and " avx512f " in file.read_text() else {}
-    return {"crf": "12"} | reproducible
+    return file.exists() and " avx512f " in file.read_text()
 
 
 def _save_images(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:

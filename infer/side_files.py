@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import fields, replace
@@ -129,6 +128,4 @@ def load_tokenizer(checkpoint: Checkpoint, folder: str):
 
 def read_settings(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     source = checkpoint.files.get(name)
-    if source is None:
-        return {}
-    return json.loads(source) if isinstance(source, bytes) else read_json(source)
+    return {} if source is None else read_json(source)
