@@ -24,6 +24,7 @@ from convert.components import (
     class_in_index,
     class_name,
     component_of,
+    lora_in_index,
     read_json,
     reference_in_index,
     with_class,
@@ -61,6 +62,7 @@ class Checkpoint:
     held       locks on these, for as long as this lives
     edited     component -> leaves in place of those that its files hold
     places     component -> its folder in another checkpoint, which the index names
+    loras      component -> the file of a LoRA that is merged into what is read from there
     """
 
     folder: Path
@@ -73,6 +75,7 @@ class Checkpoint:
     held: tuple[FileLock, ...] = ()
     edited: dict[str, dict[str, Leaf]] = field(default_factory=dict, repr=False)
     places: dict[str, Path] = field(default_factory=dict)
+    loras: dict[str, Path] = field(default_factory=dict)
     _components: dict[str, Component] = field(default_factory=dict, repr=False)
 
     @property
@@ -102,11 +105,12 @@ class Checkpoint:
 
     def weight_files(self, name: str) -> list[Path]:
         """The files on disk that hold a component's weights. Raises UserError when they are missing."""
+        added = [self.loras[name]] if name in self.loras else []
         if self.layout == "native":
-            return [file for file in (self._source(name) / PARAMS).rglob("*") if file.is_file()]
+            return added + [file for file in (self._source(name) / PARAMS).rglob("*") if file.is_file()]
         if self.layout == "original":
             return self.weights[name].files
-        return weight_files(self._source(name), self.component(name).stem)
+        return added + weight_files(self._source(name), self.component(name).stem)
 
     def leaves(self, name: str) -> dict[str, Leaf]:
         """Our leaves of a component, read when their turn comes.
@@ -115,12 +119,25 @@ class Checkpoint:
         """
         if name in self.edited:
             return self.edited[name]
+        if name in self.converted:
+            return self._native(name, self.converted[name])
+        own = self._own_leaves(name)
+        if name not in self.loras:
+            return own
+        from convert.lora import with_lora
+
+        return with_lora(own, self.loras[name], self.component(name), name)
+
+    def _native(self, name: str, params: Path) -> dict[str, Leaf]:
+        leaves = read_native(params)
+        check_leaves(leaves, self.component(name).shapes, params)
+        return leaves
+
+    def _own_leaves(self, name: str) -> dict[str, Leaf]:
+        """As the component's files hold them."""
         model, source = self.component(name), self._source(name)
-        if self.layout == "native" or name in self.converted:
-            params = self.converted.get(name, source / PARAMS)
-            leaves = read_native(params)
-            check_leaves(leaves, model.shapes, params)
-            return leaves
+        if self.layout == "native":
+            return self._native(name, source / PARAMS)
         layout: Layout = self.weights[name].kind.layout if self.layout == "original" else "diffusers"
         return leaves_from_tensors(self.tensors(name), model.rows, model.shapes, layout, source)
 
@@ -202,7 +219,7 @@ def _open_pipeline(folder: Path) -> Checkpoint:
     settings: dict[str, Settings] = {}
     files: dict[str, Path | bytes] = {name: folder / name for name in _top_files(folder)}
     files |= {file.relative_to(folder).as_posix(): file for file in (folder / METHODS).rglob("*") if file.is_file()}
-    native, places = set(), {}
+    native, places, loras = set(), {}, {}
     index = read_json(folder / INDEX)
     for name, entry in index.items():
         named = class_in_index(entry)
@@ -213,6 +230,10 @@ def _open_pipeline(folder: Path) -> Checkpoint:
             checkpoint, inside = elsewhere
             place = places[name] = resolve(checkpoint) / inside
             index[name] = entry[:-1]
+            if (lora := lora_in_index(entry)) is not None:
+                loras[name] = folder / lora
+                if Path(lora).name != lora or not loras[name].is_file():
+                    raise UserError(f"{folder} lacks the file {lora}, which {INDEX} names; download it again.")
         if Path(name).name != name or not place.is_dir():
             raise UserError(f"{folder} lacks the folder {name}, which {INDEX} names; download the checkpoint again.")
         files |= _other_files(place, name)
@@ -227,7 +248,7 @@ def _open_pipeline(folder: Path) -> Checkpoint:
     layout: CheckpointLayout = "native" if True in native else "diffusers"
     if places:
         files[INDEX] = json.dumps(index, indent=2).encode() + b"\n"
-    return Checkpoint(folder=folder, layout=layout, settings=settings, files=files, places=places)
+    return Checkpoint(folder=folder, layout=layout, settings=settings, files=files, places=places, loras=loras)
 
 
 def _is_weights(file: Path) -> bool:
@@ -325,8 +346,10 @@ def checkpoint_hash(checkpoint: str | Path | Checkpoint) -> str:
         checkpoint = open_checkpoint(checkpoint)
     contents = dict(checkpoint.files)
     for name in checkpoint.settings:
-        root = checkpoint.places[name].parent if name in checkpoint.places else checkpoint.folder
-        contents |= {file.relative_to(root).as_posix(): file for file in checkpoint.weight_files(name)}
+        roots = [checkpoint.folder, *(place.parent for place in [checkpoint.places.get(name)] if place)]
+        for file in checkpoint.weight_files(name):
+            root = next(root for root in roots if file.is_relative_to(root))
+            contents[file.relative_to(root).as_posix()] = file
     digest = hashlib.sha256()
     for place in sorted(contents, key=Path):
         if not _is_incidental(Path(place)):

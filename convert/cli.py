@@ -8,9 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from convert.checkpoint import CheckpointLayout, open_checkpoint
+from convert.checkpoint import Checkpoint, CheckpointLayout, open_checkpoint
 from convert.lora_backbones import is_lora
 from convert.lora_export import convert_lora
+from convert.lora_extract import convert_to_lora
 from convert.lora_summary import summarise_lora
 from convert.progress import progress_bar
 from convert.sizes import parse_bytes
@@ -56,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("destination", metavar="DST", type=Path, help="folder to make")
         command.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already at DST")
         command.add_argument("--base", metavar="MODEL", help="name what this model has too, instead of copying it")
+        command.add_argument(
+            "--lora-rank", type=int, metavar="N",
+            help="with --base: the transformer as the nearest LoRA of this rank, to be merged into the base's",
+        )  # fmt: skip
     to_torch.add_argument("--layout", choices=("diffusers", "original"), default="diffusers")
     to_torch.add_argument("--allow-unmatched", action="store_true", help="leave out a LoRA's keys that match no layer")
     to_torch.add_argument(
@@ -85,6 +90,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         return
     source = open_checkpoint(arguments.source)
     layout: CheckpointLayout = "native" if arguments.command == "to-jax" else arguments.layout
+    if arguments.lora_rank is not None:
+        _convert_to_lora(source, layout, arguments)
+        return
     with progress_bar(unit="tensor") as bar:
         convert(
             source,
@@ -96,6 +104,14 @@ def _convert(arguments: argparse.Namespace) -> None:
             base=arguments.base,
         )
     print(f"{arguments.destination}: {layout} layout, {time.perf_counter() - start:.1f} s")
+
+
+def _convert_to_lora(source: Checkpoint, layout: CheckpointLayout, arguments: argparse.Namespace) -> None:
+    rank, base = arguments.lora_rank, arguments.base
+    if base is None:
+        raise UserError("--lora-rank goes with --base MODEL: what the LoRA is to be merged into")
+    share = convert_to_lora(source, arguments.destination, layout, base, rank, overwrite=arguments.overwrite)
+    print(f"{arguments.destination}: {base} and a LoRA of rank {rank}, {share:.1%} of the squared difference")
 
 
 def _inspect(source: str, as_json: bool) -> None:

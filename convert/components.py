@@ -242,10 +242,16 @@ def reference_in_index(entry: Any) -> tuple[str, str] | None:
     return (str(told[ELSEWHERE]), str(told["subfolder"])) if {ELSEWHERE, "subfolder"} <= set(told) else None
 
 
-def referring(entry: list[Any], checkpoint: str, folder: str) -> list[Any]:
+def lora_in_index(entry: Any) -> str | None:
+    """The file of a LoRA that such a component is merged with, if any."""
+    told = entry[-1] if isinstance(entry, list) and reference_in_index(entry) else {}
+    return str(told["lora"]) if "lora" in told else None
+
+
+def referring(entry: list[Any], checkpoint: str, folder: str, lora: str | None = None) -> list[Any]:
     """A value of model_index.json whose component another checkpoint holds, in the words of diffusers' modular
-    pipelines."""
-    return [*entry[:2], {ELSEWHERE: checkpoint, "subfolder": folder}]
+    pipelines, and the file of a LoRA that it is merged with."""
+    return [*entry[:2], {ELSEWHERE: checkpoint, "subfolder": folder} | ({"lora": lora} if lora else {})]
 
 
 def read_json(file: Path | bytes) -> dict[str, Any]:

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from convert.checkpoint import resolve
+from convert.components import Component
+from convert.leaves import Leaf
 from convert.lora_alphas import Alphas, alphas_in
 from convert.lora_keys import Address, Module, Role, Target, address_of
 from convert.safetensors_files import Tensor, has_nan_or_infinity, read_safetensors
@@ -20,7 +23,7 @@ from convert.tables import Row
 from convert.torch_files import read_torch
 from convert.transfer import LORA_WEIGHTS
 from dit_jax.config import UserError
-from dit_jax.lora import Adapter, Lora
+from dit_jax.lora import Adapter, Lora, delta
 
 _FOLDER_FILES = (LORA_WEIGHTS, "adapter_model.safetensors")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -161,6 +164,30 @@ def read_lora(
         component: {name: _adapter(found, shapes[component][name]) for name, found in leaves.items()}
         for component, leaves in pieces.items()
     }
+
+
+def with_lora(leaves: Mapping[str, Leaf], file: Path, component: Component, name: str) -> dict[str, Leaf]:
+    """A component's leaves with a LoRA of them added when they are read, in fp32, rounded once.
+
+    Raises UserError as `read_lora`.
+    """
+    lora = read_lora(file, {name: Target.of(component)})[1].get(name, {})
+
+    def added(leaf: Leaf, adapter: Adapter) -> Leaf:
+        def added_to(block: int) -> np.ndarray:
+            return np.asarray(delta(jax.tree.map(lambda array: array[block], adapter)))
+
+        def read(block: int | None) -> np.ndarray:
+            if block is not None:
+                more = added_to(block)
+            else:
+                blocks = range(leaf.shape[0]) if adapter.stacked else ()
+                more = np.stack([added_to(each) for each in blocks]) if blocks else np.asarray(delta(adapter))
+            return (leaf.read(block).astype(np.float32) + more).astype(leaf.dtype)
+
+        return Leaf(leaf.shape, leaf.dtype, leaf.stacked, read)
+
+    return {key: added(leaf, lora[key]) if key in lora else leaf for key, leaf in leaves.items()}
 
 
 def check_matched(opened: LoraFile, allow_unmatched: bool) -> None:

@@ -10,6 +10,7 @@ from convert.encoders import canonical_clip_text_key, canonical_t5_key, clip_tex
 from convert.flux import flux_rows
 from convert.lora import LoraFile, find_lora, lora_tensors, open_lora
 from convert.lora_keys import Target, address_of, is_adapter_key
+from convert.original import INDEX
 from convert.wan import wan_rows
 from dit_jax.config import UserError
 from dit_jax.models.clip_text import CLIP_L
@@ -46,9 +47,10 @@ def recognise(path: str | Path) -> tuple[str, LoraFile]:
 
 
 def is_lora(path: str | Path) -> bool:
-    """Whether a path leads to a LoRA: a file some of whose keys are an adapter's, or a folder with such a file."""
+    """Whether a path leads to a LoRA: a file some of whose keys are an adapter's, or a folder with such a file, and no
+    pipeline that it is merged into."""
     place = Path(path).expanduser()
-    if not place.exists():
+    if not place.exists() or (place / INDEX).is_file():
         return False
     try:
         return any(is_adapter_key(key) for key in lora_tensors(find_lora(place)))

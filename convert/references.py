@@ -21,6 +21,7 @@ def with_references(source: Checkpoint, base: str, layout: CheckpointLayout) -> 
     folders that are named.
 
     base  path, hub id or shipped model
+    Where the source has a LoRA of what it was edited to be (`convert_to_lora`), the index names it too.
     Raises UserError for a base that is no pipeline in the layout that is written, and where nothing is the same.
     """
     other = open_checkpoint(base)
@@ -34,7 +35,8 @@ def with_references(source: Checkpoint, base: str, layout: CheckpointLayout) -> 
     if not shared:
         raise UserError(f"{base} has no component of {source.place}: expected some to be the same; leave out the base.")
     named = base if base in SHIPPED or not Path(base).exists() else str(Path(base).resolve())
-    index |= {name: referring(index[name], named, name) for name in shared}
+    loras = {name: file.name for name, file in source.loras.items() if name in source.edited}
+    index |= {name: referring(index[name], named, name, loras.get(name)) for name in shared}
     files: Files = {place: content for place, content in source.files.items() if place.split("/")[0] not in shared}
     return files | {INDEX: json.dumps(index, indent=2).encode() + b"\n"}, shared
 

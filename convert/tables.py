@@ -124,6 +124,11 @@ class Row:
         taken, given = self._factors(layout)
         return _mapped(down, taken[1], taken[0], self.sizes), _mapped(up, given[1], given[0], self.sizes)
 
+    def inputs(self, layout: Layout = "diffusers") -> int:
+        """How many axes of our leaf of one block, the first of it, are what the matrix maps from."""
+        (_, down), _ = self._factors(layout)
+        return len(down) - 1
+
     def _factors(self, layout: Layout) -> tuple[Pair, Pair]:
         """Axes outside and ours, of down and of up."""
         left, right = (_terms(side) for side in self.pattern_for(layout).split("->"))
