@@ -13,9 +13,10 @@ from dit_jax.config import UserError
 from dit_jax.methods.plan import parse_plan
 from infer.adapt import main as adapt
 from train.models import Source
+from train.pare_loss import PareWeights
 from train.placement import training_mesh
 from train.recipe import POSITION, abstract_batch
-from train.recipes import coredit, ddit, pare_stage2, step_distill
+from train.recipes import coredit, ddit, pare_stage1, pare_stage2, step_distill
 from train.step import TrainStep, of_modules, params_of
 
 
@@ -78,6 +79,15 @@ def test_adapters_have_the_rank_that_is_asked_for(tmp_path):
         ddit.training(replace(config, rank=0), source_of(low))
     with pytest.raises(UserError, match="rank is -1, expected a whole number from 0"):
         ddit.training(replace(config, rank=-1), source_of())
+
+
+@pytest.mark.parametrize("recipe", [pare_stage1, pare_stage2])
+def test_block_outputs_weigh_as_much_as_is_asked_for(recipe):
+    settings = [recipe.Config(**told).settings(source_of("demo-flux")) for told in ({}, {"features": 0.5})]
+    assert [each.weights for each in settings] == [
+        PareWeights(features=10, motion=0), PareWeights(features=0.5, motion=0),
+    ]  # fmt: skip
+    assert settings[0] == replace(settings[1], weights=settings[0].weights)
 
 
 def test_adapters_without_low_rank_maps(tmp_path):

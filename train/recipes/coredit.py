@@ -6,14 +6,16 @@
 
 Every `ramp_every` steps one block more skips 64 tokens more (as large a share of a smaller model's): the one whose next
 tokens are most like their neighbours in the batch at hand. No block skips more than 60 %; the ramp ends where their
-mean is `ratio`. With `adaptive=False` as many tokens are shared out evenly instead, so that all blocks skip alike (the
-paper's uniform ratios). Skipped tokens are masked while it lasts, so that nothing is compiled again; the result carries
-the ratios, and a run with the plan `coredit` gathers the kept tokens.
+mean is `ratio`, after 29 turns a block for 0.45. With `adaptive=False` as many tokens are shared out evenly instead, so
+that all blocks skip alike (the paper's uniform ratios). Skipped tokens are masked while it lasts, so that nothing is
+compiled again; the result carries the ratios, and a run with the plan `coredit` gathers the kept tokens.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -28,7 +30,7 @@ from convert.method_parts import part_files
 from dit_jax.config import UserError
 from dit_jax.methods.coherence import Lattice
 from dit_jax.methods.coredit import Coredit
-from dit_jax.methods.coredit_ratios import CAP, most_skipped, ramped, ramped_alike, ratios_file
+from dit_jax.methods.coredit_ratios import CAP, STEPS_TO_ALL, most_skipped, ramped, ramped_alike, ratios_file
 from dit_jax.methods.method import Part
 from dit_jax.sharding import replicated
 from train import recipe
@@ -43,7 +45,7 @@ from train.step import Plan, TrainState, Update
 SKIPPED = "skipped"
 RAMP = "ramp.json"
 
-VARIANTS = {"demo": {**DEMO, "steps": 600, "learning_rate": 1e-4, "ramp_every": 5}}
+VARIANTS = {"demo": {**DEMO, "steps": 600, "learning_rate": 1e-4}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,8 @@ class Config(RecipeConfig):
     """Options of the recipe.
 
     ratio           mean share of the tokens that blocks skip in the end
-    ramp_every      steps between two turns of the ramp
+    ramp_every      steps between two turns of the ramp; None: the paper's 15, or fewer where the ramp would not end
+                    within two thirds of all steps
     adaptive        whether coherence says which block skips more, or all are ramped alike
     sampled_blocks  of how many blocks attention outputs are compared (0: of all, as in the paper)
     """
@@ -60,9 +63,14 @@ class Config(RecipeConfig):
     steps: int = 10000
     learning_rate: float = 1e-5
     ratio: float = 0.45
-    ramp_every: int = 15
+    ramp_every: int | None = None
     adaptive: bool = True
     sampled_blocks: int = 0
+
+    def every(self, blocks: int) -> int:
+        """Steps between two turns of the ramp of so many blocks."""
+        turns = math.ceil(self.ratio * blocks * STEPS_TO_ALL)
+        return max(1, min(15, 2 * self.steps // (3 * turns))) if self.ramp_every is None else self.ramp_every
 
     @property
     def settings(self) -> CoreditSettings:
@@ -92,7 +100,7 @@ class Ramp:
         assert self.shares is not None
         lattice = self.config.settings.lattice(np.shape(batch["latents"]), self.source.config.patch)
         batch = {**batch, SKIPPED: self._skipped(lattice)}
-        if position % self.config.ramp_every == 0 and not self.full:
+        if position % self.config.every(sum(self.source.stacks)) == 0 and not self.full:
             self._turn(state, batch, jax.random.fold_in(key, position), lattice)
             batch[SKIPPED] = self._skipped(lattice)
         return self.driven(state, batch, key)
@@ -145,6 +153,10 @@ def training(config: Config, source: Source) -> Training:
     """A student in the masked form learns from its dense self."""
     if not 0 < config.ratio <= CAP:
         raise UserError(f"ratio is {config.ratio}, expected above 0 and at most {CAP}")
+    if config.ramp_every is not None and config.ramp_every < 1:
+        raise UserError(
+            f"ramp_every is {config.ramp_every}, expected at least 1; leave it out to let the ramp end in time"
+        )
     update = Update(
         loss=partial(coredit, settings=config.settings),
         optimizer=config.adamw(config.learning_rate),
@@ -164,6 +176,12 @@ def training(config: Config, source: Source) -> Training:
 def _result(config: Config, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
     """The student, with the share of the tokens that each block skips in the end."""
     ratios = [round(share, 6) for share in read_ramp(config.out)[-1][1]]
+    if np.mean(ratios) < config.ratio - 1 / STEPS_TO_ALL:
+        warnings.warn(
+            f"blocks skip {np.mean(ratios):.3f} of the tokens on average, expected {config.ratio}, where the ramp "
+            "ends; train more steps, or leave ramp_every out",
+            stacklevel=2,
+        )
     part = Part(ratios_file({"transformer": ratios}, config.settings.stride), {})
     return with_files(with_transformer(checkpoint, trained["student"]), part_files({Coredit.name: part}))
 

@@ -31,16 +31,23 @@ VARIANTS = {"demo": {**DEMO, "steps": 300, "learning_rate": 5e-4}}
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RecipeConfig):
-    """Options of the recipe; `student` is the pruned model, outputs are compared of `sampled_blocks` blocks a step."""
+    """Options of the recipe.
+
+    student         the pruned model
+    sampled_blocks  of how many blocks, others at every step, the outputs are compared
+    features        weight of that comparison, beside those of velocities
+    """
 
     out: str = "runs/pare-stage1"
     student: str = ""
     steps: int = 7000
     sampled_blocks: int = 4
+    features: float = TEXT_TO_VIDEO.features
 
     def settings(self, source: Source) -> PareSettings:
         """Of the losses, for this model."""
-        return PareSettings(flow=self.flow, sampled_blocks=self.sampled_blocks, weights=weights_for(source.config))
+        weights = replace(weights_for(source.config), features=self.features)
+        return PareSettings(flow=self.flow, sampled_blocks=self.sampled_blocks, weights=weights)
 
 
 def weights_for(config: Any) -> PareWeights:

@@ -15,7 +15,7 @@ teacher's 76.7 % (300 prompts; docs/distillation.md).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from train.pare_loss import PareSettings, pare
 from train.recipe import Training, with_files, with_transformer
 from train.recipes.pare_stage1 import VARIANTS as STAGE1
 from train.recipes.pare_stage1 import Config as Stage1
-from train.recipes.pare_stage1 import student_of, weights_for
+from train.recipes.pare_stage1 import student_of
 from train.step import Plan, Update
 
 VARIANTS = {name: {**settings, "router_rate": 2e-3} for name, settings in STAGE1.items()}
@@ -54,12 +54,7 @@ class Config(Stage1):
 
     def settings(self, source: Source) -> PareSettings:
         """Of the losses, for this model."""
-        return PareSettings(
-            flow=self.flow,
-            sampled_blocks=self.sampled_blocks,
-            weights=weights_for(source.config),
-            routing=self.routing,
-        )
+        return replace(super().settings(source), routing=self.routing)
 
 
 def training(config: Config, source: Source) -> Training:
