@@ -49,7 +49,10 @@ def test_a_router_that_is_told_the_timestep_alone_is_trained_further_and_kept_ap
     assert parts["router"].leaves["up.kernel"].shape == (256, 256)
     parse_plan("routing").check((10,), parts)
     later = replace(config, student=str(alone), seed=5)
-    again = pare_stage2.training(later, source_of()).trained["router"]
+    further = pare_stage2.training(later, source_of())
+    assert further.around is None and made.around is not None, "a router that was trained keeps its ranking"
+    assert pare_stage2.training(replace(config, ranked=False), source_of()).around is None
+    again = further.trained["router"]
     np.testing.assert_array_equal(again.up.kernel[...], made.trained["router"].up.kernel[...])
     routed = step_distill.training(step_distill.Config(student=str(alone)), source_of()).trained["router"]
     assert routed.config.content == "none"

@@ -28,6 +28,7 @@ from infer.prune import main as prune
 from infer.request import Defaults
 from infer.side_files import read_defaults, read_shift
 from infer.similarity import psnr
+from train.block_ranking import RANKING
 from train.checkpoints import load_ema, newest_step
 from train.cli import main as train
 from train.demo_media import main as demo_media
@@ -164,6 +165,9 @@ def test_pare_takes_both_stages(data, pruned, tmp_path):
     assert student.component("transformer").config.mlp_width < 432
     parts = read_parts(student)
     parse_plan("routing").check((10,), parts)
+    ranking = json.loads((tmp_path / "two" / RANKING).read_text())
+    assert ranking["order"] == np.argsort(parts["router"].leaves["out.bias"]).tolist(), "three steps change no order"
+    assert len(ranking["velocity_errors"]) == 5
 
 
 def test_ddit_trains_adapters_by_turns_and_leaves_the_model(data, tmp_path):
