@@ -22,8 +22,9 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 SCATTERS = "all-reduce-scatter"  # how XLA for TPU names the fusion that a reduce-scatter becomes
 
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
-_OPERATION = re.compile(rf" ((?:{'|'.join(COLLECTIVES)})(?:-start)?|while|fusion|call|conditional|async-start)\(")
+_OPERATION = re.compile(rf" ((?:{'|'.join(COLLECTIVES)})(?:-start)?|send|while|fusion|call|conditional|async-start)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|branch_computations)=\{?([%\w.\-, ]+)")
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
 
 
@@ -107,10 +108,16 @@ class CompiledText:
         for name, times in self._run(self.entry, 1):
             for line in self.computations[name]:
                 operation = _OPERATION.search(line)
-                if operation is None or not operation[1].startswith(COLLECTIVES):
+                if operation is None:
+                    continue
+                between = _BETWEEN.search(line) if operation[1] == "send" else None
+                if between is not None:
+                    sent = self._sent_between(between[1].lower().replace("_", "-"), line[: operation.start()], times)
+                elif operation[1].startswith(COLLECTIVES):
+                    sent = self._sent(operation[1].removesuffix("-start"), line, operation.start(), name, times)
+                else:
                     continue
                 channel = re.search(r"channel_id=(\d+)", line)
-                sent = self._sent(operation[1].removesuffix("-start"), line, operation.start(), name, times)
                 place = channel[1] if channel else line
                 found[place] = max(found.get(place, sent), sent, key=lambda each: each.size)
         return list(found.values())
@@ -151,6 +158,18 @@ class CompiledText:
         }[kind]
         per_slice = self.devices // self.slices
         return Sent(kind, size * share * times, len({device // per_slice for device in group}) > 1)
+
+    def _sent_between(self, kind: str, arrays: str, times: int) -> Sent:
+        """What a chip hands to the network between slices, which runs the ring of one chip of each."""
+        count = self.slices
+        size = sum(_bytes(dtype, shape) for dtype, shape in _ARRAY.findall(arrays)[:1])
+        share = {
+            "all-gather": count - 1,  # the line shows a chip's own part
+            "all-reduce": 2 * (count - 1) / count,
+            "reduce-scatter": (count - 1) / count,
+            "all-to-all": (count - 1) / count,
+        }.get(kind, 1.0)
+        return Sent(kind, size * share * times, True)
 
     def _group(self, line: str) -> list[int]:
         """Devices of the first group of a collective, as the mesh counts them."""

@@ -94,6 +94,25 @@ def test_bytes_sent_in_a_loop_are_those_of_the_ring():
     assert sum(each.size for each in sent) == pytest.approx(6 * 1024 * 1024 * 2 * 3 / 4, rel=0.02)
 
 
+@needs_libtpu
+@pytest.mark.parametrize("slices", [2, 4])
+def test_what_crosses_the_network_between_slices_is_told_apart(slices):
+    """Every chip has the rows of its slice, and a quarter of the columns: it reduces that quarter with its twins."""
+    mesh = make_mesh({"data": slices, "fsdp": 4}, tpu_devices("v5e:2x2", slices))
+
+    def placed(*shape, spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    x, w = placed(64, 512, spec=("data",)), placed(512, 1024, spec=(None, "fsdp"))
+    with jax.set_mesh(mesh):
+        gradient = jax.grad(lambda w, x: jnp.sum(jnp.sin(x @ w)))
+        compiled = jax.jit(gradient, out_shardings=w.sharding).lower(w, x).compile()
+    sent = CompiledText(compiled.as_text(), 4 * slices, slices).sent
+    assert {each.kind for each in sent if each.between_slices} == {"all-reduce"}
+    size = sum(each.size for each in sent if each.between_slices)
+    assert size in [2 * (slices - 1) / slices * 512 * 256 * width for width in (2, 4)]  # in bf16 or fp32
+
+
 TEXT = """
 %sum (a: f32[], b: f32[]) -> f32[] {
 }
@@ -112,6 +131,12 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {
   %again = f32[8,128]{1,0} all-gather(%x), channel_id=3, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
   %ar = (f32[4,128]{1,0}, bf16[4]{0}) all-reduce(%x, %y), channel_id=4, replica_groups=mesh['a'=2,'b'=4] {'b'}
   %cp = f32[8]{0} collective-permute(%x), channel_id=5, source_target_pairs={{0,4},{4,0}}
+  %host = (f32[99]{0}, u32[], token[]) send(%x, %t), channel_id=6, is_host_transfer=true
+}
+"""
+BETWEEN = """ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %send.0 = (f32[2,8]{1,0}, u32[]{:S(2)}, token[]) send(%x, %t), channel_id=8, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="KIND"}
 }
 """
 
@@ -124,6 +149,15 @@ def test_a_printed_program_is_read_with_its_groups_loops_and_channels():
         "all-reduce": Sent("all-reduce", 2 * (2048 + 8) * 3 / 4, False),
         "collective-permute": Sent("collective-permute", 32, True),
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [("ALL_REDUCE", 3 / 2), ("ALL_GATHER", 3), ("REDUCE_SCATTER", 3 / 4), ("ALL_TO_ALL", 3 / 4), ("ONE_TO_ONE", 1)],
+)
+def test_what_is_handed_to_the_network_is_the_ring_of_the_slices(kind, share):
+    (sent,) = CompiledText(BETWEEN.replace("KIND", kind), 16, slices=4).sent
+    assert sent == Sent(kind.lower().replace("_", "-"), 64 * share, True)
 
 
 def test_what_a_refused_program_needs_is_read_from_the_refusal():
