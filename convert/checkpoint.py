@@ -42,7 +42,7 @@ from dit_jax.parameters import with_leaves
 
 CheckpointLayout = Literal["diffusers", "native", "original"]
 _DEMOS = Path(__file__).parents[1] / "dit_jax" / "demo"
-SHIPPED = {name: _DEMOS / name for name in ("demo-wan", "demo-flux")}
+SHIPPED = {name: _DEMOS / name for name in ("demo-wan", "demo-flux", "demo-flux-four-steps")}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _OTHER_WEIGHTS = (".bin", ".bin.index.json", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 METHODS = "methods"  # folder of what a pipeline holds for methods
@@ -160,7 +160,7 @@ def resolve(path_or_id: str | Path) -> Path:
         return path
     if not _HUB_ID.fullmatch(text):
         raise UserError(
-            f"there is no {text}; expected a folder or file, a hub id org/name[@revision], or {' or '.join(SHIPPED)}."
+            f"there is no {text}; expected a folder or file, a hub id org/name[@revision], or {', '.join(SHIPPED)}."
         )
     name, _, revision = text.partition("@")
     import huggingface_hub

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=1000, metavar="N", help="prompts that are scored (default 1000)")
     add("--steps", type=int, default=40, metavar="N", help="denoising steps of all but few-step students (default 40)")
     add("--examples", type=int, default=2048, metavar="N", help="clips or pictures to train on (default 2048)")
-    add("--length", type=float, default=1.0, metavar="X", help="of the trainings, in demo variants' steps (default 1)")
+    add("--length", type=float, default=1.0, metavar="X", help="of the trainings, in their usual steps (default 1)")
     add("--seed", type=int, default=0, metavar="N", help="of the trainings (default 0)")
     add("--jobs", type=int, default=2, metavar="N", help="commands at a time (default 2)")
     add("--only", metavar="NAMES", help="these parts, joined by commas, and what they need; no table")
