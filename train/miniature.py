@@ -1,4 +1,4 @@
-"""What the recipes reach on a demo model: every step from data to scores, and the table of docs/miniature.md.
+"""What the recipes reach on a demo model: every step from data to scores, and a table of them (docs/distillation.md).
 
 python -m train.miniature --model demo-flux --out runs/miniature-flux
 python -m train.miniature --model demo-flux --out runs/miniature-flux --samples 200 --only stage1

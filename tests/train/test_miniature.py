@@ -50,9 +50,11 @@ def test_every_part_is_a_command_behind_what_it_needs(tmp_path, model):
 
 def test_trainings_that_are_compared_are_as_long(tmp_path):
     of = {stage.name: stage.command for stage in stages(_study(tmp_path))}
-    steps = {name: [word for word in words if word.startswith("steps=")] for name, words in of.items()}
-    assert steps["stage1"] == steps["stage1-random"] == ["steps=30"]
-    assert steps["stage2-raw"][-1] == "steps=60", "as long as both stages"
+    told = {name: [word for word in words if word.startswith("steps=")] for name, words in of.items()}
+    steps = {name: int(words[-1].partition("=")[2]) for name, words in told.items() if words}
+    assert steps["stage1"] == steps["stage1-random"] == 30
+    assert steps["stage2"] == steps["stage2-time"] > steps["stage1"]
+    assert steps["stage2-raw"] == steps["stage1"] + steps["stage2"], "as long as both stages"
 
 
 @pytest.mark.parametrize("model", ["demo-flux", "demo-wan"])
