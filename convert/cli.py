@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 def _convert(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     if is_lora(arguments.source):
-        if getattr(arguments, "layout", "native") != "diffusers" or arguments.base is not None:
+        of_model = (arguments.base, arguments.lora_rank) != (None, None)
+        if getattr(arguments, "layout", "native") != "diffusers" or of_model:
             raise UserError(
                 f"{arguments.source} is a LoRA: expected `dit-convert to-torch --layout diffusers` without --base, the "
                 "one form that LoRAs are written in; the file itself can be given to --lora."

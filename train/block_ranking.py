@@ -22,7 +22,7 @@ import numpy as np
 from convert.progress import progress_bar
 from dit_jax.models.network import Aux
 from dit_jax.sharding import replicated
-from train.losses import Batch, Metrics, mean_square, noised, predicted
+from train.losses import Batch, Metrics, Noised, mean_square, noised, predicted
 from train.pare_loss import PareSettings
 from train.placement import in_dtype
 from train.recipe import POSITION, Driven
@@ -87,7 +87,7 @@ class Ranked:
     def _told(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array) -> TrainState:
         step, blocks = self.driven.step, len(state.params[BIAS])
         with jax.set_mesh(step.mesh):
-            arrays = {name: array if name in step.plan.whole else array[0] for name, array in step.place(batch).items()}
+            arrays = step.place(batch)
             target = jax.jit(self._target)(step.frozen["teacher"], arrays, key)
             error = jax.jit(self._error, out_shardings=replicated(step.mesh))
             order, errors = ranked_blocks(
@@ -102,16 +102,23 @@ class Ranked:
         params, ema = ({**held, BIAS: _on(held[BIAS], logits)} for held in (state.params, state.ema))
         return state._replace(params=params, ema=ema)
 
-    def _target(self, teacher: Any, batch: Batch, key: jax.Array) -> jax.Array:
-        return predicted(teacher, noised(batch["latents"], key, self.settings.flow), batch, self.settings.flow.call)[0]
+    def _target(self, teacher: Any, arrays: Batch, key: jax.Array) -> jax.Array:
+        batch, at = self._noised(arrays, key)
+        return predicted(teacher, at, batch, self.settings.flow.call)[0]
 
-    def _error(self, params: Any, batch: Batch, key: jax.Array, target: jax.Array, gates: jax.Array) -> jax.Array:
+    def _error(self, params: Any, arrays: Batch, key: jax.Array, target: jax.Array, gates: jax.Array) -> jax.Array:
         step = self.driven.step
         student = in_dtype(step.rebuilt(params), step.plan.dtype)["student"]
-        at = noised(batch["latents"], key, self.settings.flow)
+        batch, at = self._noised(arrays, key)
         rows = jnp.broadcast_to(gates, (len(at.latents), len(gates)))
         found, _ = predicted(student, at, batch, self.settings.flow.call, Aux(gates=rows))
         return mean_square(found - target, at.held)
+
+    def _noised(self, arrays: Batch, key: jax.Array) -> tuple[Batch, Noised]:
+        """The first microbatch, and its latents with noise."""
+        whole = self.driven.step.plan.whole
+        first = {name: array if name in whole else array[0] for name, array in arrays.items()}
+        return first, noised(first["latents"], key, self.settings.flow)
 
 
 def _on(array: jax.Array, values: np.ndarray) -> jax.Array:
