@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 from convert.progress import progress_bar
+from convert.stopping import cleaned_up_when_stopped
 from dit_jax.config import UserError
 
 MODULES = {
@@ -61,16 +63,25 @@ def chosen(all_stages: Sequence[Stage], names: str | None) -> list[Stage]:
 
 
 def run_all(wanted: Sequence[Stage], jobs: int, logs: Path) -> str | None:
-    """Runs what is not there yet, each after what it needs; a sentence about the first that failed, if one did."""
+    """Runs what is not there yet, each after what it needs; a sentence about the first that failed, if one did.
+
+    An interrupt or a polite kill stops the commands that run too, and raises SystemExit.
+    """
     logs.mkdir(parents=True, exist_ok=True)
+    processes: set[subprocess.Popen[bytes]] = set()
     by_name = {stage.name: stage for stage in wanted}
     order = TopologicalSorter({stage.name: [name for name in stage.after if name in by_name] for stage in wanted})
     order.prepare()
     running: dict[Future[int], str] = {}
-    with ThreadPoolExecutor(jobs) as pool, progress_bar(total=len(wanted), unit="part") as bar:
+    with (
+        cleaned_up_when_stopped(),
+        ThreadPoolExecutor(jobs) as pool,
+        _stopped_with_us(pool, processes),
+        progress_bar(total=len(wanted), unit="part") as bar,
+    ):
         while order.is_active():
             for name in order.get_ready():
-                running[pool.submit(_run, by_name[name], logs)] = name
+                running[pool.submit(_run, by_name[name], logs, processes)] = name
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 name = running.pop(future)
@@ -84,9 +95,24 @@ def run_all(wanted: Sequence[Stage], jobs: int, logs: Path) -> str | None:
     return None
 
 
-def _run(stage: Stage, logs: Path) -> int:
+@contextlib.contextmanager
+def _stopped_with_us(pool: ThreadPoolExecutor, processes: set[subprocess.Popen[bytes]]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(processes):
+            process.terminate()
+        raise
+
+
+def _run(stage: Stage, logs: Path, processes: set[subprocess.Popen[bytes]]) -> int:
     if stage.makes.exists():
         return 0
     with (logs / f"{stage.name}.log").open("a") as log:
         print(shlex.join(stage.command), file=log, flush=True)
-        return subprocess.run(stage.arguments, stdout=log, stderr=subprocess.STDOUT).returncode
+        process = subprocess.Popen(stage.arguments, stdout=log, stderr=subprocess.STDOUT)
+        processes.add(process)
+        code = process.wait()
+        processes.discard(process)
+        return code

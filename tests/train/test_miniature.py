@@ -1,6 +1,12 @@
 """`train.miniature`: its parts are commands that exist, run in order, go on where they stopped, and make a table."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +101,29 @@ def test_a_part_that_fails_is_named_and_what_waits_for_it_is_not_run(tmp_path):
     assert run_all(parts, 2, tmp_path / "logs").startswith("a ended with 3, expected 0")
     assert not (tmp_path / "b").exists()
     assert (tmp_path / "logs" / "a.log").read_text().startswith("python -c")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_stops_the_parts_that_run(tmp_path, stop):
+    pid = tmp_path / "pid"
+    part = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    study = f"""
+from pathlib import Path
+from train.stages import Stage, run_all
+parts = [
+    Stage(name="a", makes=Path("a"), command=("python", "-c", {part!r})),
+    Stage(name="b", makes=Path("b"), command=("python", "-c", "pass"), after=("a",)),
+]
+run_all(parts, 1, Path({str(tmp_path / "logs")!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", study], cwd=Path(__file__).parents[2])
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(stop)
+    assert process.wait(20) == 128 + stop
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_only_brings_what_is_needed(tmp_path):
