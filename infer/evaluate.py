@@ -195,7 +195,9 @@ def kept_samples(pipe, settings: Mapping[str, Any], options: argparse.Namespace)
         return None
     # A plan's text may name a file: what the plan says counts.
     of_plan = repr(parse_plan(settings["plan"]))
-    decides = {**settings, "plan": of_plan, "checkpoint": pipe.hash, "prompts": options.samples}
+    decides = {**settings, "plan": of_plan, "checkpoint": pipe.hash}
+    if options.seeds > 1:  # of one seed, fewer samples are the first of more
+        decides["prompts"] = options.samples
     return KeptSamples(Path(options.keep), f"{settings['plan']}-{settings['steps']}", decides)
 
 

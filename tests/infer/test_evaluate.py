@@ -85,6 +85,17 @@ def test_kept_samples_are_not_made_again(monkeypatch, capsys, tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_more_samples_of_one_seed_begin_with_those_that_are_there(monkeypatch, capsys, tmp_path):
+    words = ("--keep", str(tmp_path))
+    fewer, more, seeds = Drawer(), Drawer(), Drawer()
+    _run(monkeypatch, capsys, fewer, "--samples", "3", *words)
+    report = _run(monkeypatch, capsys, more, "--samples", "5", *words)
+    assert report == _run(monkeypatch, capsys, Drawer(), "--samples", "5")
+    assert [settings["seed"] for _, settings in more.calls] == [3, 4]
+    _run(monkeypatch, capsys, seeds, "--samples", "3", "--seeds", "2", *words)
+    assert len(seeds.calls) == 6, "the second seed of the first prompt is another sample than the fourth prompt"
+
+
 def test_a_plan_reaches_every_generation(monkeypatch, capsys):
     pipe = Drawer()
     report = _run(monkeypatch, capsys, pipe, "--videos", "2", "--plan", "hsa:25")
