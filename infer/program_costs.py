@@ -104,7 +104,7 @@ class CompiledText:
 
         One that is spread over several fusions, so as to overlap with them, has one channel and counts once.
         """
-        found: dict[str, Sent] = {}
+        found: dict[tuple[bool, str], Sent] = {}
         for name, times in self._run(self.entry, 1):
             for line in self.computations[name]:
                 operation = _OPERATION.search(line)
@@ -117,8 +117,9 @@ class CompiledText:
                     sent = self._sent(operation[1].removesuffix("-start"), line, operation.start(), name, times)
                 else:
                     continue
+                # Between slices channels are numbered anew.
                 channel = re.search(r"channel_id=(\d+)", line)
-                place = channel[1] if channel else line
+                place = (between is not None, channel[1] if channel else line)
                 found[place] = max(found.get(place, sent), sent, key=lambda each: each.size)
         return list(found.values())
 

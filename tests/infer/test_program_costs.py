@@ -137,6 +137,7 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {
 BETWEEN = """ENTRY %main (x: f32[8,128]) -> f32[8,128] {
   %send.0 = (f32[2,8]{1,0}, u32[]{:S(2)}, token[]) send(%x, %t), channel_id=8, is_host_transfer=true, \
 frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="KIND"}
+  %ar = f32[1]{0} all-reduce(%x), channel_id=8, replica_groups={{0,1},{2,3}}, to_apply=%sum
 }
 """
 
@@ -156,8 +157,8 @@ def test_a_printed_program_is_read_with_its_groups_loops_and_channels():
     [("ALL_REDUCE", 3 / 2), ("ALL_GATHER", 3), ("REDUCE_SCATTER", 3 / 4), ("ALL_TO_ALL", 3 / 4), ("ONE_TO_ONE", 1)],
 )
 def test_what_is_handed_to_the_network_is_the_ring_of_the_slices(kind, share):
-    (sent,) = CompiledText(BETWEEN.replace("KIND", kind), 16, slices=4).sent
-    assert sent == Sent(kind.lower().replace("_", "-"), 64 * share, True)
+    sent = CompiledText(BETWEEN.replace("KIND", kind), 16, slices=4).sent
+    assert sent == [Sent(kind.lower().replace("_", "-"), 64 * share, True), Sent("all-reduce", 4, False)]
 
 
 def test_what_a_refused_program_needs_is_read_from_the_refusal():
