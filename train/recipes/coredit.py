@@ -9,6 +9,9 @@ tokens are most like their neighbours in the batch at hand. No block skips more 
 mean is `ratio`, after 29 turns a block for 0.45. With `adaptive=False` as many tokens are shared out evenly instead, so
 that all blocks skip alike (the paper's uniform ratios). Skipped tokens are masked while it lasts, so that nothing is
 compiled again; the result carries the ratios, and a run with the plan `coredit` gathers the kept tokens.
+
+Reached on demo-flux in 600 steps at 0.45: 46.3 % of the digits right, of the teacher's 76.7 % (300 prompts; its lattice
+has 16x16 tokens; docs/distillation.md).
 """
 
 from __future__ import annotations
