@@ -346,9 +346,8 @@ def checkpoint_hash(checkpoint: str | Path | Checkpoint) -> str:
         checkpoint = open_checkpoint(checkpoint)
     contents = dict(checkpoint.files)
     for name in checkpoint.settings:
-        roots = [checkpoint.folder, *(place.parent for place in [checkpoint.places.get(name)] if place)]
         for file in checkpoint.weight_files(name):
-            root = next(root for root in roots if file.is_relative_to(root))
+            root = checkpoint.folder if file.is_relative_to(checkpoint.folder) else checkpoint.places[name].parent
             contents[file.relative_to(root).as_posix()] = file
     digest = hashlib.sha256()
     for place in sorted(contents, key=Path):

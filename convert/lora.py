@@ -174,16 +174,12 @@ def with_lora(leaves: Mapping[str, Leaf], file: Path, component: Component, name
     lora = read_lora(file, {name: Target.of(component)})[1].get(name, {})
 
     def added(leaf: Leaf, adapter: Adapter) -> Leaf:
-        def added_to(block: int) -> np.ndarray:
-            return np.asarray(delta(jax.tree.map(lambda array: array[block], adapter)))
-
         def read(block: int | None) -> np.ndarray:
             if block is not None:
-                more = added_to(block)
+                more = delta(jax.tree.map(lambda array: array[block], adapter))
             else:
-                blocks = range(leaf.shape[0]) if adapter.stacked else ()
-                more = np.stack([added_to(each) for each in blocks]) if blocks else np.asarray(delta(adapter))
-            return (leaf.read(block).astype(np.float32) + more).astype(leaf.dtype)
+                more = jax.vmap(delta)(adapter) if adapter.stacked else delta(adapter)
+            return (leaf.read(block).astype(np.float32) + np.asarray(more)).astype(leaf.dtype)
 
         return Leaf(leaf.shape, leaf.dtype, leaf.stacked, read)
 

@@ -141,9 +141,8 @@ def _modules_of_leaves(component: str, lora: Lora, target: Target) -> Iterator[_
     """The modules of diffusers that the leaves of a LoRA make up."""
     shapes = target.shapes or {}
     modules = [module for module in target.modules.values() if module.layout == "diffusers" and module.is_matrix]
-    matrices = {row.ours for module in modules for row in module.weight}
     for leaf, adapter in lora.items():
-        if leaf not in matrices or adapter.up is None or adapter.full is not None:
+        if leaf not in target.matrices or adapter.up is None or adapter.full is not None:
             raise UserError(
                 f"diffusers' LoRAs have no place for what is added to {leaf}; expected low-rank pairs of matrices of "
                 "this model; merge it instead."

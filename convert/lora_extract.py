@@ -71,11 +71,9 @@ def convert_to_lora(
 
 
 def _extracted(source: Checkpoint, base: Checkpoint, target: Target, name: str, rank: int) -> dict[str, _Nearest]:
-    modules = [module for module in target.modules.values() if module.layout == "diffusers" and module.is_matrix]
-    rows = {row.ours: row for module in modules for row in module.weight}
     theirs = base.leaves(name)
     leaves = progress_bar(source.leaves(name).items(), desc=f"LoRA of {name}", unit="leaf")
-    return {leaf: _nearest(ours, theirs[leaf], rows.get(leaf), rank) for leaf, ours in leaves}
+    return {leaf: _nearest(ours, theirs[leaf], target.matrices.get(leaf), rank) for leaf, ours in leaves}
 
 
 class _Nearest(NamedTuple):

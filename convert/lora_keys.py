@@ -110,6 +110,12 @@ class Target:
         return _modules(self.rows, "original") | _modules(self.rows, "diffusers")
 
     @cached_property
+    def matrices(self) -> dict[str, Row]:
+        """Our leaf -> its row, of those that diffusers' LoRAs have low-rank pairs of."""
+        modules = [module for module in self.modules.values() if module.layout == "diffusers" and module.is_matrix]
+        return {row.ours: row for module in modules for row in module.weight}
+
+    @cached_property
     def flat_modules(self) -> dict[str, Module]:
         """The same with kohya's names."""
         return {name.replace(".", "_"): module for name, module in self.modules.items()}

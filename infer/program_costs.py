@@ -148,29 +148,19 @@ class CompiledText:
         group = self._group(line)
         count = max(len(group), 1)
         sizes = [_bytes(dtype, shape) for dtype, shape in _ARRAY.findall(line[:before])]
-        size = max(sizes) if "-start(" in line else sum(sizes)
-        # Each chip's share of the ring algorithms; a scatter's line shows what is summed, still whole.
-        share = {
-            "all-gather": (count - 1) / count,
-            "all-reduce": 2 * (count - 1) / count,
-            "reduce-scatter": (count - 1) / count if computation.startswith(SCATTERS) else count - 1,
-            "all-to-all": (count - 1) / count,
-            "collective-permute": 1.0,
-        }[kind]
+        size: float = max(sizes) if "-start(" in line else sum(sizes)
+        if kind == "reduce-scatter" and not computation.startswith(SCATTERS):
+            size *= count  # the line shows a chip's part; that of a fusion what is summed, still whole
+        size *= _ring(kind, count)
         per_slice = self.devices // self.slices
-        return Sent(kind, size * share * times, len({device // per_slice for device in group}) > 1)
+        return Sent(kind, size * times, len({device // per_slice for device in group}) > 1)
 
     def _sent_between(self, kind: str, arrays: str, times: int) -> Sent:
         """What a chip hands to the network between slices, which runs the ring of one chip of each."""
-        count = self.slices
         size = sum(_bytes(dtype, shape) for dtype, shape in _ARRAY.findall(arrays)[:1])
-        share = {
-            "all-gather": count - 1,  # the line shows a chip's own part
-            "all-reduce": 2 * (count - 1) / count,
-            "reduce-scatter": (count - 1) / count,
-            "all-to-all": (count - 1) / count,
-        }.get(kind, 1.0)
-        return Sent(kind, size * share * times, True)
+        if kind == "all-gather":
+            size *= self.slices  # the line shows a chip's part
+        return Sent(kind, size * _ring(kind, self.slices) * times, True)
 
     def _group(self, line: str) -> list[int]:
         """Devices of the first group of a collective, as the mesh counts them."""
@@ -189,6 +179,12 @@ class CompiledText:
         if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
             return [int(pairs[1]), int(pairs[2])]
         return list(range(self.devices))
+
+
+def _ring(kind: str, count: int) -> float:
+    """What each of `count` chips sends in the ring algorithm of a collective, as a share of the whole array."""
+    part = (count - 1) / count
+    return {"all-gather": part, "all-reduce": 2 * part, "reduce-scatter": part, "all-to-all": part}.get(kind, 1.0)
 
 
 def _numbers(text: str) -> list[int]:

@@ -25,9 +25,9 @@ from dit_jax.sharding import replicated
 from train.losses import Batch, Metrics, Noised, mean_square, noised, predicted
 from train.pare_loss import PareSettings
 from train.placement import in_dtype
-from train.recipe import POSITION, Driven
+from train.recipe import POSITION, Driven, without_position
 from train.shards import write_whole
-from train.step import TrainState
+from train.step import TrainState, on_mesh
 
 RANKING = "ranking.json"
 SPREAD = 2.0  # of the logits that blocks begin with: the gate has four fifths of its steepest slope at the ends
@@ -81,7 +81,7 @@ class Ranked:
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array) -> tuple[TrainState, Metrics]:
         if batch[POSITION] == 0:
-            state = self._told(state, {name: array for name, array in batch.items() if name != POSITION}, key)
+            state = self._told(state, without_position(batch), key)
         return self.driven(state, batch, key)
 
     def _told(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array) -> TrainState:
@@ -98,8 +98,8 @@ class Ranked:
         if jax.process_index() == 0:
             told = {"order": order, "velocity_errors": errors}
             write_whole(Path(self.out) / RANKING, json.dumps(told, indent=1).encode() + b"\n")
-        logits = logits_of(order)
-        params, ema = ({**held, BIAS: _on(held[BIAS], logits)} for held in (state.params, state.ema))
+        logits = on_mesh(logits_of(order), jnp.float32, step.weights[BIAS])
+        params, ema = ({**held, BIAS: jnp.copy(logits)} for held in (state.params, state.ema))
         return state._replace(params=params, ema=ema)
 
     def _target(self, teacher: Any, arrays: Batch, key: jax.Array) -> jax.Array:
@@ -116,10 +116,5 @@ class Ranked:
 
     def _noised(self, arrays: Batch, key: jax.Array) -> tuple[Batch, Noised]:
         """The first microbatch, and its latents with noise."""
-        whole = self.driven.step.plan.whole
-        first = {name: array if name in whole else array[0] for name, array in arrays.items()}
+        first = self.driven.step.first(arrays)
         return first, noised(first["latents"], key, self.settings.flow)
-
-
-def _on(array: jax.Array, values: np.ndarray) -> jax.Array:
-    return jax.make_array_from_callback(values.shape, array.sharding, lambda part: values[part])

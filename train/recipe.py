@@ -246,8 +246,12 @@ class Driven:
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array) -> tuple[TrainState, Metrics]:
         position = batch[POSITION]
-        arrays = {name: array for name, array in batch.items() if name != POSITION}
-        return self.step(state, arrays, key, turn=None if self.turn is None else self.turn(position))
+        return self.step(state, without_position(batch), key, turn=None if self.turn is None else self.turn(position))
+
+
+def without_position(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a batch, without its number."""
+    return {name: array for name, array in batch.items() if name != POSITION}
 
 
 def _samples(config: RecipeConfig, ready: Prepared) -> Samples:

@@ -214,6 +214,10 @@ class TrainStep:
             placed[name] = jax.make_array_from_process_local_data(sharding, array, shape)
         return placed
 
+    def first(self, placed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The first microbatch of a batch that is placed, with what is the step's own."""
+        return {name: array if name in self.plan.whole else array[0] for name, array in placed.items()}
+
     def _rows(self, shape: tuple[int, ...], turn: int | None) -> tuple[tuple[int, ...], NamedSharding]:
         """Global shape [K, B, ...] and sharding of rows [K·B, ...]; UserError where they do not divide."""
         rows, count = shape[0], self.plan.microbatches(turn)

@@ -41,7 +41,7 @@ from train.coredit_loss import CoreditSettings, coredit, sorted_coherence
 from train.losses import Metrics
 from train.models import Source
 from train.placement import in_dtype
-from train.recipe import DEMO, POSITION, Driven, RecipeConfig, Training, with_files, with_transformer
+from train.recipe import DEMO, POSITION, Driven, RecipeConfig, Training, with_files, with_transformer, without_position
 from train.shards import write_whole
 from train.step import Plan, TrainState, Update
 
@@ -118,8 +118,7 @@ class Ramp:
 
         def sorted_of(params, batch, key):
             student = in_dtype(step.rebuilt(params), step.plan.dtype)["student"]
-            first = {name: array if name == SKIPPED else array[0] for name, array in batch.items()}
-            return sorted_coherence(student, first, key, settings=settings)
+            return sorted_coherence(student, step.first(batch), key, settings=settings)
 
         return jax.jit(sorted_of, out_shardings=replicated(step.mesh))
 
@@ -128,9 +127,8 @@ class Ramp:
         if not self.config.adaptive:
             return ramped_alike(batch[SKIPPED], lattice.tokens, ratio, most)
         step = self.driven.step
-        arrays = {name: array for name, array in batch.items() if name != POSITION}
         with jax.set_mesh(step.mesh):
-            coherence = np.asarray(self._coherence(state.params, step.place(arrays), key))
+            coherence = np.asarray(self._coherence(state.params, step.place(without_position(batch)), key))
         return ramped(coherence, batch[SKIPPED], ratio, most)
 
     def _turn(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array, lattice: Lattice) -> None:
