@@ -18,6 +18,7 @@ from dit_jax.methods.coherence import Lattice
 from dit_jax.methods.coredit import Coredit, MaskedCoherent
 from dit_jax.methods.coredit_ratios import Recorder
 from dit_jax.models.network import Aux, Dense, State, Strategy, padded_length
+from dit_jax.sampling.schedules import shifted
 from train.losses import Batch, FlowSettings, Metrics, Models, mean_square, noised, predicted
 from train.pare_loss import drawn_blocks
 
@@ -31,6 +32,8 @@ class CoreditSettings:
     teacher         weight of the velocity's distance to the teacher's
     attention       weight of the attention outputs' distance to the teacher's
     sampled_blocks  of how many blocks, others at every step, the attention's outputs are compared; None: of all
+    late            what the number of skipped tokens is multiplied with where a run's last steps are
+    late_share      of a run's steps that are the last ones
     """
 
     flow: FlowSettings = field(default_factory=FlowSettings)
@@ -38,10 +41,18 @@ class CoreditSettings:
     teacher: float = 0.5
     attention: float = 0.5
     sampled_blocks: int | None = None
+    late: float = Coredit.late
+    late_share: float = Coredit.late_share
 
     def lattice(self, latents_shape: tuple[int, ...], patch: tuple[int, int, int]) -> Lattice:
         """The tokens of such latents."""
         return Coredit(ratios=(0.0,), stride=self.stride).lattice(latents_shape, patch)
+
+    def skipped(self, of_blocks: jax.Array, levels: jax.Array) -> jax.Array:
+        """Tokens that blocks skip in samples at these noise levels, int32 [G, B], of those in the early steps [G]."""
+        late = levels < shifted(self.late_share, self.flow.shift)
+        early = of_blocks[:, None]
+        return jnp.where(late, jnp.rint(self.late * early).astype(early.dtype), early)
 
 
 class Compared(NamedTuple):
@@ -91,8 +102,9 @@ def coredit(
     """L = |v_S − (ε − x0)|² + w·|v_S − v_T|² + w'·mean over blocks of |attn_S − attn_T|², means over elements.
 
     trained["student"] runs the masked form of CoReDiT, in which each block skips as many tokens as batch["skipped"]
-    says (int32 [G], traced, at most `most_skipped`); frozen["teacher"] is dense. Attention outputs are projected, not
-    yet gated; FLUX's are the image's, in a single block without the MLP's part.
+    says (int32 [G], traced, at most `most_skipped`), fewer in samples at the noise levels of a run's last steps;
+    frozen["teacher"] is dense. Attention outputs are projected, not yet gated; FLUX's are the image's, in a single
+    block without the MLP's part.
 
     Memory beyond that of flow matching: the teacher's attention outputs, once, as many bytes as its tokens have in all
     compared blocks; of the student's there is one at a time where blocks are recomputed (`remat`). `sampled_blocks`
@@ -109,7 +121,8 @@ def coredit(
     recording = replace(call, attention=OutputRecorder())
     target, kept = jax.lax.stop_gradient(predicted(teacher, at, batch, recording, Aux(attention=places), nothing))
     comparing = ComparedAttention(MaskedCoherent(lattice), lattice.tokens, count)
-    aux = Aux(attention=Compared(batch["skipped"], places, kept.attention))
+    skipped = settings.skipped(batch["skipped"], at.levels)
+    aux = Aux(attention=Compared(skipped, places, kept.attention))
     none_yet = State(attention=jnp.float32(0))
     found, distance = predicted(student, at, batch, replace(call, attention=comparing), aux, none_yet)
     terms = {
@@ -140,5 +153,6 @@ def sorted_coherence(student, batch: Batch, key: jax.Array, *, settings: Coredit
     lattice = settings.lattice(at.latents.shape, student.config.patch)
     call = replace(settings.flow.call, attention=Recorder(lattice, MaskedCoherent(lattice)))
     nothing = State(attention=jnp.zeros((sum(student.stacks), len(at.latents), lattice.tokens)))
-    _, state = predicted(student, at, batch, call, Aux(attention=batch["skipped"]), nothing)
+    skipped = settings.skipped(batch["skipped"], at.levels)
+    _, state = predicted(student, at, batch, call, Aux(attention=skipped), nothing)
     return jnp.mean(state.attention, axis=1)

@@ -19,8 +19,10 @@ SHARE = 0.69  # of the blocks, on average over a run's steps, as in the paper
 RATIO = 0.45
 TOKENS = 0.4  # of the base size's, that DDiT's threshold is calibrated to: four of five steps at twice the patch size
 FEW = 4
+SHIFT = {"demo-flux": 2.0, "demo-wan": 3.0}  # of the samplers, by which CoReDiT knows a run's last steps
 # The demo variants', but for what takes longer to learn than the rest: to do without blocks, and larger patches.
-STEPS = {"pare_stage1": 300, "pare_stage2": 2400, "step_distill": 200, "coredit": 600, "ddit": 900}
+STEPS = {"pare_stage1": 300, "pare_stage2": 4800, "step_distill": 200, "coredit": 1200, "ddit": 900}
+BRIEF = 1 / 8  # of its steps, that stage II takes where it is compared with a rival trained as briefly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +119,17 @@ def _pare(study: Study) -> Iterator[Stage]:
     if study.videos:
         yield _pruned(study, "pruned-unprotected", "--protection", "1")
         yield from _student(study, "stage1-unprotected", "pare_stage1", {}, student="pruned-unprotected")
-    blocks = study.limits
-    yield from _student(study, "stage2", "pare_stage2", blocks, student="stage1", plan=study.routing)
+    yield from _student(study, "stage2", "pare_stage2", study.limits, student="stage1", plan=study.routing)
     yield _scored(study, "stage2-lot", str(study.path("stage2")), plan=f"{study.routing}:choose=random", of="stage2")
-    yield from _student(
-        study, "stage2-time", "pare_stage2", blocks | {"content": False}, student="stage1", plan=study.routing
-    )
-    both = {"steps": _steps(study, "pare_stage1") + _steps(study, "pare_stage2")}
-    yield from _student(study, "stage2-raw", "pare_stage2", blocks | both, student="pruned", plan=study.routing)
+    brief = _steps(study, "pare_stage2", BRIEF)
+    rivals: dict[str, tuple[str, dict[str, Any]]] = {
+        "stage2-brief": ("stage1", {"steps": brief}),
+        "stage2-time": ("stage1", {"steps": brief, "content": False}),
+        "stage2-raw": ("pruned", {"steps": brief + _steps(study, "pare_stage1")}),
+    }
+    for name, (student, settings) in rivals.items():
+        told = study.limits | settings
+        yield from _student(study, name, "pare_stage2", told, student=student, plan=study.routing)
 
 
 def _few_steps(study: Study) -> Iterator[Stage]:
@@ -133,7 +138,7 @@ def _few_steps(study: Study) -> Iterator[Stage]:
 
 
 def _coredit(study: Study) -> Iterator[Stage]:
-    told = {"ratio": RATIO}
+    told = {"ratio": RATIO, "shift": SHIFT[study.model]}
     yield from _student(study, "coredit", "coredit", told, plan="coredit")
     yield from _student(study, "coredit-uniform", "coredit", told | {"adaptive": False}, plan="coredit")
 
@@ -188,8 +193,8 @@ def _trained(study: Study, name: str, recipe: str, settings: Mapping[str, Any], 
     )  # fmt: skip
 
 
-def _steps(study: Study, recipe: str) -> int:
-    return max(1, round(STEPS[recipe] * study.length))
+def _steps(study: Study, recipe: str, share: float = 1.0) -> int:
+    return max(1, round(STEPS[recipe] * study.length * share))
 
 
 def _scored(

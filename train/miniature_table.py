@@ -17,9 +17,9 @@ JUDGED = "digit"  # the score that ablations are judged by
 ABLATIONS = {
     "scored above random width": ("stage1", "stage1-random"),
     "temporal heads protected above not": ("stage1", "stage1-unprotected"),
-    "R(t, c) above R(t)": ("stage2", "stage2-time"),
+    "R(t, c) above R(t)": ("stage2-brief", "stage2-time"),
     "routed above random blocks": ("stage2", "stage2-lot"),
-    "progressive above raw": ("stage2", "stage2-raw"),
+    "progressive above raw": ("stage2-brief", "stage2-raw"),
     "adaptive above uniform ratios": ("coredit", "coredit-uniform"),
     "LoRA above none": ("ddit", "ddit-bare"),
     "third above second difference": ("ddit", "ddit-order2"),

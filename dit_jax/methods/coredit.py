@@ -107,7 +107,8 @@ class Coherent:
 @dataclass(frozen=True)
 class MaskedCoherent:
     """The same by masks, for training: every token is projected, skipped keys are masked and skipped outputs
-    overwritten, so that `aux`, the tokens to skip in every block [G], may be traced."""
+    overwritten, so that `aux`, the tokens to skip in every block [G], or in every block of every row [G, R], may be
+    traced."""
 
     lattice: Lattice
 
@@ -115,7 +116,7 @@ class MaskedCoherent:
         tokens = self.lattice.tokens
         coherence = self.lattice.coherence(x_BMD[:, :tokens], block)
         rank = jnp.argsort(self.lattice.skipping_order(coherence, block), axis=1)
-        stay = rank >= aux[block]
+        stay = rank >= aux[block][..., None]
         valid = jnp.pad(stay, ((0, 0), (0, x_BMD.shape[1] - tokens)))
         found = attended(attention, attention.qkv(x_BMD, place.rope), place.context, valid)
         slots = jnp.broadcast_to(jnp.arange(tokens), stay.shape)

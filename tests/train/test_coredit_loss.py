@@ -20,12 +20,15 @@ from torch_twins import (
     velocity,
 )
 
+from dit_jax.methods.coredit import Coredit
 from dit_jax.methods.coredit_ratios import allocate, most_skipped, next_block, ramped
 from dit_jax.models.network import NetworkCall
+from dit_jax.sampling.schedules import shifted
 from train.coredit_loss import CoreditSettings, compared_blocks, coredit, sorted_coherence
 from train.losses import FlowSettings, noised
 
-KEY = jax.random.key(3)
+# One of two samples is at a level of the last steps, and no two tokens tie where the skipped ones end.
+KEY = jax.random.key(24)
 SETTINGS = CoreditSettings()
 SKIPPED = {"wan": [20, 0, 11, 5], "flux": [7, 0, 4, 8, 2]}
 
@@ -45,6 +48,13 @@ def given(kind, skipped):
     return student, teacher, as_jax(batch_of(kind)) | {"skipped": jnp.asarray(skipped, jnp.int32)}
 
 
+def of_samples(skipped, levels):
+    """[G, B]: a quarter, to the nearest token, where a run of shift 3 has its last quarter of steps."""
+    late = np.asarray(levels) < 3 * 0.25 / (1 + 2 * 0.25)
+    assert late.any() and not late.all()
+    return np.where(late, np.rint(np.multiply(skipped, 0.25)[:, None]), np.asarray(skipped)[:, None]).astype(int)
+
+
 def torch_outputs(kind, skipped, flow=SETTINGS.flow):
     """(velocity of the student, of the teacher, the true one, attention outputs of both)."""
     batch = batch_of(kind)
@@ -52,7 +62,7 @@ def torch_outputs(kind, skipped, flow=SETTINGS.flow):
     noisy, truth = torch.tensor(np.asarray(at.latents)), np.asarray(at.velocity)
     levels = told_levels(at, noisy.shape)
     _, frames, rows, columns, _ = (1, *noisy.shape[1:])
-    masked = Masked(grid=(frames, rows // 2, columns // 2), cells=(3, 2), skipped=np.asarray(skipped))
+    masked = Masked(grid=(frames, rows // 2, columns // 2), cells=(3, 2), skipped=of_samples(skipped, at.levels))
     with torch.no_grad():
         target, of_teacher = velocity(twin(kind, 0), noisy, levels, batch)
     found, of_student = velocity(twin(kind, 1), noisy, levels, batch, masked=masked)
@@ -106,6 +116,17 @@ def test_of_first_frames_that_are_held_attention_alone_is_compared():
     assert relative(gradients["student"], twin("wan", 1).gradients()) <= 1e-4
 
 
+def test_a_runs_last_steps_are_as_they_are_sampled():
+    """The levels from which training skips a quarter are those of the sampler's last quarter of steps."""
+    plan = Coredit(ratios=(0.5,), buckets=1)
+    lattice = SETTINGS.lattice((1, 1, 64, 64, 4), (1, 2, 2))
+    sampled = plan.skipped(lattice, 3, 20)[0]
+    levels = shifted(np.linspace(1, 0, 20, endpoint=False), SETTINGS.flow.shift)
+    trained = SETTINGS.skipped(jnp.asarray(sampled[0], jnp.int32), jnp.asarray(levels - 1e-6))
+    np.testing.assert_array_equal(np.asarray(trained).T, sampled)
+    assert sampled.min() * 4 == sampled.max() == 512
+
+
 def test_a_student_that_is_its_teacher_and_skips_nothing_has_the_datas_loss_alone():
     _, frozen, batch = given("wan", np.zeros(4))
     (loss, metrics), _ = ours({"student": frozen["teacher"]}, frozen, batch, KEY)
@@ -145,7 +166,7 @@ def test_the_ramp_goes_by_the_coherence_of_the_batch():
             recorded.append(np.pad(falling, (0, (~free).sum())))
             return kept
 
-    masked = Recording(grid=(3, 3, 5), cells=(3, 2), skipped=np.asarray(SKIPPED["wan"]))
+    masked = Recording(grid=(3, 3, 5), cells=(3, 2), skipped=of_samples(SKIPPED["wan"], at.levels))
     with torch.no_grad():
         velocity(twin("wan", 1), torch.tensor(np.asarray(at.latents)), np.asarray(at.levels), told, masked=masked)
     np.testing.assert_allclose(found, recorded, atol=1e-5)

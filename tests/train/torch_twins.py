@@ -213,7 +213,10 @@ def _hooks(block, index, seen, gates, masked):
 
 @dataclass
 class Masked:
-    """CoReDiT's masked attention on a lattice (T, Y, X): which tokens stay, and the outputs of the others."""
+    """CoReDiT's masked attention on a lattice (T, Y, X): which tokens stay, and the outputs of the others.
+
+    skipped  tokens, of every block [G] or of every sample too [G, B]
+    """
 
     grid: tuple[int, int, int]
     cells: tuple[int, int]
@@ -227,8 +230,8 @@ class Masked:
         self.coherence = (unit * ((same / same.sum(1, keepdim=True)) @ unit)).sum(-1)
         protects = torch.tensor(self._protected(block))
         order = torch.where(protects, torch.inf, -self.coherence.detach()).argsort(dim=1, stable=True)
-        self.kept = torch.ones(x.shape[:2], dtype=torch.bool)
-        self.kept.scatter_(1, order[:, : int(self.skipped[block])], False)
+        counts = torch.tensor(np.broadcast_to(self.skipped[block], len(x)))
+        self.kept = order.argsort(dim=1) >= counts[:, None]
         return self.kept
 
     def rebuilt(self, y: torch.Tensor) -> torch.Tensor:

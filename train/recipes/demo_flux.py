@@ -9,7 +9,8 @@ Wang et al., arXiv 2304.12526), teach where what stands; and whole pictures, wit
 together. The weights shipped are the running mean.
 On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set mesh=data=2)
 keep both busy.
-Score: `dit-eval --model FOLDER --suite digits` after `python -m train.export_demo_flux`.
+Score: `dit-eval --model FOLDER --suite digits` after `python -m train.export_demo_flux`. Reached by what ships: 77 % of
+200 prompts with all digits right, 98 % with all colours (docs/demo-flux.md).
 """
 
 from __future__ import annotations

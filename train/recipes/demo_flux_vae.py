@@ -4,7 +4,8 @@
 
 Four by four pixels to a latent of four channels, so that 128 pixels a side give 256 tokens.
 About 15 minutes on 2 CPU cores.
-Score: decibels on held-out pictures, printed at the end and in metrics.jsonl (`held_out_psnr`).
+Score: decibels on held-out pictures, printed at the end and in metrics.jsonl (`held_out_psnr`). Reached in 600 steps:
+34.4.
 """
 
 from __future__ import annotations
