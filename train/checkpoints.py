@@ -101,6 +101,11 @@ class Checkpoints:
         restored = TrainState(tree["step"], tree["params"], opt_state, tree["ema"], state.sound)
         return restored, int(tree["position"]), jax.random.wrap_key_data(jnp.asarray(tree["key"]))
 
+    def options(self, taken: int) -> dict[str, Any]:
+        """The options of the run that wrote the checkpoint of this step."""
+        about = self.manager.restore(taken, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
+        return dict(about["options"])
+
     def close(self) -> None:
         """Waits for what is being written; UserError where it could not be."""
         try:

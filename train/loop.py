@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -33,7 +34,13 @@ class RunConfig:
     keep         newest checkpoints that stay, and `keep_best` ones by the score `best` (`-name`: the lower the better)
     mesh         devices by axis, `data=2,fsdp=4`; empty: all of them on fsdp
     tensorboard  whether to write event files besides metrics.jsonl
+
+    `FREE` are the options that change nothing of what is learnt.
     """
+
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"out", "log_every", "save_every", "keep", "keep_best", "best", "mesh", "tensorboard"}
+    )
 
     out: str = "runs/untitled"
     steps: int = 1000
@@ -96,7 +103,9 @@ def train(
     about = {"recipe": type(config).__module__, "options": dataclasses.asdict(config)}
     with _Run(config, out, Checkpoints(out, kept, about), flops) as run, _terminated() as stop:
         state, first, key = run.saved.restore(state, jax.random.key(config.seed))
-        if first == 0 and facts:
+        if first:
+            _warn_of_changes(config, run.saved.options(first), first)
+        elif facts:
             run.journal.write(0, facts)
         for position, batch in run.timed(_prefetched(batch_at, first, config.steps)):
             state, metrics = step(state, batch, key)
@@ -113,6 +122,19 @@ def train(
             if ends:
                 return Outcome(state, taken, True)
     return Outcome(state, config.steps, False)
+
+
+def _warn_of_changes(config: RunConfig, before: Mapping[str, Any], first: int) -> None:
+    """Says which options a run does not go on with as it began, of those that change what is learnt."""
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    names = [name for name in now if name not in config.FREE and before.get(name, now[name]) != now[name]]
+    if names and jax.process_index() == 0:
+        changes = ", ".join(f"{name}={now[name]} instead of {before[name]}" for name in names)
+        warnings.warn(
+            f"{config.out} goes on from step {first} with {changes}: this is not the run that began there; give "
+            "another folder with --set out= for one from its first step",
+            stacklevel=3,
+        )
 
 
 class _Run:

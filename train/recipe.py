@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,10 @@ class RecipeConfig(RunConfig):
     export         folder that the result is written to
     size, frames   pixels WxH and frames, for dit-plan without data
     """
+
+    FREE: ClassVar[frozenset[str]] = RunConfig.FREE | {
+        "variant", "remat", "sample_every", "prompts", "scored", "sample_plan", "export", "size", "frames"
+    }  # fmt: skip
 
     variant: str = "full"
     model: str = "Wan-AI/Wan2.1-T2V-14B-Diffusers"

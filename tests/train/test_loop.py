@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -39,7 +40,7 @@ def batch_at(position):
 
 
 def run(out, steps, *, batch_at=batch_at, hooks=(), facts=None, **options):
-    config = RunConfig(out=str(out), steps=steps, log_every=1, save_every=3, **options)
+    config = RunConfig(**{"out": str(out), "steps": steps, "log_every": 1, "save_every": 3} | options)
     step = TrainStep(Line(), alone(noisy_squares, adam(0.05)), training_mesh(config.mesh))
     return train(config, step.init(Line()), step, batch_at, hooks, facts=facts)
 
@@ -64,6 +65,15 @@ def test_the_saved_key_wins_over_another_seed(tmp_path):
     run(tmp_path / "resumed", 3)
     resumed = run(tmp_path / "resumed", 6, seed=1)
     np.testing.assert_array_equal(straight.state.params["kernel"], resumed.state.params["kernel"])
+
+
+def test_a_run_that_goes_on_with_other_options_is_told(tmp_path):
+    run(tmp_path, 3, save_every=3)
+    with pytest.warns(UserWarning, match=r"goes on from step 3 with steps=6 instead of 3, seed=1 instead of 0: this"):
+        run(tmp_path, 6, seed=1, keep=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path, 6, seed=1, keep=1, mesh="data=1")
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
