@@ -18,7 +18,7 @@ Files = dict[str, Path | bytes]
 
 def with_references(source: Checkpoint, base: str, layout: CheckpointLayout) -> tuple[Files, set[str]]:
     """The source's files with an index that names `base` for what both have alike, without the files of that; and the
-    folders that are named.
+    folders that are named. What the base names itself is named as it does.
 
     base  path, hub id or shipped model
     Where the source has a LoRA of what it was edited to be (`convert_to_lora`), the index names it too.
@@ -36,14 +36,18 @@ def with_references(source: Checkpoint, base: str, layout: CheckpointLayout) -> 
         raise UserError(f"{base} has no component of {source.place}: expected some to be the same; leave out the base.")
     named = base if base in SHIPPED or not Path(base).exists() else str(Path(base).resolve())
     loras = {name: file.name for name, file in source.loras.items() if name in source.edited}
-    index |= {name: referring(index[name], named, name, loras.get(name)) for name in shared}
+    theirs = read_json(other.folder / INDEX)
+    index |= {
+        name: theirs[name] if name in other.places else referring(index[name], named, name, loras.get(name))
+        for name in shared
+    }
     files: Files = {place: content for place, content in source.files.items() if place.split("/")[0] not in shared}
     return files | {INDEX: json.dumps(index, indent=2).encode() + b"\n"}, shared
 
 
 def _is_same(one: Checkpoint, other: Checkpoint, name: str) -> bool:
-    if name in other.places:
-        return False  # a name of a name is not followed
+    if name in other.loras:
+        return False  # it is what the base makes of what it names
     if name in one.settings or name in other.settings:
         if one.settings.get(name) != other.settings.get(name):
             return False

@@ -66,11 +66,13 @@ def test_a_copy_holds_all_again(student, tmp_path):
     assert all(len(entry) == 2 for entry in index_of(tmp_path / "copy").values() if isinstance(entry, list))
 
 
-def test_a_student_of_a_student_names_what_that_one_holds_itself(student, tmp_path):
+def test_a_student_of_a_student_names_what_that_one_holds_and_what_it_names(base, student, tmp_path):
     opened = open_checkpoint(student)
     convert(opened, tmp_path / "next", opened.layout, base=str(student))
     index = index_of(tmp_path / "next")
-    assert len(index["transformer"]) == 3 and len(index["vae"]) == 2
+    for name, holder in (("transformer", student), ("vae", base), ("text_encoder", base), ("tokenizer", base)):
+        assert index[name][2] == {"pretrained_model_name_or_path": str(holder), "subfolder": name}
+        assert not (tmp_path / "next" / name).exists()
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "next", "vae"), arrays(student, "vae"))
 
 
