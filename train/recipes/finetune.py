@@ -11,6 +11,9 @@ exported: the model or, of a LoRA, the file that diffusers' `load_lora_weights` 
     dit-generate --model demo-wan --lora style --prompt "a red 7 moving left" --out out.mp4
 
 `--set merge=True` exports the model with the LoRA in its weights instead.
+
+Reached on demo-flux in 300 steps on 2,048 pictures of its own kind: 79.0 % of the digits right, 76.7 % before (300
+prompts; +2.3 points, -1.7 to +6.3).
 """
 
 from __future__ import annotations
