@@ -16,8 +16,11 @@ from convert.checkpoint import load_model, open_checkpoint
 from dit_jax.parameters import with_leaves
 from train.checkpoints import load_ema, newest_step
 from train.data import LatentSet, LatentSource, Maker, cached_latents, picture_maker, weights_hash
+from train.loop import RunConfig
 from train.losses import pixels
 from train.step import params_of
+
+FREE = RunConfig.FREE | {"cache", "encode_only", "preview_every", "export_every", "export"}  # of the transformers
 
 
 def smooth_start(make: Callable[[], Any]) -> Any:

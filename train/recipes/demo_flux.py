@@ -19,6 +19,7 @@ import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ from infer.picture_scores import read_picture
 from train.batches import Batches, Kind, Stage, Window, in_groups
 from train.checkpoints import newest_step
 from train.data import LatentSet
-from train.demo_models import folder_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
+from train.demo_models import FREE, folder_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
 from train.demo_tokenizer import token_ids
 from train.export_demo_flux import export_pipeline
 from train.loop import Hook, RunConfig, train
@@ -72,6 +73,8 @@ PREVIEW_SEED = 5
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     """Options of the recipe; `init`, `vae` and `text` are runs, or a pipeline's folder, or demo-flux."""
+
+    FREE: ClassVar[frozenset[str]] = FREE
 
     out: str = "runs/demo-flux"
     steps: int = 12_000

@@ -23,6 +23,7 @@ import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ from infer.digit_scores import read_clip
 from train.batches import Batches, Kind, Stage, Window, in_groups
 from train.checkpoints import newest_step
 from train.data import LatentSet, clip_maker
-from train.demo_models import folder_of, latents_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
+from train.demo_models import FREE, folder_of, latents_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
 from train.demo_tokenizer import token_ids
 from train.export_demo import export_pipeline
 from train.loop import Hook, RunConfig, train
@@ -63,6 +64,8 @@ PREVIEW_SEED = 5
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     """Options of the recipe; `init`, `vae` and `text` are runs, or a pipeline's folder, or demo-wan."""
+
+    FREE: ClassVar[frozenset[str]] = FREE
 
     out: str = "runs/demo-wan"
     steps: int = 9000
