@@ -1,9 +1,11 @@
 """The manifest of docs/pods: valid, and a run that this project's commands understand."""
 
+import copy
 import math
 import shlex
 from pathlib import Path
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -13,10 +15,55 @@ from train.cli import configure, load_recipe
 
 PODS = Path(__file__).parents[1] / "docs" / "pods"
 
-# What jobset.x-k8s.io/v1alpha2 has, of its own; the template is an ordinary Job.
-JOBSET = {"coordinator", "failurePolicy", "managedBy", "network", "replicatedJobs", "startupPolicy", "successPolicy"}
-JOBSET |= {"suspend", "ttlSecondsAfterFinished"}
-REPLICATED = {"dependsOn", "groupName", "name", "replicas", "template"}
+NAME, NUMBER, FLAG = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+NAMES = {"type": "array", "items": NAME}
+
+
+def fields(required=(), **properties):
+    """The schema of an object that has no others."""
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+def one_of(*values):
+    return {"enum": list(values)}
+
+
+IGNORED = "AndIgnoreMaxRestarts"
+
+# What the spec of jobset.x-k8s.io/v1alpha2 has of its own; the template is an ordinary Job.
+DEPENDENCY = fields(("name", "status"), name=NAME, status=one_of("Ready", "Complete"))
+REPLICATED = fields(
+    ("name", "template"),
+    name=NAME,
+    replicas=NUMBER,
+    groupName=NAME,
+    template={"type": "object"},
+    dependsOn={"type": "array", "items": DEPENDENCY},
+)
+RULE = fields(
+    ("name", "action"),
+    name=NAME,
+    action=one_of("FailJobSet", *(f"Restart{what}{limit}" for what in ("Job", "JobSet") for limit in ("", IGNORED))),
+    onJobFailureReasons=NAMES,
+    onJobFailureMessagePatterns=NAMES,
+    targetReplicatedJobs=NAMES,
+)
+JOBSET = fields(
+    ("replicatedJobs",),
+    replicatedJobs={"type": "array", "items": REPLICATED, "minItems": 1},
+    failurePolicy=fields(
+        maxRestarts=NUMBER,
+        restartStrategy=one_of("Recreate", "BlockingRecreate", "InPlaceRestart"),
+        rules={"type": "array", "items": RULE},
+    ),
+    successPolicy=fields(("operator",), operator=one_of("All", "Any"), targetReplicatedJobs=NAMES),
+    startupPolicy=fields(("startupPolicyOrder",), startupPolicyOrder=one_of("AnyOrder", "InOrder")),
+    network=fields(enableDNSHostnames=FLAG, subdomain=NAME, publishNotReadyAddresses=FLAG),
+    coordinator=fields(("replicatedJob",), replicatedJob=NAME, jobIndex=NUMBER, podIndex=NUMBER),
+    managedBy=NAME,
+    suspend=FLAG,
+    ttlSecondsAfterFinished=NUMBER,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +79,8 @@ def job(jobset):
 
 def test_the_manifest_is_valid(jobset, job):
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert set(jobset["spec"]) <= JOBSET
-    assert set(jobset["spec"]["replicatedJobs"][0]) <= REPLICATED
-    assert set(jobset["spec"]["failurePolicy"]) <= {"maxRestarts", "rules", "restartStrategy"}
+    jsonschema.validate(jobset["spec"], JOBSET)
+    assert "alpha.jobset.sigs.k8s.io/exclusive-topology" in jobset["metadata"]["annotations"]
     whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, **job}
     kubernetes_validate.validate(whole, "1.31", strict=True)
 
@@ -44,6 +90,35 @@ def test_a_mistake_would_be_found(job):
     whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, "spec": spec}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(whole, "1.31", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("failurePolicy", "maxRestarts"), "100"),
+        (("failurePolicy", "restartStrategy"), "Never"),
+        (("replicatedJobs", 0, "replicas"), -1),
+        (("replicatedJobs", 0, "completions"), 16),
+        (("parallelism",), 16),
+    ],
+)
+def test_a_mistake_in_the_jobset_would_be_found(jobset, path, value):
+    spec = copy.deepcopy(jobset["spec"])
+    inner = spec
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(spec, JOBSET)
+
+
+def test_a_run_that_was_stopped_is_started_again(jobset, job):
+    """A pod that ends with 0 is done for Kubernetes."""
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    settings = [word.removeprefix("--set=") for word in container["args"]]
+    assert configure(load_recipe(container["command"][1]).Config, settings).stopped_code != 0
+    assert (job["spec"]["backoffLimit"], job["spec"]["template"]["spec"]["restartPolicy"]) == (0, "Never")
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
 
 
 def test_its_command_is_one_that_the_recipe_understands(job):

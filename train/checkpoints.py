@@ -7,6 +7,7 @@ version of the code).
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,9 +151,11 @@ def load_ema(out: str | Path) -> dict[str, np.ndarray]:
         raise UserError(f"{out} holds no checkpoint; expected one under {out}/checkpoints, train first.")
     folder = Path(out).resolve() / FOLDER / str(step) / STATE
     with _lone_reader() as reader:
-        tree = reader.metadata(folder).item_metadata.tree
-        restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return {name: np.asarray(leaf) for name, leaf in reader.restore(folder, restore_args=restore)["ema"].items()}
+        wanted = {"ema": reader.metadata(folder).item_metadata.tree["ema"]}
+        arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        # Of a large model the masters and the optimiser's state are three times as much.
+        args = ocp.args.PyTreeRestore(wanted, arrays, partial_restore=True)
+        return {name: np.asarray(leaf) for name, leaf in reader.restore(folder, args)["ema"].items()}
 
 
 def _lone_reader() -> ocp.Checkpointer:
@@ -165,15 +168,22 @@ def _lone_reader() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def code_version() -> str:
-    """The package's version, with the commit where it runs from a repository."""
-    version = importlib.metadata.version("dit-jax")
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+def code_version(file: Path = Path(__file__)) -> str:
+    """The package's version, with the commit where `file`, one of its own, is in a repository (and `.dirty` where
+    files differ from it), else with what the environment variable DIT_JAX_COMMIT says, as in a container."""
+    version, commit = importlib.metadata.version("dit-jax"), os.environ.get("DIT_JAX_COMMIT", "")
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        _git(file, "ls-files", "--error-unmatch", file.name)
+        commit = _git(file, "rev-parse", "--short=12", "HEAD")
+        commit += ".dirty" if _git(file, "status", "--porcelain", "--untracked-files=no") else ""
     except (OSError, subprocess.SubprocessError):
-        return version
-    return f"{version}+{commit}"
+        pass
+    return f"{version}+{commit}" if commit else version
+
+
+def _git(file: Path, *words: str) -> str:
+    command = ["git", "-C", str(file.parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

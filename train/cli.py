@@ -10,14 +10,16 @@ import importlib.util
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from dit_jax.config import UserError
+from train.checkpoints import newest_step
 from train.hosts import join
+from train.loop import RunConfig, TrainingDivergedError
 
 RECIPES = Path(__file__).parent / "recipes"
 FULL = "full"  # the variant that a recipe's defaults are
@@ -25,21 +27,25 @@ USAGE = "dit-train RECIPE [--set name=value]... | dit-train RECIPE --help"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a recipe; 0 when it ended or was stopped by SIGTERM, 1 when training failed, 2 for bad input."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    from train.loop import TrainingDivergedError
+    """Runs a recipe; 0 when it ended or was stopped by SIGTERM (or its `stopped_code`), 1 when training failed, 2 for
+    bad input and a disk that is full.
 
+    As a command it joins the other processes of the run; who calls it with arguments has done so.
+    """
     try:
-        return _main(arguments)
+        return _main(sys.argv[1:], join) if arguments is None else _main(arguments)
     except UserError as error:
         print(f"dit-train: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"dit-train: {error.filename or 'the run'}: {error.strerror or error}.", file=sys.stderr)
         return 2
     except TrainingDivergedError as error:
         print(f"dit-train: {error}", file=sys.stderr)
         return 1
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str], begin: Callable[[], None] | None = None) -> int:
     parser = argparse.ArgumentParser("dit-train", usage=USAGE, add_help=False)
     parser.add_argument("recipe", nargs="?")
     parser.add_argument("--set", action="append", default=[], metavar="name=value", dest="settings")
@@ -57,10 +63,12 @@ def _main(arguments: list[str]) -> int:
         print(describe(recipe))
         return 0
     config = configure(recipe.Config, known.settings, getattr(recipe, "VARIANTS", {}))
-    join()
+    if begin:
+        begin()
     keep_programs()
     recipe.run(config)
-    return 0
+    stopped = isinstance(config, RunConfig) and (newest_step(config.out) or 0) < config.steps
+    return config.stopped_code if stopped else 0
 
 
 def keep_programs() -> None:

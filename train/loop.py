@@ -31,7 +31,10 @@ class RunConfig:
     out          its folder
     steps, seed  how long it is, and what its random numbers begin with
     log_every, save_every  intervals in steps
-    keep         newest checkpoints that stay, and `keep_best` ones by the score `best` (`-name`: the lower the better)
+    keep         newest checkpoints that stay, and `keep_best` ones by the score `best` (`-name`: the lower the better),
+                 of which there is one whenever samples are scored
+    stopped_code exit code of a run that SIGTERM stopped before its last step; what starts again what fails wants
+                 another than 0
     mesh         devices by axis, `data=2,fsdp=4`; empty: all of them on fsdp
     tensorboard  whether to write event files besides metrics.jsonl
 
@@ -39,7 +42,7 @@ class RunConfig:
     """
 
     FREE: ClassVar[frozenset[str]] = frozenset(
-        {"out", "log_every", "save_every", "keep", "keep_best", "best", "mesh", "tensorboard"}
+        {"out", "log_every", "save_every", "keep", "keep_best", "best", "stopped_code", "mesh", "tensorboard"}
     )
 
     out: str = "runs/untitled"
@@ -50,6 +53,7 @@ class RunConfig:
     keep: int = 2
     keep_best: int = 0
     best: str = ""
+    stopped_code: int = 0
     mesh: str = ""
     tensorboard: bool = False
 
@@ -90,11 +94,17 @@ def train(
     resumed run repeats the uninterrupted one bit for bit. `flops` are those of a step, for the log, which begins with
     the `facts`, as step 0.
     Raises TrainingDivergedError naming the step, the terms that are not finite and the file that its batch is kept in;
-    the state before that step is saved. Raises UserError for an interval that is not positive.
+    the state before that step is saved. Raises UserError for an interval that is not positive, and for a score `best`
+    that nothing gives.
     """
     for interval in (config.log_every, config.save_every, *(hook.every for hook in hooks)):
         if interval < 1:
             raise UserError(f"an interval is {interval} steps, expected 1 or more: see the options ending in _every")
+    if bool(config.keep_best) != bool(config.best):
+        raise UserError(
+            f"keep_best is {config.keep_best} and best is {config.best!r}: expected how many checkpoints and the score "
+            "that they are chosen by, or neither"
+        )
     out = Path(config.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
@@ -117,11 +127,22 @@ def train(
                 if last or taken % hook.every == 0:
                     scores |= run.hooked(hook, state, taken)
             ends = stop(taken) and not last
-            if last or ends or taken % config.save_every == 0:
+            if last or ends or taken % config.save_every == 0 or (config.best and scores):
                 run.save(state, taken, key, scores)
+            if config.best:
+                _check_best(config.best, scores, last)
             if ends:
                 return Outcome(state, taken, True)
     return Outcome(state, config.steps, False)
+
+
+def _check_best(best: str, scores: Mapping[str, float], last: bool) -> None:
+    """UserError where there are scores and none is called so, or none at all in the end."""
+    if best.removeprefix("-") not in scores and (scores or last):
+        raise UserError(
+            f"best is {best!r}, found {', '.join(scores) or 'no scores'}: expected one of the scores of the run; the "
+            "checkpoint of this step is whole"
+        )
 
 
 def _warn_of_changes(config: RunConfig, before: Mapping[str, Any], first: int) -> None:

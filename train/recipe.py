@@ -30,6 +30,7 @@ from infer.random_pipeline import IMAGE_TOKENS, TEXT_TOKENS, usual
 from infer.tpu_programs import latents_shape
 from train.checkpoints import load_ema
 from train.encoders import encoder_hashes
+from train.hosts import wait_for_all
 from train.loader import BatchSettings, ShardBatches, batches, padded
 from train.loop import Hook, Outcome, RunConfig, train
 from train.losses import FlowSettings, Metrics
@@ -183,13 +184,20 @@ def prepared(config: RecipeConfig, recipe: Recipe) -> Prepared:
 
 def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> Outcome:
     """Trains, and writes the result to `config.export` once the last step is done; UserError as `prepared`."""
+    if config.best and not (config.sample_every and config.scored):
+        raise UserError(
+            f"best is {config.best!r} with sample_every={config.sample_every} and scored={config.scored}: expected "
+            "both above 0, since samples are what is scored"
+        )
     ready = prepared(config, recipe)
     if config.sample_every:
         hooks += (Hook(config.sample_every, _samples(config, ready)),)
     flops = model_flops(config, recipe, ready.mesh, ready.batch_at(0))
     outcome = train(config, ready.state, ready.driven, ready.batch_at, hooks, flops, ready.training.facts)
-    if config.export and not outcome.stopped and jax.process_index() == 0:
-        export(config, ready.training)
+    if config.export and not outcome.stopped:
+        if jax.process_index() == 0:
+            export(config, ready.training)
+        wait_for_all("exported")  # whoever ended before would be waited for by jax for five minutes alone
     return outcome
 
 

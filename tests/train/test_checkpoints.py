@@ -8,11 +8,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from test_loop import Line, batch_at, noisy_squares
 
 from dit_jax.config import UserError
-from train.checkpoints import load_ema, newest_step
+from train.checkpoints import code_version, load_ema, newest_step
 from train.loop import Hook, RunConfig, train
 from train.optimizers import adam, muon
 from train.placement import training_mesh
@@ -21,8 +22,8 @@ from train.step import TrainStep, alone
 SCORES = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.2, 5: 0.4, 6: 0.5}
 
 
-def run(out, steps=6, optimizer=None, **options):
-    config = RunConfig(out=str(out), steps=steps, save_every=1, **options)
+def run(out, steps=6, optimizer=None, save_every=1, **options):
+    config = RunConfig(out=str(out), steps=steps, save_every=save_every, **options)
     step = TrainStep(Line(), alone(noisy_squares, optimizer or adam(0.05)), training_mesh())
     hook = Hook(1, lambda state, taken: {"digit": SCORES[taken]})
     return train(config, step.init(Line()), step, batch_at, (hook,))
@@ -38,6 +39,24 @@ def test_the_last_and_the_best_stay(tmp_path, best, kept):
     assert steps_of(tmp_path) == kept
 
 
+def test_whatever_is_scored_is_saved_where_the_best_stay(tmp_path):
+    run(tmp_path, keep=1, keep_best=2, best="digit", save_every=100)
+    assert steps_of(tmp_path) == [2, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"keep_best": 1}, "keep_best is 1 and best is ''"),
+        ({"best": "digit"}, "keep_best is 0 and best is 'digit'"),
+        ({"keep_best": 1, "best": "digits"}, "best is 'digits', found digit: expected one of the scores"),
+    ],
+)
+def test_a_best_that_nothing_gives_is_told(tmp_path, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run(tmp_path, save_every=100, **options)
+
+
 def test_without_a_score_the_last_stay(tmp_path):
     run(tmp_path, keep=3)
     assert steps_of(tmp_path) == [4, 5, 6]
@@ -50,6 +69,46 @@ def test_a_checkpoint_tells_what_made_it(tmp_path):
     assert about["options"]["seed"] == 7
     assert about["code"].startswith("0.")
     assert about["scores"] == {"digit": 0.1}
+
+
+def test_the_version_of_the_code_names_the_commit_of_its_own_repository(tmp_path, monkeypatch):
+    file = tmp_path / "checkpoints.py"
+    file.write_text("x = 1\n")
+
+    def git(*words):
+        own = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        told = subprocess.run(["git", "-C", tmp_path, *own, *words], check=True, capture_output=True, text=True)
+        return told.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "other.py").write_text("")
+    git("add", "other.py")
+    git("commit", "-qm", "other")
+    monkeypatch.delenv("DIT_JAX_COMMIT", raising=False)
+    plain = code_version(file)
+    assert "+" not in plain
+    monkeypatch.setenv("DIT_JAX_COMMIT", "abc123")
+    assert code_version(file) == f"{plain}+abc123"
+    git("add", "checkpoints.py")
+    git("commit", "-qm", "own")
+    assert code_version(file) == f"{plain}+{git('rev-parse', '--short=12', 'HEAD')}"
+    file.write_text("x = 2\n")
+    assert code_version(file).endswith(".dirty")
+
+
+def test_the_running_mean_is_read_without_the_rest(tmp_path, monkeypatch):
+    run(tmp_path, 2)
+    read = []
+
+    class Spied(ocp.Checkpointer):
+        def restore(self, *places, **options):
+            found = super().restore(*places, **options)
+            read.append(jax.tree.map(np.shape, found))
+            return found
+
+    monkeypatch.setattr(ocp, "Checkpointer", Spied)
+    assert list(load_ema(tmp_path)) == ["kernel"]
+    assert [list(tree) for tree in read] == [["ema"]]
 
 
 def test_checkpoints_of_another_optimiser_are_told_and_left_alone(tmp_path):

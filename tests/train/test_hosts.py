@@ -65,6 +65,37 @@ def test_two_processes_train_the_weights_of_one(whole, tmp_path):
         np.testing.assert_allclose(left[name], right[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def test_who_is_done_waits_for_the_others(whole):
+    first, second = (each["waited"] for each in whole[0])
+    assert second > 1 > first
+
+
+def test_a_cluster_that_jax_knows_is_joined(monkeypatch):
+    """On a TPU machine nothing need be in the environment: jax asks the machine's own service."""
+    calls = []
+    monkeypatch.delenv(hosts.ADDRESS, raising=False)
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *told: calls.append(told))
+    hosts.join()
+    assert calls == [()]
+
+
+def test_a_process_without_a_cluster_is_alone():
+    asked = "from train.hosts import join; join(); import jax; print(jax.process_count())"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.stdout.strip() == "1", ended.stderr
+
+
+def test_what_keeps_processes_apart_is_told(monkeypatch):
+    def broken():
+        raise ValueError("process_id is 3 of 2")
+
+    monkeypatch.delenv(hosts.ADDRESS, raising=False)
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", broken)
+    with pytest.raises(ValueError, match="3 of 2"):
+        hosts.join()
+
+
 def test_both_stop_at_one_step_when_one_is_told_to_and_go_on_bit_for_bit(whole, tmp_path):
     processes = started(tmp_path, 2000)
     for line in processes[0].stdout:

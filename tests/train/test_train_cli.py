@@ -76,6 +76,51 @@ def test_every_shipped_recipe_describes_itself(name, capsys):
         assert f"\n  {option} " in shown
 
 
+ENDED = '''"""A recipe that stops after `reached` steps, or fails as a full disk does.
+
+    dit-train ended.py
+"""
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from train.loop import RunConfig
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    reached: int = 0
+
+def run(config):
+    if not config.reached:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+    (Path(config.out) / "checkpoints" / str(config.reached)).mkdir(parents=True)
+'''
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        (["reached=5"], 0),
+        (["reached=3"], 0),
+        (["reached=3", "stopped_code=75"], 75),
+        (["reached=5", "stopped_code=75"], 0),
+    ],
+)
+def test_a_run_that_was_stopped_ends_as_asked(tmp_path, monkeypatch, settings, code):
+    monkeypatch.setattr(cli, "keep_programs", lambda: None)
+    path = tmp_path / "ended.py"
+    path.write_text(ENDED)
+    words = [word for setting in ("steps=5", f"out={tmp_path}/run", *settings) for word in ("--set", setting)]
+    assert cli.main([str(path), *words]) == code
+
+
+def test_a_disk_that_is_full_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "keep_programs", lambda: None)
+    path = tmp_path / "ended.py"
+    path.write_text(ENDED)
+    assert cli.main([str(path), "--set", f"out={tmp_path}/run"]) == 2
+    assert capsys.readouterr().err == "dit-train: metrics.jsonl: No space left on device.\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

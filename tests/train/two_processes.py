@@ -1,12 +1,14 @@
-"""Run by test_hosts.py as each of two processes with a device: trains a small Wan until it ends or is stopped."""
+"""Run by test_hosts.py as each of two processes with a device: trains a small Wan until it ends or is stopped, then
+waits for the first one, which is two seconds late."""
 
 import json
 import sys
+import time
 
 import jax
 import numpy as np
 
-from train.hosts import join
+from train.hosts import join, wait_for_all
 
 join()
 
@@ -34,8 +36,9 @@ outcome = train(RunConfig(out=out, steps=steps, save_every=2, log_every=1), step
 sums = {name: float(np.abs(leaf).sum()) for name, leaf in outcome.state.params.items() if leaf.is_fully_replicated}
 kernel = outcome.state.params["blocks.mlp.up.kernel"]
 shard = np.asarray(kernel.addressable_shards[0].data)
-print(
-    json.dumps(
-        {"steps": outcome.steps, "stopped": outcome.stopped, "replicated": sums, "shard": shard[0, 0, :5].tolist()}
-    )
-)
+told = {"steps": outcome.steps, "stopped": outcome.stopped, "replicated": sums, "shard": shard[0, 0, :5].tolist()}
+if jax.process_index() == 0:
+    time.sleep(2)
+began = time.monotonic()
+wait_for_all("the end")
+print(json.dumps({**told, "waited": time.monotonic() - began}))
