@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.methods.coherence import Lattice
-from dit_jax.methods.coredit import Coredit, MaskedCoherent
+from dit_jax.methods.coredit import Coherent, Coredit, MaskedCoherent
 from dit_jax.methods.coredit_ratios import Recorder
 from dit_jax.models.network import Aux, Dense, State, Strategy, padded_length
 from dit_jax.sampling.schedules import shifted
@@ -133,6 +133,31 @@ def coredit(
     loss = terms["loss_data"] + settings.teacher * terms["loss_teacher"] + settings.attention * terms["loss_attention"]
     shares = batch["skipped"] / lattice.tokens
     return loss, terms | {"skipped_share": jnp.mean(shares), "skipped_by_block": shares}
+
+
+def gathered(
+    student, teacher, batch: Batch, key: jax.Array, *, settings: CoreditSettings, ratios: tuple[float, ...]
+) -> Metrics:
+    """The student as it is sampled, with the kept tokens gathered and its ratios rounded to those of a plan:
+    `gathered_error`, the relative distance [] of its velocities from those of the masked form at the same ratios, and
+    `gathered_loss_teacher`, their mean square from the teacher's []. At the noise that `coredit` would draw."""
+    call, noise_key = settings.flow.call, jax.random.split(key)[0]
+    at = noised(batch["latents"], noise_key, settings.flow)
+    lattice = settings.lattice(at.latents.shape, student.config.patch)
+    plan = Coredit(ratios=ratios, stride=settings.stride)
+    skipped = plan.skipped(lattice, sum(student.stacks), steps=1)[0, 0]
+    levels, buckets = np.unique(skipped, return_inverse=True)
+    gathering = Coherent(lattice, tuple(int(level) for level in levels))
+
+    def velocity(model, attention: Strategy, aux: Aux = Aux()) -> jax.Array:
+        return predicted(model, at, batch, replace(call, attention=attention), aux)[0]
+
+    masked = velocity(student, MaskedCoherent(lattice), Aux(attention=jnp.asarray(skipped, jnp.int32)))
+    found = velocity(student, gathering, Aux(attention=jnp.asarray(buckets, jnp.int32)))
+    return {
+        "gathered_error": jnp.linalg.norm(found - masked) / jnp.linalg.norm(masked),
+        "gathered_loss_teacher": mean_square(found - velocity(teacher, Dense()), at.held),
+    }
 
 
 def compared_blocks(key: jax.Array, blocks: int, count: int | None) -> tuple[jax.Array, int]:

@@ -131,6 +131,7 @@ class Training:
     trips            how often a loop of the step runs on average whose length only a run tells
     extra            shapes of what a batch has besides data, of the whole step; `empty_...` is of the empty caption
     facts            numbers by name that the log of a run begins with, such as what was pruned
+    closing          of (what was prepared, the state, the steps taken): numbers by name that the log ends with
     """
 
     trained: dict[str, Any]
@@ -144,6 +145,7 @@ class Training:
     extra: Mapping[str, jax.ShapeDtypeStruct] = field(default_factory=dict)
     trips: float | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
+    closing: Callable[[Prepared, TrainState, int], dict[str, float]] | None = None
 
 
 Recipe = Callable[[Any, Source], Training]
@@ -192,6 +194,8 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
     ready = prepared(config, recipe)
     if config.sample_every:
         hooks += (Hook(config.sample_every, _samples(config, ready)),)
+    if ready.training.closing is not None:
+        hooks += (Hook(config.steps, partial(ready.training.closing, ready)),)
     flops = model_flops(config, recipe, ready.mesh, ready.batch_at(0))
     outcome = train(config, ready.state, ready.driven, ready.batch_at, hooks, flops, ready.training.facts)
     if config.export and not outcome.stopped:

@@ -24,7 +24,7 @@ from dit_jax.methods.coredit import Coredit
 from dit_jax.methods.coredit_ratios import allocate, most_skipped, next_block, ramped
 from dit_jax.models.network import NetworkCall
 from dit_jax.sampling.schedules import shifted
-from train.coredit_loss import CoreditSettings, compared_blocks, coredit, sorted_coherence
+from train.coredit_loss import CoreditSettings, compared_blocks, coredit, gathered, sorted_coherence
 from train.losses import FlowSettings, noised
 
 # One of two samples is at a level of the last steps, and no two tokens tie where the skipped ones end.
@@ -67,6 +67,25 @@ def torch_outputs(kind, skipped, flow=SETTINGS.flow):
         target, of_teacher = velocity(twin(kind, 0), noisy, levels, batch)
     found, of_student = velocity(twin(kind, 1), noisy, levels, batch, masked=masked)
     return found, target, torch.tensor(truth), of_student.attention, of_teacher.attention
+
+
+@partial(jax.jit, static_argnames="ratios")
+def gathering(student, teacher, batch, key, ratios):
+    return gathered(student, teacher, batch, key, settings=SETTINGS, ratios=ratios)
+
+
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_what_is_sampled_is_what_was_trained(kind):
+    """Gathered as masked, in several ratios; with none the distance to the teacher is that of the loss."""
+    student, teacher, batch = given(kind, [0] * len(SKIPPED[kind]))
+    models = student["student"], teacher["teacher"]
+    none = gathering(*models, batch, KEY, ratios=(0.0,) * len(SKIPPED[kind]))
+    dense = ours(student, teacher, batch, KEY)[0][1]["loss_teacher"]
+    assert none["gathered_error"] == 0
+    assert relative(none["gathered_loss_teacher"], dense) <= 1e-5
+    some = gathering(*models, batch, KEY, ratios=tuple(np.resize((0.4, 0.0, 0.2), len(SKIPPED[kind])).tolist()))
+    assert 0 < some["gathered_error"] <= 1e-5
+    assert relative(some["gathered_loss_teacher"], dense) > 1e-3
 
 
 @pytest.mark.parametrize("kind", SKIPPED)

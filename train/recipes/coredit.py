@@ -8,7 +8,8 @@ Every `ramp_every` steps one block more skips 64 tokens more (as large a share o
 tokens are most like their neighbours in the batch at hand. No block skips more than 60 %; the ramp ends where their
 mean is `ratio`, after 29 turns a block for 0.45. With `adaptive=False` as many tokens are shared out evenly instead, so
 that all blocks skip alike (the paper's uniform ratios). Skipped tokens are masked while it lasts, so that nothing is
-compiled again; the result carries the ratios, and a run with the plan `coredit` gathers the kept tokens.
+compiled again; the result carries the ratios, and a run with the plan `coredit` gathers the kept tokens. The log ends
+with what gathering them makes of the student on the last batch (`gathered_error`, `gathered_loss_teacher`).
 Samples at the noise levels of a run's last quarter of steps skip a quarter, as they do when sampled: `shift` is to be
 the sampler's.
 
@@ -39,11 +40,21 @@ from dit_jax.methods.coredit_ratios import CAP, STEPS_TO_ALL, most_skipped, ramp
 from dit_jax.methods.method import Part
 from dit_jax.sharding import replicated
 from train import recipe
-from train.coredit_loss import CoreditSettings, coredit, sorted_coherence
+from train.coredit_loss import CoreditSettings, coredit, gathered, sorted_coherence
 from train.losses import Metrics
 from train.models import Source
 from train.placement import in_dtype
-from train.recipe import DEMO, POSITION, Driven, RecipeConfig, Training, with_files, with_transformer, without_position
+from train.recipe import (
+    DEMO,
+    POSITION,
+    Driven,
+    Prepared,
+    RecipeConfig,
+    Training,
+    with_files,
+    with_transformer,
+    without_position,
+)
 from train.shards import write_whole
 from train.step import Plan, TrainState, Update
 
@@ -175,7 +186,23 @@ def training(config: Config, source: Source) -> Training:
         result=partial(_result, config),
         around=lambda driven: Ramp(config=config, driven=driven, source=source),
         extra={SKIPPED: jax.ShapeDtypeStruct((sum(source.stacks),), np.int32)},
+        closing=partial(_gathered, config),
     )
+
+
+def _gathered(config: Config, ready: Prepared, state: TrainState, taken: int) -> dict[str, float]:
+    """`coredit_loss.gathered` of the running mean on the batch of the last step."""
+    step, ratios = ready.step, tuple(read_ramp(config.out)[-1][1])
+
+    def found(params, frozen, batch):
+        student = in_dtype(step.rebuilt(params), step.plan.dtype)["student"]
+        told = {"settings": config.settings, "ratios": ratios}
+        return gathered(student, frozen["teacher"], batch, jax.random.key(config.seed), **told)
+
+    batch = step.first(step.place(without_position(ready.batch_at(taken - 1))))
+    with jax.set_mesh(step.mesh):
+        told = jax.jit(found, out_shardings=replicated(step.mesh))({**state.params, **state.ema}, step.frozen, batch)
+    return {name: float(value) for name, value in told.items()}
 
 
 def _result(config: Config, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
