@@ -29,6 +29,27 @@ def test_a_recipes_step_is_compiled_and_told(capsys):
     assert found.tokens_per_second == pytest.approx(4 * 320 / found.floor_seconds)
 
 
+@needs_libtpu
+def test_several_slices_talk_over_the_network(capsys):
+    words = ["finetune", "--topology", "v5e:2x2", "--slices", "2", "--mesh", "data=2,fsdp=4", *SMALL]
+    assert plan.main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["slices"], told["chips"]) == (2, 8)
+    # Of two slices each sends half of its share of the gradients of 3.0 M weights at least, in bf16.
+    assert told["sent_bytes"]["all-reduce between slices"] > 3.0e6 / 4
+
+
+@needs_libtpu
+def test_a_sampling_plan_is_compiled_and_told(capsys):
+    words = ["wan2.1-t2v-1.3b", "--topology", "v5e:2x2", "--plan", "hsa:50", "--size", "128x128", "--frames", "5"]
+    assert plan.main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["what"] == "wan2.1-t2v-1.3b hsa:50" and told["fits"]
+    # 1.3e9 weights in bf16 on four chips, a quarter on each.
+    assert 1.3e9 * 2 / 4 < told["arguments"] < 1.6e9 * 2 / 4
+    assert told["tokens_per_second"] > 0
+
+
 def test_what_does_not_fit_says_by_how_much():
     report = plan.Report(
         what="x", topology="v5e:2x2", slices=2, mesh="data=8", chips=8, fits=False, peak_bytes=20 * GIB,

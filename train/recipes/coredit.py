@@ -196,8 +196,8 @@ def _gathered(config: Config, ready: Prepared, state: TrainState, taken: int) ->
 
     def found(params, frozen, batch):
         student = in_dtype(step.rebuilt(params), step.plan.dtype)["student"]
-        told = {"settings": config.settings, "ratios": ratios}
-        return gathered(student, frozen["teacher"], batch, jax.random.key(config.seed), **told)
+        key = jax.random.key(config.seed)
+        return gathered(student, frozen["teacher"], batch, key, settings=config.settings, ratios=ratios)
 
     batch = step.first(step.place(without_position(ready.batch_at(taken - 1))))
     with jax.set_mesh(step.mesh):
