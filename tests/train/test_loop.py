@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 from dit_jax.config import UserError
+from train import watch
 from train.checkpoints import load_ema, newest_step
 from train.loop import Hook, RunConfig, TrainingDivergedError, train
 from train.optimizers import adam
@@ -107,6 +108,17 @@ def test_divergence_names_the_step_and_saves_the_state_before_it(tmp_path):
         np.testing.assert_array_equal(kept["x"], batch_at(4)["x"])
 
 
+def test_divergence_names_the_term(tmp_path):
+    def of_terms(model, batch, key):
+        terms = {"loss_data": jnp.mean(model.kernel[...]), "loss_motion": jnp.log(0.5 - model.kernel[0, 0])}
+        return sum(terms.values()), terms
+
+    step = TrainStep(Line(), alone(of_terms, adam(0.05)), training_mesh())
+    with pytest.raises(TrainingDivergedError, match="loss is nan, loss_motion is nan, expected") as told:
+        train(RunConfig(out=str(tmp_path), steps=2), step.init(Line()), step, batch_at)
+    assert "loss_data" not in str(told.value)
+
+
 def test_divergence_on_a_saving_step_saves_the_state_before_it(tmp_path):
     def poisoned(position):
         batch = batch_at(position)
@@ -162,6 +174,16 @@ def test_metrics_and_hooks_are_logged(tmp_path):
     assert losses == [1, 2, 3, 4]
     means = [np.mean(line["error_by_block"]) for line in lines if "loss" in line]
     assert means == pytest.approx([line["loss"] for line in lines if "loss" in line], rel=1e-5)
+
+
+def test_the_share_of_the_peak_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "PEAK_FLOPS", {jax.devices()[0].device_kind: 1e9})
+    config = RunConfig(out=str(tmp_path), steps=2, log_every=1)
+    step = TrainStep(Line(), alone(noisy_squares, adam(0.05)), training_mesh())
+    train(config, step.init(Line()), step, batch_at, flops=5e5)
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        assert line["flops_per_second"] == pytest.approx(5e5 / line["seconds_per_step"], rel=1e-4)
+        assert line["mfu"] == pytest.approx(line["flops_per_second"] / 1e9 / jax.device_count(), rel=1e-4)
 
 
 def test_the_log_of_a_fresh_run_begins_with_its_facts(tmp_path):

@@ -49,6 +49,14 @@ def test_a_step_is_one_of_plain_gradient_descent(batch):
     assert int(state.step) == 1
 
 
+def test_the_state_is_updated_in_place(batch):
+    step = TrainStep(Line(), alone(squares, adam(0.1)), training_mesh())
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()}
+    found = step.trace(shapes).lower().compile().memory_analysis()
+    state = jax.tree.leaves(step.abstract_state())
+    assert found.alias_size_in_bytes >= sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+
+
 def test_the_loss_falls_and_every_step_has_its_own_key(batch):
     optimizer, mesh = adam(0.1), training_mesh()
     step = TrainStep(Line(), alone(squares, optimizer), mesh)

@@ -1,5 +1,7 @@
 """`dit-train`: options from a recipe's dataclass, and bad input told in a sentence with exit code 2."""
 
+import dataclasses
+
 import pytest
 
 from train import cli
@@ -94,6 +96,21 @@ def run(config):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
     (Path(config.out) / "checkpoints" / str(config.reached)).mkdir(parents=True)
 '''
+
+
+RECIPES = ("finetune", "pare_stage1", "pare_stage2", "step_distill", "coredit", "ddit")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_of_distillation_lists_its_options_and_its_score(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"dit-train {name}" in shown and "Reached on demo-flux" in shown
+    recipe = cli.load_recipe(name)
+    demo = recipe.VARIANTS["demo"]
+    for field in dataclasses.fields(recipe.Config):
+        assert f" {field.name} " in shown
+        assert field.name not in demo or f", demo {demo[field.name]!r}" in shown
 
 
 @pytest.mark.parametrize(
