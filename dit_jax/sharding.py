@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import UserError
@@ -137,3 +138,10 @@ def batch_sharding(mesh: Mesh, batch: int) -> NamedSharding:
 def batch_shardings(tree: Any, mesh: Mesh) -> Any:
     """`batch_sharding` of every leaf by its own first dimension: for a sampler's carry and conditioning."""
     return jax.tree.map(lambda leaf: batch_sharding(mesh, leaf.shape[0]) if leaf.ndim else replicated(mesh), tree)
+
+
+def fetched(array: Any) -> np.ndarray:
+    """All of an array on this host, whichever process of the run holds which part; all of them have to ask for it."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -18,7 +18,7 @@ from dit_jax.methods.plan import parse_plan
 from dit_jax.sampling.sampler import Carry, Guided, noise, sample
 from dit_jax.sampling.schedules import Schedule
 from dit_jax.sampling.solvers import SOLVERS
-from dit_jax.sharding import batch_shardings
+from dit_jax.sharding import batch_shardings, fetched
 from infer.request import Job, joined
 from infer.segments import Stage, cut, segment_length
 from infer.variants import Chosen, Variants, rows_of
@@ -145,9 +145,9 @@ class Denoising:
         """Final latents [B, T, Y, X, C], fp32 in the sampler's normalised units."""
         with self.pipe.on_mesh():
             held = self._entered().held
-            latents = np.array(self.carry.latents)
+            latents = np.array(fetched(self.carry.latents))
         if held is not None:
-            latents[:, : held.shape[1]] = held
+            latents[:, : held.shape[1]] = fetched(held)
         return latents
 
     def _entered(self) -> Entered:

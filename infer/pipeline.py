@@ -30,7 +30,7 @@ from dit_jax.models.network import grid
 from dit_jax.parameters import with_leaves
 from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
-from dit_jax.sharding import batch_sharding, leaf_sharding, replicated
+from dit_jax.sharding import batch_sharding, fetched, leaf_sharding, replicated
 from infer.denoising import Denoising, Watch
 from infer.loras import Held, LoraChoice, read_choice, replace_leaves
 from infer.placement import picture_sharding
@@ -154,7 +154,7 @@ class Pipeline(ABC):
         """`encode_text`, each prompt by itself and lately seen ones not again, so that what it gives does not depend on
         its neighbours."""
         found = [
-            self.texts.get(prompt, lambda prompt: jax.tree.map(np.asarray, self.encode_text([prompt])))
+            self.texts.get(prompt, lambda prompt: jax.tree.map(fetched, self.encode_text([prompt])))
             for prompt in prompts
         ]
         return jax.tree.map(lambda *rows: np.concatenate(rows), *found)
@@ -287,7 +287,7 @@ class Pipeline(ABC):
 
     def frames(self, decoded: jax.Array) -> np.ndarray:
         """Videos uint8 [B, F, H, W, 3] or images [B, H, W, 3]."""
-        frames = np.asarray(decoded)
+        frames = fetched(decoded)
         return frames if self.defaults.video else frames[:, 0]
 
     def preview(self, latents: np.ndarray) -> np.ndarray:

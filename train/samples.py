@@ -16,6 +16,7 @@ from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.methods.plan import DENSE
 from dit_jax.parameters import named_leaves, with_leaves
+from dit_jax.sharding import fetched
 from infer import evaluate
 from infer.loras import replace_leaves
 from infer.media import save
@@ -43,6 +44,7 @@ class SampleSettings:
 class Samples:
     """`samples(state, taken)` samples the running mean of the weights into `out`/samples and returns scores.
 
+    All processes of a run sample together, and the first one writes.
     pipe    the pipeline of the checkpoint that is trained; its transformer and parts are replaced each time
     result  trained modules by name -> the checkpoint with them (`Training.result`)
     """
@@ -54,11 +56,8 @@ class Samples:
     result: Any
 
     def __post_init__(self) -> None:
-        if jax.process_count() > 1:
-            raise UserError(
-                "samples are drawn by one process: expected sample_every=0 with several; draw them from the exported "
-                "model"
-            )
+        if self.settings.scored == 1:
+            raise UserError("scored is 1: expected 0, or at least 2 samples, to compare distributions")
         if self.pipe.limits.image == "always":
             raise UserError(
                 f"{self.pipe.name} starts from an image, which training has none of: expected sample_every=0; draw "
@@ -80,8 +79,13 @@ class Samples:
         report = evaluate.evaluate(evaluate.parser().parse_args(words), self.pipe)
         return {name: float(report[name]) for name in report if name not in (*NOT_SCORES, *COUNTS)}
 
-    def _take(self, modules: Mapping[str, Mapping[str, jax.Array]]) -> None:
+    def _take(self, trained: Mapping[str, Mapping[str, jax.Array]]) -> None:
         """The pipeline with what is trained in place of what it was."""
+        # A student's weights go from device to device; all else is small, and is read here.
+        modules: dict[str, Mapping[str, Any]] = {
+            name: leaves if name == "student" else {path: fetched(leaf) for path, leaf in leaves.items()}
+            for name, leaves in trained.items()
+        }
         checkpoint, dtype = self.result(self.pipe.checkpoint, modules), self.step.plan.dtype
         self.pipe.take_parts(checkpoint)
         held = holder, name = self.pipe.lora_models()[HIGH_NOISE]
@@ -96,6 +100,8 @@ class Samples:
     def _draw(self, taken: int) -> None:
         plan = self.settings.plan or DENSE
         frames = [self.pipe(prompt, seed=0, plan=plan).frames[0] for prompt in self._prompts]
+        if jax.process_index() != 0:
+            return
         video = np.stack([each if each.ndim == 4 else each[None] for each in frames])
         folder = self.out / FOLDER
         draw(video, folder / f"{taken:06d}.png")

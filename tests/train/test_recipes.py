@@ -291,8 +291,10 @@ def test_ablations_are_trained_and_run(data, tmp_path):
 
 
 @pytest.mark.long
-def test_two_processes_run_the_command_and_one_of_them_exports(data, tmp_path):
+def test_two_processes_run_the_command_and_one_of_them_draws_and_exports(data, tmp_path):
     """As on a pod: the same command on every host, each with a device of its own."""
+    (tmp_path / "prompts.txt").write_text("a red 7 moving left\n")
+    samples = ["sample_every=3", f"prompts={tmp_path}/prompts.txt", "scored=2", "keep_best=1", "best=digit"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -302,6 +304,7 @@ def test_two_processes_run_the_command_and_one_of_them_exports(data, tmp_path):
         "variant=demo",
         f"data={data['demo-wan']}",
         f"out={tmp_path}/two",
+        *samples,
     ]
     words += [f"export={tmp_path}/two-model"]
     processes = []
@@ -314,8 +317,11 @@ def test_two_processes_run_the_command_and_one_of_them_exports(data, tmp_path):
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert run("finetune", tmp_path / "one", data)[0] == 0
+    assert [line["step"] for line in lines] == [1, 2, 3, 3]
+    assert "digit" in lines[-1] | lines[-2]
+    assert run("finetune", tmp_path / "one", data, *samples)[0] == 0
+    left, right = (Image.open(tmp_path / each / "samples" / "000003.png") for each in ("two", "one"))
+    assert psnr(np.asarray(left)[:, :640], np.asarray(right)[:, :640]) > 40
     left, right = (load_ema(tmp_path / each) for each in ("two", "one"))
     # Adam divides by the gradient's size: where that is all rounding, a weight may move by the learning rate, 2e-4.
     gaps = np.concatenate([np.abs(left[name] - right[name]).ravel() for name in right])
@@ -335,6 +341,8 @@ def test_bad_input_is_one_sentence_and_keeps_the_last_checkpoint(data, pruned, t
         ("finetune", ["microbatches=3"], "does not divide into the 3 microbatches"),
         ("finetune", ["variant=huge"], "no variant 'huge'"),
         ("finetune", ["model=wan2.1-t2v-14b"], "is a preset, which has sizes and no weights"),
+        ("finetune", ["sample_every=1", "scored=1"], "scored is 1: expected 0, or at least 2"),
+        ("finetune", ["best=digit", "keep_best=1"], "best is 'digit' with sample_every=0 and scored=0"),
         ("finetune", ["merge=True"], "merge is True and lora 0: expected a LoRA to merge"),
         (
             "finetune",
