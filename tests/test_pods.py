@@ -1,8 +1,12 @@
 """The manifest of docs/pods: valid, and a run that this project's commands understand."""
 
 import copy
+import importlib.util
 import math
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -13,7 +17,8 @@ import yaml
 from dit_jax.sharding import parse_mesh
 from train.cli import configure, load_recipe
 
-PODS = Path(__file__).parents[1] / "docs" / "pods"
+ROOT = Path(__file__).parents[1]
+PODS = ROOT / "docs" / "pods"
 
 NAME, NUMBER, FLAG = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 NAMES = {"type": "array", "items": NAME}
@@ -138,6 +143,29 @@ def test_hosts_chips_and_mesh_agree(job):
     assert job["spec"]["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == chips
     mesh = next(word for word in container["args"] if word.startswith("--set=mesh="))
     assert math.prod(parse_mesh(mesh.removeprefix("--set=mesh=")).values()) == chips
+
+
+COMPILED = """
+import jax
+from infer.chips import tpu_devices
+chip = jax.sharding.SingleDeviceSharding(tpu_devices("v5e:2x2", 1)[0])
+jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32", sharding=chip)).compile()
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'dit-jax[dev]'")
+def test_libtpu_knows_the_flags(job):
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (flags,) = (variable["value"] for variable in container["env"] if variable["name"] == "LIBTPU_INIT_ARGS")
+    assert flags.count("--xla") == 4
+
+    def compiled(flags):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags, "PYTHONPATH": str(ROOT)}
+        return subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+
+    assert compiled(flags).stdout == "compiled\n"
+    assert "Unknown command line flag" in compiled(flags.replace("fusion=", "fushion=")).stderr
 
 
 def test_the_image_holds_what_the_command_needs():
