@@ -1,15 +1,26 @@
 """Few-step students in PyTorch: their loop against the same steps of this project's models, with the same new noise."""
 
+import json
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch_models import PROMPTS, relative
+from torch_models import BLOCKS, PROMPTS, relative
 
+from convert.checkpoint import open_checkpoint
+from convert.cli import main
+from convert.method_parts import part_files
 from convert.torch_modules.few_step import flux_velocity, noise_levels, sample, wan_velocity
+from convert.torch_modules.pare import load_router, route
+from convert.transfer import convert
+from dit_jax.methods.method import Part
 from dit_jax.sampling.schedules import shifted
-from dit_jax.sampling.solvers import Step
+from dit_jax.sampling.solvers import Renoise, Step
 from infer.request import Request
+from infer.side_files import read_shift
 
 SETTINGS = {"timesteps": [1000, 750, 500, 250], "shift": 5.0, "guidance_scale": 1.0, "sampler": "renoise"}
 RNG = np.random.default_rng(4)
@@ -65,6 +76,46 @@ def test_the_loop_is_that_of_this_project(written, sampler):
         x = x + (after - sigmas[step]) * v if sampler == "euler" else (1 - after) * clean + after * fresh[step]
     found = sample(theirs, as_theirs(written, noise), settings, lambda step: as_theirs(written, fresh[step]))
     assert relative(found.numpy(), as_theirs(written, x).numpy()) <= 1e-4
+
+
+def fresh_noise(latents, step):
+    """What `Renoise` adds after a step: of a key that the starting noise gives."""
+    keys = Renoise().init(jnp.asarray(latents))
+
+    def of_sample(key):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step)
+        return jax.random.normal(key, latents.shape[1:])
+
+    return np.asarray(jax.vmap(of_sample)(keys))
+
+
+@pytest.mark.parametrize("written", ["text-to-video"], indirect=True)
+def test_a_routed_student_of_four_steps_is_run_as_its_folder_says(written, tmp_path):
+    shift = read_shift(open_checkpoint(written.native)).constant
+    told = part_files({"few_step": Part(SETTINGS | {"shift": shift}, {})})
+    source = open_checkpoint(written.native)
+    convert(replace(source, files=source.files | told), tmp_path / "native", "native")
+    assert main(["to-torch", str(tmp_path / "native"), str(tmp_path / "torch")]) == 0
+    settings = json.loads((tmp_path / "torch/methods/few_step/config.json").read_text())
+
+    noise = written.noise(2)
+    request = Request(
+        prompt=PROMPTS, size=written.size, frames=9, steps=len(settings["timesteps"]), solver=settings["sampler"],
+        guidance=settings["guidance_scale"], plan="routing:min=2:max=4", latents=noise,
+    )  # fmt: skip
+    ours = written.pipe.denoise(written.pipe.prepare(request))
+
+    model = written.theirs().transformer
+    routing = route(model, load_router(tmp_path / "torch/methods/router"), 2, 4)
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(routing.gates.sum(dim=1).tolist()))
+    text = torch.tensor(np.asarray(written.pipe.embedded(PROMPTS)))
+    velocity = wan_velocity(model, encoder_hidden_states=text)
+    found = sample(
+        velocity, as_theirs(written, noise), settings, lambda step: as_theirs(written, fresh_noise(noise, step))
+    )
+    assert relative(found.numpy(), as_theirs(written, ours).numpy()) <= 1e-4
+    assert len(seen) == 4 and max(max(counts) for counts in seen) < BLOCKS
 
 
 def test_levels_are_shifted_timesteps():
