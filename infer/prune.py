@@ -66,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
         "--choose", choices=CHOICES, default="scores",
         help="what says which are kept: scores (default), or lots for heads and neurons (the paper's ablation)",
     )  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="of the lots (default 0)")
-    add("--protection", type=float, default=PROTECTION, metavar="X", help="raises temporal heads' scores (default 1.5)")
+    add("--seed", type=int, metavar="N", help="of the lots (default 0)")
+    add("--protection", type=float, metavar="X", help=f"raises temporal heads' scores (default {PROTECTION:g})")
     add(
         "--norm", choices=NORMS, default="full",
         help="Wan: normalise queries and keys as if pruned heads were there with zeros (full, default), or over the "
@@ -110,14 +110,15 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     for name, ratio in (("--heads", options.heads), ("--ffn", options.ffn)):
         check_ratio(name, ratio)
-    if options.seed < 0:
+    if (options.seed or 0) < 0:
         raise UserError(f"--seed is {options.seed}: expected a whole number from 0; leave it out for 0")
+    _check_unread(options)
     source = open_checkpoint(options.model)
     if not source.is_pipeline:
         raise UserError(f"{source.place} is a lone model: expected a whole pipeline, which can be run on prompts")
     if options.plot and isinstance(source.component(transformers(source)[0]).config, FluxConfig):
         raise UserError("types of heads exist for videos alone, found a model of still images; leave out --plot")
-    heads = _scored(options) if options.plot or (options.heads and options.choose == "scores") else {}
+    heads = _scored(options) if _scores_heads(options) else {}
     widths = _widths(options, source, heads)
     if options.plot:
         _plot(options, heads, widths)
@@ -126,6 +127,22 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
     with progress_bar(unit="tensor") as bar:
         convert(target, options.out, layout, overwrite=options.overwrite, progress=bar)
     return _report(source, widths, heads) | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def _scores_heads(options: argparse.Namespace) -> bool:
+    return bool(options.plot or (options.heads and options.choose == "scores"))
+
+
+def _check_unread(options: argparse.Namespace) -> None:
+    by_lot = options.choose == "random"
+    unread = {
+        "--seed": (not by_lot, options.seed, "only --choose random draws lots"),
+        "--protection": (by_lot or not options.heads, options.protection, "no heads are chosen by their scores"),
+        "--prompts": (not _scores_heads(options), options.prompts, "no heads are scored"),
+    }
+    for name, (idle, value, why) in unread.items():
+        if idle and value is not None:
+            raise UserError(f"found {name} {value}, which nothing reads, since {why}: leave it out")
 
 
 def _scored(options: argparse.Namespace) -> dict[str, Heads]:
@@ -150,9 +167,10 @@ def _scored(options: argparse.Namespace) -> dict[str, Heads]:
 def _widths(options: argparse.Namespace, source: Checkpoint, heads: Mapping[str, Heads]) -> dict[str, Widths]:
     names, shares = transformers(source), (options.heads, options.ffn)
     if options.choose == "random":
-        rng = np.random.default_rng(options.seed)
+        rng = np.random.default_rng(options.seed or 0)
         return {name: widths_by_lot(source, name, *shares, rng) for name in names}
-    return {name: chosen_widths(source, name, heads.get(name), *shares, options.protection) for name in names}
+    protection = PROTECTION if options.protection is None else options.protection
+    return {name: chosen_widths(source, name, heads.get(name), *shares, protection) for name in names}
 
 
 def chosen_widths(

@@ -161,7 +161,8 @@ def _calibrated(study: Study, name: str, model: str, *words: str) -> Iterator[St
 
 
 def _pruned(study: Study, name: str, *words: str) -> Stage:
-    widths = ("--heads", "0.3", "--ffn", "0.3", "--prompts", str(study.prompts), *words)
+    widths = ("--heads", "0.3", "--ffn", "0.3", *words)
+    widths += () if "random" in words else ("--prompts", str(study.prompts))
     return Stage(
         name=name, makes=study.path(name), after=("media",),
         command=("dit-prune", "--model", study.model, *widths, "--out", str(study.path(name))),

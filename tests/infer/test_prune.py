@@ -111,6 +111,9 @@ def test_lots_need_no_prompts_and_are_those_of_their_seed(text_experts, tmp_path
         ([], "expected --prompts FILE"),
         (["--choose", "random", "--plot", "types.png"], "expected --prompts FILE"),
         (["--choose", "random", "--seed", "-1"], "--seed is -1: expected a whole number from 0"),
+        (["--heads", "0", "--seed", "3"], "found --seed 3, which nothing reads, since only --choose random draws lots"),
+        (["--choose", "random", "--protection", "1"], "found --protection 1.0, which nothing reads"),
+        (["--heads", "0", "--prompts", "prompts.txt"], "found --prompts prompts.txt, which nothing reads"),
         (["--prompts", "nowhere.txt"], "cannot read the prompts"),
     ],
 )

@@ -112,6 +112,20 @@ def test_both_stop_at_one_step_when_one_is_told_to_and_go_on_bit_for_bit(whole, 
     assert resumed[0]["replicated"] == straight[0]["replicated"]
 
 
+@pytest.mark.long
+def test_a_host_that_dies_takes_the_others_with_it_and_all_go_on_bit_for_bit(tmp_path):
+    processes = started(tmp_path, 2000)
+    for line in processes[0].stdout:
+        if line.split()[:2] == ["step", "5"]:
+            break
+    processes[1].kill()
+    processes[0].communicate(timeout=300)
+    assert processes[0].returncode != 0
+    steps = newest_step(tmp_path) + 3
+    resumed, straight = ended(started(tmp_path, steps)), ended(started(tmp_path / "straight", steps))
+    assert [each["shard"] for each in resumed] == [each["shard"] for each in straight]
+
+
 @pytest.mark.parametrize(
     ("count", "number", "expected"), [("2", None, "JAX_PROCESS_ID is ''"), ("2", "2", "is 2, expected 0 to")]
 )
