@@ -49,5 +49,5 @@ def test_every_command_runs(tmp_path):
             shortened(line), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
         )
         assert ended.returncode == 0, f"{line}\n{ended.stdout[-1000:]}\n{ended.stderr[-3000:]}"
-    for made in ("routed.mp4", "four-steps.mp4", "stack.json", "stage2-torch/methods/router/model.safetensors"):
+    for made in ("routed.mp4", "four-steps.mp4", "stack.json", "stage2-torch/methods/router/weights.safetensors"):
         assert (tmp_path / made).stat().st_size > 0
