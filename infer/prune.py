@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         help="Wan: normalise queries and keys as if pruned heads were there with zeros (full, default), or over the "
         "kept ones",
     )  # fmt: skip
-    add("--steps", type=int, default=STEPS, metavar="N", help=f"steps of a prompt's run (default {STEPS})")
+    add("--steps", type=int, metavar="N", help=f"steps of a prompt's run (default {STEPS})")
     add("--size", metavar="WxH", help="pixels of the runs (default: the model's)")
     add("--frames", type=int, metavar="N", help="4k + 1 frames of the runs (default: the model's)")
     add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4")
@@ -135,14 +135,14 @@ def _scores_heads(options: argparse.Namespace) -> bool:
 
 def _check_unread(options: argparse.Namespace) -> None:
     by_lot = options.choose == "random"
-    unread = {
-        "--seed": (not by_lot, options.seed, "only --choose random draws lots"),
-        "--protection": (by_lot or not options.heads, options.protection, "no heads are chosen by their scores"),
-        "--prompts": (not _scores_heads(options), options.prompts, "no heads are scored"),
-    }
-    for name, (idle, value, why) in unread.items():
-        if idle and value is not None:
-            raise UserError(f"found {name} {value}, which nothing reads, since {why}: leave it out")
+    unread = {"seed": "only --choose random draws lots"} if not by_lot else {}
+    if by_lot or not options.heads:
+        unread |= {"protection": "no heads are chosen by their scores"}
+    if not _scores_heads(options):
+        unread |= dict.fromkeys(("prompts", "steps", "size", "frames", "mesh"), "no heads are scored")
+    for name, why in unread.items():
+        if (value := getattr(options, name)) is not None:
+            raise UserError(f"found --{name} {value}, which nothing reads, since {why}: leave it out")
 
 
 def _scored(options: argparse.Namespace) -> dict[str, Heads]:
@@ -161,7 +161,9 @@ def _scored(options: argparse.Namespace) -> dict[str, Heads]:
     pipe = load_pipeline(options.model, mesh=make_mesh(parse_mesh(options.mesh)) if options.mesh else None)
     asked = {"size": parse_size(options.size) if options.size else None, "frames": options.frames}
     with progress_bar(total=len(prompts), unit="prompt", desc="scoring heads") as bar:
-        return calibrate_heads(pipe, prompts, lambda done: bar.update(done - bar.n), steps=options.steps, **asked)
+        return calibrate_heads(
+            pipe, prompts, lambda done: bar.update(done - bar.n), steps=options.steps or STEPS, **asked
+        )
 
 
 def _widths(options: argparse.Namespace, source: Checkpoint, heads: Mapping[str, Heads]) -> dict[str, Widths]:

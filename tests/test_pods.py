@@ -16,6 +16,7 @@ import yaml
 
 from dit_jax.sharding import parse_mesh
 from train.cli import configure, load_recipe
+from train.cli import main as train
 
 ROOT = Path(__file__).parents[1]
 PODS = ROOT / "docs" / "pods"
@@ -126,6 +127,20 @@ def test_a_run_that_was_stopped_is_started_again(jobset, job):
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
 
 
+def test_what_would_only_fail_again_is_not_started_again(jobset, job, tmp_path):
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "In")
+    assert rule["onExitCodes"]["containerName"] == job["spec"]["template"]["spec"]["containers"][0]["name"]
+    (of_set,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert (of_set["action"], of_set["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    recipe = tmp_path / "diverging.py"
+    recipe.write_text(
+        "import train.loop\nclass Config(train.loop.RunConfig): pass\n"
+        "def run(config): raise train.loop.TrainingDivergedError('nan')\n"
+    )
+    assert rule["onExitCodes"]["values"] == [train(["no_recipe"]), train([str(recipe)])]
+
+
 def test_its_command_is_one_that_the_recipe_understands(job):
     (container,) = job["spec"]["template"]["spec"]["containers"]
     program, recipe = container["command"]
@@ -162,10 +177,12 @@ def test_libtpu_knows_the_flags(job):
 
     def compiled(flags):
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags, "PYTHONPATH": str(ROOT)}
-        return subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-c", COMPILED]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
-    assert compiled(flags).stdout == "compiled\n"
-    assert "Unknown command line flag" in compiled(flags.replace("fusion=", "fushion=")).stderr
+    known, unknown = compiled(flags), compiled(flags.replace("fusion=", "fushion="))
+    assert known.stdout == "compiled\n", known.stderr
+    assert "Unknown command line flag" in unknown.stderr
 
 
 def test_the_image_holds_what_the_command_needs():

@@ -6,20 +6,20 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from dit_jax.config import UserError
-from train.checkpoints import newest_step
 from train.hosts import join
-from train.loop import RunConfig, TrainingDivergedError
+from train.loop import Outcome, TrainingDivergedError
 
 RECIPES = Path(__file__).parent / "recipes"
 FULL = "full"  # the variant that a recipe's defaults are
@@ -27,25 +27,22 @@ USAGE = "dit-train RECIPE [--set name=value]... | dit-train RECIPE --help"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a recipe; 0 when it ended or was stopped by SIGTERM (or its `stopped_code`), 1 when training failed, 2 for
-    bad input and a disk that is full.
+    """Runs a recipe; 0 when it ended or was stopped by SIGTERM (or its `stopped_code`), 2 for bad input and a disk that
+    is full, 3 when training diverged.
 
     As a command it joins the other processes of the run; who calls it with arguments has done so.
     """
     try:
-        return _main(sys.argv[1:], join) if arguments is None else _main(arguments)
+        return _main(sys.argv[1:] if arguments is None else arguments, join_others=arguments is None)
     except UserError as error:
         print(f"dit-train: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"dit-train: {error.filename or 'the run'}: {error.strerror or error}.", file=sys.stderr)
-        return 2
     except TrainingDivergedError as error:
         print(f"dit-train: {error}", file=sys.stderr)
-        return 1
+        return 3
 
 
-def _main(arguments: list[str], begin: Callable[[], None] | None = None) -> int:
+def _main(arguments: list[str], *, join_others: bool) -> int:
     parser = argparse.ArgumentParser("dit-train", usage=USAGE, add_help=False)
     parser.add_argument("recipe", nargs="?")
     parser.add_argument("--set", action="append", default=[], metavar="name=value", dest="settings")
@@ -63,11 +60,19 @@ def _main(arguments: list[str], begin: Callable[[], None] | None = None) -> int:
         print(describe(recipe))
         return 0
     config = configure(recipe.Config, known.settings, getattr(recipe, "VARIANTS", {}))
-    if begin:
-        begin()
+    if join_others:
+        join()
     keep_programs()
-    recipe.run(config)
-    stopped = isinstance(config, RunConfig) and (newest_step(config.out) or 0) < config.steps
+    try:
+        outcome = recipe.run(config)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{error.filename or config.out} could not be written ({error.strerror}): the newest whole checkpoint "
+            "stays; make room and run the same command again"
+        ) from error
+    stopped = isinstance(outcome, Outcome) and outcome.stopped
     return config.stopped_code if stopped else 0
 
 

@@ -10,6 +10,7 @@ from orbax.checkpoint import multihost
 from dit_jax.config import UserError
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 ALONE = "coordinator_address should be defined"  # what jax says where it finds no cluster
 DAY = 24 * 3600
 
@@ -17,9 +18,9 @@ DAY = 24 * 3600
 def join() -> None:
     """Joins the other processes of the run, if there are any; must come before anything that asks for devices.
 
-    On TPU machines and the clusters that jax knows (Slurm, Open MPI) they find each other; anywhere else by the
-    environment variables JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-    UserError for only some of them, or for what is no number.
+    On TPU machines and the clusters that jax knows they find each other (on Slurm and with Open MPI one task has one
+    GPU, several tasks are one run); anywhere else by the environment variables JAX_COORDINATOR_ADDRESS (host:port of
+    the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID. UserError for only some of them, or for what is no number.
     """
     if ADDRESS in os.environ:
         count, number = (_number(name) for name in (COUNT, NUMBER))
@@ -27,7 +28,9 @@ def join() -> None:
             raise UserError(
                 f"{NUMBER} is {number}, expected 0 to {COUNT} - 1 = {count - 1}: number the processes from 0"
             )
-        jax.distributed.initialize(os.environ[ADDRESS], count, number)
+        jax.distributed.initialize(os.environ[ADDRESS], count, number, cluster_detection_method="deactivate")
+        return
+    if any(os.environ.get(name) == "1" for name in TASKS):
         return
     try:
         jax.distributed.initialize()

@@ -33,8 +33,8 @@ class RunConfig:
     log_every, save_every  intervals in steps
     keep         newest checkpoints that stay, and `keep_best` ones by the score `best` (`-name`: the lower the better),
                  of which there is one whenever samples are scored
-    stopped_code exit code of a run that SIGTERM stopped before its last step; what starts again what fails wants
-                 another than 0
+    stopped_code exit code of a run that SIGTERM stopped before its last step: what starts again what fails wants
+                 another than 0, and 1 to 3 mean other things
     mesh         devices by axis, `data=2,fsdp=4`; empty: all of them on fsdp
     tensorboard  whether to write event files besides metrics.jsonl
 
@@ -56,6 +56,15 @@ class RunConfig:
     stopped_code: int = 0
     mesh: str = ""
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.keep_best) != bool(self.best):
+            raise UserError(
+                f"keep_best is {self.keep_best} and best is {self.best!r}: expected how many checkpoints and the score "
+                "that they are chosen by, or neither"
+            )
+        if self.stopped_code not in (0, *range(4, 256)):
+            raise UserError(f"stopped_code is {self.stopped_code}: expected 0, or 4 to 255")
 
 
 @dataclass(frozen=True)
@@ -87,12 +96,13 @@ def train(
     hooks: tuple[Hook, ...] = (),
     flops: float | None = None,
     facts: Mapping[str, float] | None = None,
+    closing: Callable[[TrainState, int], dict[str, float]] | None = None,
 ) -> Outcome:
     """Trains until `config.steps`, going on from the newest checkpoint under `config.out` if there is one.
 
     `batch_at(i)` is the host batch of step i and depends on nothing else, so that the data position is a number. A
     resumed run repeats the uninterrupted one bit for bit. `flops` are those of a step, for the log, which begins with
-    the `facts`, as step 0.
+    the `facts`, as step 0, and ends with what `closing(state, steps_taken)` finds when all is saved.
     Raises TrainingDivergedError naming the step, the terms that are not finite and the file that its batch is kept in;
     the state before that step is saved. Raises UserError for an interval that is not positive, and for a score `best`
     that nothing gives.
@@ -100,11 +110,6 @@ def train(
     for interval in (config.log_every, config.save_every, *(hook.every for hook in hooks)):
         if interval < 1:
             raise UserError(f"an interval is {interval} steps, expected 1 or more: see the options ending in _every")
-    if bool(config.keep_best) != bool(config.best):
-        raise UserError(
-            f"keep_best is {config.keep_best} and best is {config.best!r}: expected how many checkpoints and the score "
-            "that they are chosen by, or neither"
-        )
     out = Path(config.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
@@ -126,13 +131,15 @@ def train(
             for hook in hooks:
                 if last or taken % hook.every == 0:
                     scores |= run.hooked(hook, state, taken)
-            ends = stop(taken) and not last
+            ends = stop(taken - first) and not last
             if last or ends or taken % config.save_every == 0 or (config.best and scores):
                 run.save(state, taken, key, scores)
             if config.best:
                 _check_best(config.best, scores, last)
             if ends:
                 return Outcome(state, taken, True)
+            if last and closing is not None:
+                run.journal.write(taken, closing(state, taken))
     return Outcome(state, config.steps, False)
 
 
@@ -171,15 +178,20 @@ class _Run:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.journal.close()
+        try:
+            self.journal.close()
+        finally:
+            self._close_saved(error)
+
+    def _close_saved(self, error: BaseException | None) -> None:
         if error is None:
             self.saved.close()
-        else:
-            # The first error is the one to be told of.
-            try:
-                self.saved.close()
-            except UserError as unwritten:
-                error.add_note(str(unwritten))
+            return
+        # The first error is the one to be told of.
+        try:
+            self.saved.close()
+        except UserError as unwritten:
+            error.add_note(str(unwritten))
 
     def timed(self, batches: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         """The batches; waiting for one is the phase `data`."""
@@ -255,9 +267,10 @@ def _prefetched(batch_at: Callable[[int], Any], first: int, last: int) -> Iterat
 
 @contextmanager
 def _terminated() -> Iterator[Callable[[int], bool]]:
-    """Whether to stop after so many steps: SIGTERM is noted instead of died from. Several processes agree on the step
-    (jax's own service catches the signal); outside the main thread signals stay as they are."""
-    if jax.process_count() > 1:
+    """Whether to stop, of the steps that this process has taken: SIGTERM is noted instead of died from. The processes
+    of a run agree on the step (jax's own service catches the signal, from where they joined on, and counts from 0);
+    outside the main thread signals stay as they are."""
+    if jax.distributed.is_initialized():
         yield multihost_utils.reached_preemption_sync_point
         return
     noted: list[int] = []

@@ -194,14 +194,15 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
     ready = prepared(config, recipe)
     if config.sample_every:
         hooks += (Hook(config.sample_every, _samples(config, ready)),)
-    if ready.training.closing is not None:
-        hooks += (Hook(config.steps, partial(ready.training.closing, ready)),)
+    closing = ready.training.closing and partial(ready.training.closing, ready)
     flops = model_flops(config, recipe, ready.mesh, ready.batch_at(0))
-    outcome = train(config, ready.state, ready.driven, ready.batch_at, hooks, flops, ready.training.facts)
+    outcome = train(config, ready.state, ready.driven, ready.batch_at, hooks, flops, ready.training.facts, closing)
     if config.export and not outcome.stopped:
-        if jax.process_index() == 0:
-            export(config, ready.training)
-        wait_for_all("exported")  # whoever ended before would be waited for by jax for five minutes alone
+        try:
+            if jax.process_index() == 0:
+                export(config, ready.training)
+        finally:  # jax waits five minutes at most for whoever ends later
+            wait_for_all("exported")
     return outcome
 
 

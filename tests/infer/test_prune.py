@@ -114,6 +114,7 @@ def test_lots_need_no_prompts_and_are_those_of_their_seed(text_experts, tmp_path
         (["--heads", "0", "--seed", "3"], "found --seed 3, which nothing reads, since only --choose random draws lots"),
         (["--choose", "random", "--protection", "1"], "found --protection 1.0, which nothing reads"),
         (["--heads", "0", "--prompts", "prompts.txt"], "found --prompts prompts.txt, which nothing reads"),
+        (["--choose", "random", "--frames", "5"], "found --frames 5, which nothing reads, since no heads are scored"),
         (["--prompts", "nowhere.txt"], "cannot read the prompts"),
     ],
 )

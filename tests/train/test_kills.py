@@ -34,11 +34,11 @@ def finish(out):
 
 
 def kill_somewhere(out, lottery):
-    process = start(out)
+    process, last = start(out), lottery.randrange(40)
     for line in process.stdout:
-        if line.startswith("step"):
+        if line.startswith("step") and int(line.split()[1]) >= last:
             break
-    time.sleep(lottery.uniform(0, 2.5))
+    time.sleep(lottery.uniform(0, 0.1))
     process.kill()
     process.wait()
     process.stdout.close()

@@ -82,10 +82,8 @@ ENDED = '''"""A recipe that stops after `reached` steps, or fails as a full disk
 
     dit-train ended.py
 """
-import errno
 from dataclasses import dataclass
-from pathlib import Path
-from train.loop import RunConfig
+from train.loop import Outcome, RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
@@ -93,8 +91,9 @@ class Config(RunConfig):
 
 def run(config):
     if not config.reached:
-        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
-    (Path(config.out) / "checkpoints" / str(config.reached)).mkdir(parents=True)
+        with open("/dev/full", "w") as full:
+            full.write("x")
+    return Outcome(None, config.reached, config.reached < config.steps)
 '''
 
 
@@ -135,7 +134,17 @@ def test_a_disk_that_is_full_is_told(tmp_path, monkeypatch, capsys):
     path = tmp_path / "ended.py"
     path.write_text(ENDED)
     assert cli.main([str(path), "--set", f"out={tmp_path}/run"]) == 2
-    assert capsys.readouterr().err == "dit-train: metrics.jsonl: No space left on device.\n"
+    told = capsys.readouterr().err
+    assert f"dit-train: {tmp_path}/run could not be written (No space left on device)" in told and "make room" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("code", [-1, 2, 256])
+def test_a_code_that_means_something_else_is_refused(tmp_path, capsys, code):
+    path = tmp_path / "ended.py"
+    path.write_text(ENDED)
+    assert cli.main([str(path), "--set", f"stopped_code={code}"]) == 2
+    assert f"stopped_code is {code}: expected 0, or 4 to 255" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

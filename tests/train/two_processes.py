@@ -11,6 +11,7 @@ import numpy as np
 from train.hosts import join, wait_for_all
 
 join()
+print("joined", flush=True)
 
 import optax  # noqa: E402
 from eight_devices import batch_at, loss_of, new_model  # noqa: E402
@@ -39,6 +40,6 @@ shard = np.asarray(kernel.addressable_shards[0].data)
 told = {"steps": outcome.steps, "stopped": outcome.stopped, "replicated": sums, "shard": shard[0, 0, :5].tolist()}
 if jax.process_index() == 0:
     time.sleep(2)
-began = time.monotonic()
+came = time.monotonic()
 wait_for_all("the end")
-print(json.dumps({**told, "waited": time.monotonic() - began}))
+print(json.dumps({**told, "came": came, "left": time.monotonic()}))

@@ -9,7 +9,7 @@ tokens are most like their neighbours in the batch at hand. No block skips more 
 mean is `ratio`, after 29 turns a block for 0.45. With `adaptive=False` as many tokens are shared out evenly instead, so
 that all blocks skip alike (the paper's uniform ratios). Skipped tokens are masked while it lasts, so that nothing is
 compiled again; the result carries the ratios, and a run with the plan `coredit` gathers the kept tokens. The log ends
-with what gathering them makes of the student on the last batch (`gathered_error`, `gathered_loss_teacher`).
+with what gathering them makes of the student on its last microbatch (`gathered_error`, `gathered_loss_teacher`).
 Samples at the noise levels of a run's last quarter of steps skip a quarter, as they do when sampled: `shift` is to be
 the sampler's.
 
@@ -41,6 +41,7 @@ from dit_jax.methods.method import Part
 from dit_jax.sharding import replicated
 from train import recipe
 from train.coredit_loss import CoreditSettings, coredit, gathered, sorted_coherence
+from train.loop import Outcome
 from train.losses import Metrics
 from train.models import Source
 from train.placement import in_dtype
@@ -191,8 +192,9 @@ def training(config: Config, source: Source) -> Training:
 
 
 def _gathered(config: Config, ready: Prepared, state: TrainState, taken: int) -> dict[str, float]:
-    """`coredit_loss.gathered` of the running mean on the batch of the last step."""
-    step, ratios = ready.step, tuple(read_ramp(config.out)[-1][1])
+    """`coredit_loss.gathered` of the running mean on the first microbatch of the last step."""
+    assert isinstance(ready.driven, Ramp) and ready.driven.shares is not None
+    step, ratios = ready.step, tuple(ready.driven.shares.tolist())
 
     def found(params, frozen, batch):
         student = in_dtype(step.rebuilt(params), step.plan.dtype)["student"]
@@ -218,6 +220,6 @@ def _result(config: Config, checkpoint: Checkpoint, trained: Mapping[str, Any]) 
     return with_files(with_transformer(checkpoint, trained["student"]), part_files({Coredit.name: part}))
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome:
     """Trains and exports."""
-    recipe.run(config, training)
+    return recipe.run(config, training)

@@ -30,6 +30,7 @@ from dit_jax.methods.method import Part
 from dit_jax.methods.patch_adapters import AdapterSettings, size_name
 from train import recipe
 from train.ddit_loss import ddit
+from train.loop import Outcome
 from train.models import Source
 from train.recipe import DEMO, RecipeConfig, Training, with_files
 from train.step import LossFunction, Plan, Update
@@ -95,6 +96,6 @@ def _result(settings: AdapterSettings, checkpoint: Checkpoint, trained: Mapping[
     return with_files(checkpoint, part_files({Ddit.name: Part(asdict(settings), leaves)}))
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome:
     """Trains and exports."""
-    recipe.run(config, training)
+    return recipe.run(config, training)

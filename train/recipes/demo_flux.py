@@ -41,7 +41,7 @@ from train.data import LatentSet
 from train.demo_models import FREE, folder_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
 from train.demo_tokenizer import token_ids
 from train.export_demo_flux import export_pipeline
-from train.loop import Hook, RunConfig, train
+from train.loop import Hook, Outcome, RunConfig, train
 from train.losses import FlowSettings, flow_matching
 from train.optimizers import muon, schedule
 from train.placement import training_mesh
@@ -100,7 +100,7 @@ class Config(RunConfig):
     export: str = ""
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome | None:
     """Encodes what is missing from the cache, then trains."""
     if config.window_every < 2:
         raise UserError(
@@ -115,7 +115,7 @@ def run(config: Config) -> None:
     )
     if config.encode_only:
         _ = close_ups.latents, pictures.latents
-        return
+        return None
     mesh = training_mesh(config.mesh)
     model = load_flux(config.init) if config.init else smooth_start(lambda: Flux(SHIPPED, rngs=nnx.Rngs(config.seed)))
     rate = schedule(config.learning_rate, config.steps, warmup=50, decay=config.decay_steps)
@@ -148,7 +148,7 @@ def run(config: Config) -> None:
             export_pipeline(config.export, with_leaves(model, state.ema), vae, text, folder_of(config.text))
 
     hooks = (Hook(config.export_every, export), Hook(config.preview_every, show))
-    train(config, step.init(model), step, batches, hooks)
+    return train(config, step.init(model), step, batches, hooks)
 
 
 def load_flux(source: str) -> Flux:

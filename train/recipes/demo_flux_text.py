@@ -36,7 +36,7 @@ from infer.digit_grammar import (
 )
 from train.demo_models import trained
 from train.demo_tokenizer import token_ids, train_clip_tokenizer, train_tokenizer
-from train.loop import Hook, RunConfig, train
+from train.loop import Hook, Outcome, RunConfig, train
 from train.optimizers import muon, schedule
 from train.placement import training_mesh
 from train.probes import PLACES, cross_entropy, digit_classes, digit_places, none_wrong, scene_classes
@@ -99,7 +99,7 @@ class TextEncoders(NamedTuple):
     clip_tokenizer: object
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome:
     """Writes the tokenizers and trains the encoders."""
     folder = Path(config.out)
     corpus = all_picture_captions_sample(CORPUS, config.seed)
@@ -122,7 +122,7 @@ def run(config: Config) -> None:
         print(f"\nstep {taken}: {100 * exact:.2f} % of unseen captions read without error", flush=True)
         return {"held_out_exact": exact}
 
-    train(config, step.init(model), step, batch_at, (Hook(200, score),))
+    return train(config, step.init(model), step, batch_at, (Hook(200, score),))
 
 
 def load_text_encoders(out: str) -> TextEncoders:

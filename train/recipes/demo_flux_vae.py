@@ -25,7 +25,7 @@ from dit_jax.parameters import with_leaves
 from infer.digit_pictures import make_pictures
 from train.data import CropSettings, random_crops
 from train.demo_models import trained
-from train.loop import Hook, RunConfig, train
+from train.loop import Hook, Outcome, RunConfig, train
 from train.losses import AutoencoderWeights, autoencoding, held_out_psnr, pixels
 from train.optimizers import muon, schedule
 from train.placement import training_mesh
@@ -51,7 +51,7 @@ class Config(RunConfig):
     held_out: int = 32
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome:
     """Trains, then writes the statistics."""
     mesh = training_mesh(config.mesh)
     vae = jax.jit(lambda: AutoencoderKL(SHIPPED, rngs=nnx.Rngs(config.seed)))()
@@ -75,6 +75,7 @@ def run(config: Config) -> None:
     outcome = train(config, step.init(vae), step, batch_at, (Hook(200, score),))
     if not outcome.stopped:
         _write_statistics(config.out, with_leaves(vae, outcome.state.ema), pool)
+    return outcome
 
 
 def load_vae(out: str) -> AutoencoderKL:

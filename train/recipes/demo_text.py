@@ -35,7 +35,7 @@ from infer.digit_grammar import (
 )
 from train.demo_models import trained
 from train.demo_tokenizer import token_ids, train_tokenizer
-from train.loop import Hook, RunConfig, train
+from train.loop import Hook, Outcome, RunConfig, train
 from train.optimizers import muon, schedule
 from train.placement import training_mesh
 from train.probes import PLACES, cross_entropy, digit_classes, digit_places, none_wrong, scene_classes
@@ -76,7 +76,7 @@ class Probes(nnx.Module):
         return self.digit(states[rows[:, None], places_B2]), self.scene(states[rows, last])
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome:
     """Writes the tokenizer and trains the encoder."""
     folder = Path(config.out) / TOKENIZER
     train_tokenizer(all_captions_sample(CORPUS, config.seed), SHIPPED.vocab_size, folder)
@@ -97,7 +97,7 @@ def run(config: Config) -> None:
         print(f"\nstep {taken}: {100 * exact:.2f} % of unseen captions read without error", flush=True)
         return {"held_out_exact": exact}
 
-    train(config, step.init(model), step, batch_at, (Hook(250, score),))
+    return train(config, step.init(model), step, batch_at, (Hook(250, score),))
 
 
 def load_text_encoder(out: str):

@@ -26,7 +26,7 @@ from dit_jax.models.vae_wan import WanVAE, WanVAEConfig
 from dit_jax.parameters import with_leaves
 from train.data import CropSettings, clip_pool, random_crops
 from train.demo_models import trained
-from train.loop import Hook, RunConfig, train
+from train.loop import Hook, Outcome, RunConfig, train
 from train.losses import AutoencoderWeights, autoencoding, held_out_psnr, pixels
 from train.optimizers import muon, schedule
 from train.placement import training_mesh
@@ -70,7 +70,7 @@ class Config(RunConfig):
     init: str = ""
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome:
     """Trains, then writes the statistics."""
     mesh = training_mesh(config.mesh)
     vae = load_vae(config.init) if config.init else fresh_vae(config.seed)
@@ -91,6 +91,7 @@ def run(config: Config) -> None:
     outcome = train(config, step.init(vae), step, batch_at, (Hook(100, score),))
     if not outcome.stopped:
         write_statistics(config.out, with_leaves(vae, outcome.state.ema), pool)
+    return outcome
 
 
 def fresh_vae(seed: int) -> WanVAE:

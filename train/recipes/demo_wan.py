@@ -44,7 +44,7 @@ from train.data import LatentSet, clip_maker
 from train.demo_models import FREE, folder_of, latents_of, of_run_or_checkpoint, picture_latents, smooth_start, trained
 from train.demo_tokenizer import token_ids
 from train.export_demo import export_pipeline
-from train.loop import Hook, RunConfig, train
+from train.loop import Hook, Outcome, RunConfig, train
 from train.losses import FlowSettings, flow_matching
 from train.optimizers import muon, schedule
 from train.placement import training_mesh
@@ -94,7 +94,7 @@ class Config(RunConfig):
     export: str = ""
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome | None:
     """Encodes what is missing from the cache, then trains."""
     if config.earlier_every < 2:
         raise UserError(
@@ -106,7 +106,7 @@ def run(config: Config) -> None:
         _close_ups(config, vae)
         _latents(config, vae, STILL, config.stills)
         _latents(config, vae, CLIP, config.clips)
-        return
+        return None
     mesh = training_mesh(config.mesh)
     model = load_wan(config.init) if config.init else smooth_start(lambda: Wan(SHIPPED, nnx.Rngs(config.seed)))
     rate = schedule(config.learning_rate, config.steps, warmup=50, decay=config.decay_steps)
@@ -150,7 +150,7 @@ def run(config: Config) -> None:
             export_pipeline(config.export, with_leaves(model, state.ema), vae, text, folder_of(config.text) / TOKENIZER)
 
     hooks = (Hook(config.export_every, export), Hook(config.preview_every, show))
-    train(config, step.init(model), step, batches, hooks)
+    return train(config, step.init(model), step, batches, hooks)
 
 
 def load_wan(source: str) -> Wan:

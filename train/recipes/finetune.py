@@ -34,6 +34,7 @@ from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.lora import Adapter, Lora, merged_leaf, untrained
 from train import recipe
+from train.loop import Outcome
 from train.losses import finetune
 from train.models import Source
 from train.recipe import DEMO, RecipeConfig, Training, with_student, with_transformer
@@ -126,6 +127,6 @@ def _write(rank: int, source: Source, trained: Mapping[str, Any], destination: P
     write_lora({HIGH_NOISE: lora}, {HIGH_NOISE: target}, destination, overwrite=True)
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome:
     """Trains and exports."""
-    recipe.run(config, training)
+    return recipe.run(config, training)

@@ -19,6 +19,7 @@ from typing import Any
 from dit_jax.config import UserError
 from dit_jax.models.wan import WanConfig
 from train import recipe
+from train.loop import Outcome
 from train.models import Source
 from train.pare_loss import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, PareSettings, PareWeights, pare
 from train.recipe import DEMO, RecipeConfig, Training, with_student
@@ -95,6 +96,6 @@ def student_of(name: str, source: Source) -> Source:
     return student
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome:
     """Trains and exports."""
-    recipe.run(config, training)
+    return recipe.run(config, training)

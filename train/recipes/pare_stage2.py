@@ -29,6 +29,7 @@ from dit_jax.methods.method import Part
 from dit_jax.methods.routing import ROUTER, Routing, router_config
 from train import recipe
 from train.block_ranking import Ranked
+from train.loop import Outcome
 from train.models import Source
 from train.optimizers import by_module
 from train.pare_loss import PareSettings, pare
@@ -113,6 +114,6 @@ def _result(router: Part, checkpoint: Checkpoint, trained: Mapping[str, Any]) ->
     return with_files(with_transformer(checkpoint, trained["student"]), files)
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome:
     """Trains and exports."""
-    recipe.run(config, training)
+    return recipe.run(config, training)

@@ -32,6 +32,7 @@ from dit_jax.models.flux import FluxConfig
 from infer.random_pipeline import TEXT_TOKENS
 from infer.side_files import DEFAULTS_FILE, SCHEDULER_FILE, read_settings
 from train import recipe
+from train.loop import Outcome
 from train.models import Source
 from train.optimizers import adamw
 from train.recipe import RecipeConfig, Training, with_files, with_transformer
@@ -159,6 +160,6 @@ def _changed(checkpoint: Checkpoint, file: str, settings: Mapping[str, Any]) -> 
     return {file: json.dumps(read_settings(checkpoint, file) | dict(settings), indent=2).encode() + b"\n"}
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Outcome:
     """Trains and exports."""
-    recipe.run(config, training)
+    return recipe.run(config, training)
