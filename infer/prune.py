@@ -160,10 +160,9 @@ def _scored(options: argparse.Namespace) -> dict[str, Heads]:
     keep_compiled_programs()
     pipe = load_pipeline(options.model, mesh=make_mesh(parse_mesh(options.mesh)) if options.mesh else None)
     asked = {"size": parse_size(options.size) if options.size else None, "frames": options.frames}
+    steps = STEPS if options.steps is None else options.steps
     with progress_bar(total=len(prompts), unit="prompt", desc="scoring heads") as bar:
-        return calibrate_heads(
-            pipe, prompts, lambda done: bar.update(done - bar.n), steps=options.steps or STEPS, **asked
-        )
+        return calibrate_heads(pipe, prompts, lambda done: bar.update(done - bar.n), steps=steps, **asked)
 
 
 def _widths(options: argparse.Namespace, source: Checkpoint, heads: Mapping[str, Heads]) -> dict[str, Widths]:
