@@ -5,13 +5,13 @@
 
 The first latent frame of a clip is an image's latent (the autoencoder is causal), so the run starts on single pictures:
 close-ups of 64 pixels that one digit fills, a quarter of the tokens of a frame and four times the share of them on
-digits; then whole first frames, which teach layout; then windows, parts of clips as large as a close-up at their own
-places (as in patch diffusion, Wang et al., arXiv 2304.12526), which teach motion; then clips. A batch of the kind
-before comes every few steps.
+digits; then windows of first frames, parts as large as a close-up at their own places (as in patch diffusion, Wang et
+al., arXiv 2304.12526), which teach digits everywhere, with whole frames in between, which teach layout; then windows of
+clips, which teach motion; then clips. A batch of the kind before comes every few steps.
 Latents are made once and kept under runs/cache, text embeddings in memory. The weights shipped are the running mean.
 On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set mesh=data=2)
 keep both busy.
-Some five hours on 2 idle CPU cores, minutes on a GPU.
+Some two hours on 2 idle CPU cores, minutes on a GPU.
 Score: `dit-eval --model FOLDER --suite moving-digits` after `python -m train.export_demo`. Reached by what ships in
 1,000 steps: 5 % of 200 prompts with all digits right, 36 % with all colours, 4 % with all directions
 (docs/demo-wan.md).
@@ -68,14 +68,15 @@ class Config(RunConfig):
     FREE: ClassVar[frozenset[str]] = FREE
 
     out: str = "runs/demo-wan"
-    steps: int = 9000
-    close_up_steps: int = 3000
-    image_steps: int = 2000
-    window_steps: int = 2000
-    decay_steps: int = 1200
+    steps: int = 8500
+    close_up_steps: int = 1000
+    image_steps: int = 2500
+    window_steps: int = 3000
+    decay_steps: int = 1500
     earlier_every: int = 4
     close_up_batch: int = 64
     image_batch: int = 32
+    image_window_batch: int = 112
     window_batch: int = 24
     clip_batch: int = 8
     close_ups: int = 16_384
@@ -116,19 +117,21 @@ def run(config: Config) -> Outcome | None:
     loss = partial(flow_matching, settings=settings)
     step = TrainStep(model, alone(loss, optimizer, ema_decay=0.998), mesh)
     embed = _embedder(text, tokenizer)
+    stills = partial(_latents, config, vae, STILL, config.stills)
     clips = partial(_latents, config, vae, CLIP, config.clips)
     window = Window(tokens=WINDOW, patch=SHIPPED.patch[-1], on=ON_DIGITS)
     batches = Batches(
         kinds={
             "close-ups": Kind(load=partial(_close_ups, config, vae), batch=config.close_up_batch),
-            "stills": Kind(load=partial(_latents, config, vae, STILL, config.stills), batch=config.image_batch),
+            "stills": Kind(load=stills, batch=config.image_batch),
+            "windows of stills": Kind(load=stills, batch=config.image_window_batch, window=window),
             "windows": Kind(load=clips, batch=config.window_batch, window=window),
             "clips": Kind(load=clips, batch=config.clip_batch),
         },
         stages=(
             Stage(kind="close-ups", steps=config.close_up_steps),
-            Stage(kind="stills", steps=config.image_steps, beside="close-ups", every=config.earlier_every),
-            Stage(kind="windows", steps=config.window_steps, beside="stills", every=config.earlier_every),
+            Stage(kind="windows of stills", steps=config.image_steps, beside="stills", every=config.earlier_every),
+            Stage(kind="windows", steps=config.window_steps, beside="windows of stills", every=config.earlier_every),
             Stage(kind="clips", beside="windows", every=config.earlier_every),
         ),
         embed=embed,
