@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.methods.coherence import Lattice
-from dit_jax.methods.coredit import Coherent, Coredit, MaskedCoherent
+from dit_jax.methods.coredit import Coherent, Coredit, MaskedCoherent, in_buckets
 from dit_jax.methods.coredit_ratios import Recorder
 from dit_jax.models.network import Aux, Dense, State, Strategy, padded_length
 from dit_jax.sampling.schedules import shifted
@@ -146,8 +146,8 @@ def gathered(
     lattice = settings.lattice(at.latents.shape, student.config.patch)
     plan = Coredit(ratios=ratios, stride=settings.stride)
     skipped = plan.skipped(lattice, sum(student.stacks), steps=1)[0, 0]
-    levels, buckets = np.unique(skipped, return_inverse=True)
-    gathering = Coherent(lattice, tuple(int(level) for level in levels))
+    levels, buckets = in_buckets(skipped)
+    gathering = Coherent(lattice, levels)
 
     def velocity(model, attention: Strategy, aux: Aux = Aux()) -> jax.Array:
         return predicted(model, at, batch, replace(call, attention=attention), aux)[0]

@@ -243,21 +243,27 @@ class Coredit:
         lattice = self.lattice(run.latents_shape, model.config.patch)
         skipped = self.skipped(lattice, sum(model.stacks), run.steps)
         # The same buckets for all experts, so that they share a program.
-        levels, table = np.unique(skipped, return_inverse=True)
+        levels, table = in_buckets(skipped)
         attention = Coherent(
             lattice,
-            tuple(int(level) for level in levels),
+            levels,
             select=self.select,
             rebuild=self.rebuild,
             rows=denoiser.branches,
             shared=self.branches == "shared",
         )
         expert = 1 + list(dict(self.experts)).index(run.component) if run.component in dict(self.experts) else 0
-        told: tuple = (Buckets(jnp.asarray(table.reshape(skipped.shape)[expert], jnp.int32)),)
+        told: tuple = (Buckets(jnp.asarray(table[expert], jnp.int32)),)
         if self.select == "random":
             told += (RandomOrders(jnp.uint32(self.seed)),)
         call = replace(denoiser.call, attention=attention)
         return replace(denoiser, call=call, steering=denoiser.steering + told)
+
+
+def in_buckets(skipped: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """(the different numbers of skipped tokens, rising; which of them each is, in the shape of `skipped`)."""
+    levels, table = np.unique(skipped, return_inverse=True)
+    return tuple(int(level) for level in levels), table.reshape(skipped.shape)
 
 
 def parse_coredit(words: Words) -> Coredit:
