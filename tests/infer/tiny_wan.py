@@ -28,14 +28,14 @@ def tokenizer():
 
 
 def randomise(model, seed=0):
-    """Ordinary random weights in place of zeros and ones, norms and gates included."""
+    """Ordinary random weights of this seed alone, around one where all were one, norms and gates included."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim < 2 or parameter.data.eq(parameter.data.flatten()[0]).all():
+        if parameter.data.eq(parameter.data.flatten()[0]).all():
             parameter.data = parameter.data + 0.2 * noise
         else:
-            parameter.data = noise * parameter[0].numel() ** -0.5
+            parameter.data = noise * (0.2 if parameter.ndim < 2 else parameter[0].numel() ** -0.5)
     return model.eval()
 
 
