@@ -87,6 +87,7 @@ def _adapter_rows(scale: int, model: Sequence[Row], shapes: Mapping[str, Any]) -
         Row(ours=f"{size}.patch.size", diffusers=f"{size}.size_embedding"),
         Row(ours=f"{residual}.conv", pattern=CONV2D, diffusers=f"{residual}.conv.weight"),
         Row(ours=f"{residual}.conv_bias", diffusers=f"{residual}.conv.bias"),
+        *linear_rows(f"{residual}.time", f"{residual}.time", ""),
         *linear_rows(f"{residual}.out", f"{residual}.out", "", POINTWISE),
     ]
 

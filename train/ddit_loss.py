@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from dit_jax.methods.patch_adapters import adapted, size_name
+from dit_jax.sampling.schedules import TRAIN_STEPS
 from train.losses import Batch, FlowSettings, Metrics, Models, mean_square, noised, predicted, with_extra
 
 
@@ -20,6 +21,6 @@ def ddit(
     at = noised(batch["latents"], key, settings)
     target, _ = jax.lax.stop_gradient(predicted(base, at, batch, settings.call))
     found, _ = predicted(adapted(base, adapter, scale), at, batch, settings.call)
-    found = found + adapter.residual(with_extra(at.latents, batch))
+    found = found + adapter.residual(with_extra(at.latents, batch), at.levels * TRAIN_STEPS)
     loss = mean_square(found - target, at.held)
     return loss, {"loss_teacher": loss}

@@ -21,7 +21,7 @@ TOKENS = 0.4  # of the base size's, that DDiT's threshold is calibrated to: four
 FEW = 4
 SHIFT = {"demo-flux": 2.0, "demo-wan": 3.0}  # of the samplers, by which CoReDiT knows a run's last steps
 # The demo variants', but for what takes longer to learn than the rest: to do without blocks, and larger patches.
-STEPS = {"pare_stage1": 300, "pare_stage2": 4800, "step_distill": 200, "coredit": 1200, "ddit": 900}
+STEPS = {"pare_stage1": 300, "pare_stage2": 4800, "step_distill": 200, "coredit": 1200, "ddit": 1800}
 BRIEF = 1 / 8  # of its steps, that stage II takes where it is compared with a rival trained as briefly
 
 

@@ -9,6 +9,7 @@ Shapes: B samples, T Y X latent grid, C latent channels, N patches.
 
 import inspect
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -58,6 +59,14 @@ def deviations(x_BCTYX, patch, scale: int):
     values, real = rows(x_BCTYX), rows(torch.ones_like(x_BCTYX))
     mean = (values * real).sum(-1, keepdim=True) / real.sum(-1, keepdim=True)
     return (((values - mean).square() * real).sum(-1) / real.sum(-1)).sqrt()
+
+
+def sinusoids(t_B, channels: int):
+    """Cosines, then sines, of timesteps at geometric frequencies from 1 to 1/10,000 [B, channels]."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64) / half).float().to(t_B.device)
+    angles = t_B[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class MergedRope(nn.Module):
@@ -135,7 +144,9 @@ class PatchSizes:
                 name = key.removesuffix(".lora_A.weight")
                 self.low_rank[scale, name] = (tensors[key].to(dtype), tensors[f"{name}.lora_B.weight"].to(dtype))
         self.residual[scale] = {
-            key: tensors[f"residual.{key}"] for key in ("conv.weight", "conv.bias", "out.weight", "out.bias")
+            f"{layer}.{leaf}": tensors[f"residual.{layer}.{leaf}"].float()
+            for layer in ("conv", "time", "out")
+            for leaf in ("weight", "bias")
         }
 
     def _adding(self, name: str):
@@ -154,10 +165,11 @@ class PatchSizes:
         if not self.wan:
             rows, columns = (int(last) + 1 for last in told["img_ids"].reshape(-1, 3).amax(0)[1:])
             seen = unpacked(seen, rows, columns, 2)
+        # A known first frame's timestep is 0, the others' is the step's.
+        self.t_B = told["timestep"].float().reshape(len(seen), -1).amax(1) * (1 if self.wan else 1000)
         if len(self.used) % self.branches == 0:
             channels = transformer.config.out_channels if self.wan else None
-            t = float(told["timestep"].max()) * (1 if self.wan else 1000)
-            self._use(transformer, self.choose(t, seen[:, :channels]))
+            self._use(transformer, self.choose(float(self.t_B.max()), seen[:, :channels]))
         self.used.append(self.scale)
         self.seen, scale = seen, self.scale
         if scale == 1:
@@ -188,9 +200,11 @@ class PatchSizes:
             velocity = unpacked(velocity, self.padded[-2] // step, self.padded[-1] // step, step)
         frames = self.seen.float().transpose(1, 2).flatten(0, 1)
         of = self.residual[self.scale]
-        hidden = F.silu(F.conv2d(frames, of["conv.weight"].float(), of["conv.bias"].float(), padding=1))
-        added = F.conv2d(hidden, of["out.weight"].float(), of["out.bias"].float())
-        added = added.unflatten(0, (len(velocity), -1)).transpose(1, 2)
+        hidden = F.conv2d(frames, of["conv.weight"], of["conv.bias"], padding=1).unflatten(0, (len(velocity), -1))
+        told_B = F.linear(sinusoids(self.t_B, of["time.weight"].shape[1]), of["time.weight"], of["time.bias"])
+        by, shift = told_B[:, None, :, None, None].chunk(2, dim=2)
+        hidden = F.silu(hidden * (1 + by) + shift).flatten(0, 1)
+        added = F.conv2d(hidden, of["out.weight"], of["out.bias"]).unflatten(0, (len(velocity), -1)).transpose(1, 2)
         velocity = (velocity[..., :rows, :columns] + added).to(velocity.dtype)
         velocity = velocity if self.wan else packed(velocity, 2)
         if isinstance(output, tuple):

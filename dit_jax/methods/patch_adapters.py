@@ -25,6 +25,7 @@ from dit_jax.methods.method import Part
 from dit_jax.models.flux import FluxConfig
 from dit_jax.models.wan import WanConfig
 from dit_jax.ops.linear import Linear
+from dit_jax.ops.timestep import sinusoids
 from dit_jax.parameters import Precision, cast, named_leaves, with_leaves
 
 # Logical axes of every parameter of the adapters.
@@ -38,11 +39,15 @@ AXES = {
     "*.lora.*.down.up": ("blocks", None, "embed"),
     "*.residual.conv": (None, None, None, None),
     "*.residual.conv_bias": (None,),
+    "*.residual.time.kernel": (None, None),
+    "*.residual.time.bias": (None,),
     "*.residual.out.kernel": (None, None),
     "*.residual.out.bias": (None,),
     "?p.out.kernel": (None, None),
     "?p.out.bias": (None,),
 }
+
+TIME_CHANNELS = 256  # of a timestep's sinusoids, as the backbones have
 
 Config = WanConfig | FluxConfig
 
@@ -95,21 +100,29 @@ class AddedLinear(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """From what the backbone sees to what is added to the velocity, frame by frame: 3x3 convolution, SiLU, 1x1; the
-    convolution in fp32."""
+    """From what the backbone sees to what is added to the velocity, frame by frame, in fp32: 3x3 convolution, scale and
+    shift by the timestep, SiLU, 1x1.
+
+    The velocity goes along the noise at pure noise and against it without: what tokens of fewer channels than their
+    patches have numbers cannot carry passes here, and how much of it is for the timestep to say.
+    """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, rngs: nnx.Rngs):
         self.conv = nnx.Param(jnp.zeros((3, 3, inputs, hidden)))
         self.conv_bias = nnx.Param(jnp.zeros(hidden))
+        self.time = Linear(TIME_CHANNELS, 2 * hidden, rngs=rngs)
         self.out = Linear(hidden, outputs, rngs=rngs)
 
-    def __call__(self, seen_BTYXC: jax.Array) -> jax.Array:
+    def __call__(self, seen_BTYXC: jax.Array, t: jax.Array) -> jax.Array:
+        """What is added [B, T, Y, X, C'] at timesteps t, one or [B]."""
         frames = einops.rearrange(seen_BTYXC.astype(jnp.float32), "b t y x c -> (b t) y x c")
-        hidden = jax.lax.conv_general_dilated(
+        conv = jax.lax.conv_general_dilated(
             frames, self.conv[...].astype(jnp.float32), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        added = self.out(jax.nn.silu(hidden + self.conv_bias[...])).astype(jnp.float32)
-        return added.reshape(*seen_BTYXC.shape[:-1], -1)
+        hidden = (conv + self.conv_bias[...]).reshape(*seen_BTYXC.shape[:-1], -1)
+        told_B = self.time(sinusoids(jnp.broadcast_to(t, seen_BTYXC.shape[:1]), TIME_CHANNELS)).astype(jnp.float32)
+        scale, shift = jnp.split(told_B[:, None, None, None], 2, axis=-1)
+        return self.out(jax.nn.silu(hidden * (1 + scale) + shift)).astype(jnp.float32)
 
 
 class SizeAdapter(nnx.Module):

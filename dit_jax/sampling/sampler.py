@@ -86,7 +86,7 @@ class Guided:
                    at the end, and their tokens have timestep 0
     steering       pytrees that say, one after the other, what a step is steered by: steer(aux, seen [B, T, Y, X, C],
                    step, conditioning) -> aux
-    residual       what is added to the guided velocity: residual([B, T, Y, X, C + C']) -> [B, T, Y, X, C], or None
+    residual       what is added to the guided velocity: residual([B, T, Y, X, C + C'], t) -> [B, T, Y, X, C], or None
     """
 
     model: Any
@@ -118,7 +118,7 @@ class Guided:
         rows, state = self.velocity_rows(self.tokens(seen), step, state, aux)
         velocity = unlayout(rows, latents.shape, patch)
         if self.residual is not None:
-            velocity = velocity + self.residual(self._with_extra(seen))
+            velocity = velocity + self.residual(self._with_extra(seen), step.t)
         return velocity, state
 
     def tokens(self, seen: jax.Array) -> Tokens:

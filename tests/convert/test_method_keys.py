@@ -121,7 +121,7 @@ def test_adapters_of_rank_0_come_back_without_low_rank_maps(kind, tmp_path):
     convert(replace(plain, files=plain.files | part_files(parts)), tmp_path / "native", "native")
     assert main(["to-torch", str(tmp_path / "native"), str(tmp_path / "torch")]) == 0
     theirs = load_file(tmp_path / "torch/methods/ddit" / WEIGHTS)
-    assert len(theirs) == len(shapes) == 18 and not any("lora" in key for key in theirs)
+    assert len(theirs) == len(shapes) == 22 and not any("lora" in key for key in theirs)
     assert main(["to-jax", str(tmp_path / "torch"), str(tmp_path / "again")]) == 0
     for place in ("native", "torch", "again"):
         assert_same(read_parts(open_checkpoint(tmp_path / place)), parts)

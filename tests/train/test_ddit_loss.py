@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from diffusers.models.embeddings import get_timestep_embedding
 from torch_twins import (
     FLUX,
     WAN,
@@ -137,13 +138,18 @@ def _with_base_weights(model, kind, other):
     assert not unexpected and all(name.startswith(other) for name in missing)
 
 
-def torch_residual(block, seen):
-    """3x3 convolution, SiLU, 1x1, frame by frame."""
+def torch_residual(block, seen, t_B):
+    """3x3 convolution, scale and shift by the timestep, SiLU, 1x1, frame by frame."""
     frames = seen.flatten(0, 1).permute(0, 3, 1, 2)
     kernel = block.conv.get_value().permute(3, 2, 0, 1)
     hidden = torch.nn.functional.conv2d(frames, kernel, block.conv_bias.get_value(), padding=1).permute(0, 2, 3, 1)
-    out = torch.nn.functional.silu(hidden) @ block.out.kernel.get_value() + block.out.bias.get_value()
-    return out.reshape(*seen.shape[:-1], -1)
+    hidden = hidden.reshape(*seen.shape[:-1], -1)
+    told_B = (
+        get_timestep_embedding(t_B, 256, flip_sin_to_cos=True, downscale_freq_shift=0) @ block.time.kernel.get_value()
+    )
+    scale, shift = (told_B + block.time.bias.get_value())[:, None, None, None].chunk(2, dim=-1)
+    hidden = hidden * (1 + scale) + shift
+    return torch.nn.functional.silu(hidden) @ block.out.kernel.get_value() + block.out.bias.get_value()
 
 
 def enlarged(latents, side):
@@ -181,7 +187,9 @@ def test_values_and_gradients_are_pytorchs(kind, scale, share):
         found = flux_velocity(model, wide, levels, batch, scale)
     else:
         found = wan_velocity(model, wide, told_levels(at, wide.shape, 2 * scale), batch)
-    found = found[:, :, : noisy.shape[2], : noisy.shape[3]] + torch_residual(leaves.residual, noisy)
+    found = found[:, :, : noisy.shape[2], : noisy.shape[3]] + torch_residual(
+        leaves.residual, noisy, torch.tensor(levels) * 1000
+    )
     expected = counted_mean((found - target).square(), at.held)
     expected.backward()
     assert relative(loss, expected.detach()) <= 1e-4

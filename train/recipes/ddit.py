@@ -38,7 +38,7 @@ from train.step import LossFunction, Plan, Update
 OPTIMIZERS = ("adamw", "prodigy")
 DRAWN = 4  # beside the run's seed, for the sizes of its steps
 
-VARIANTS = {"demo": {**DEMO, "steps": 300, "learning_rate": 1e-3}}
+VARIANTS = {"demo": {**DEMO, "steps": 300, "learning_rate": 3e-3}}
 
 
 @dataclass(frozen=True, kw_only=True)

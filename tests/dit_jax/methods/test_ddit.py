@@ -145,17 +145,22 @@ def test_a_larger_size_is_a_plain_model_with_merged_weights(backbone, scale):
     wide = wide[:, :, :, np.minimum(np.arange(-(-columns // (2 * scale)) * 2 * scale), columns - 1)]
     assert wide.shape != latents.shape, "a size that divides the lattice is no test of padding"
     expected = np.asarray(velocity(replace(plain, model=merged), jnp.asarray(wide)))[:, :, :rows, :columns]
-    assert relative_error(found, expected + slow_residual(np.asarray(latents), adapter.residual)) < 1e-5
+    assert relative_error(found, expected + slow_residual(np.asarray(latents), adapter.residual, float(STEP.t))) < 1e-5
     assert relative_error(found, expected) > 1e-2
 
 
-def slow_residual(x: np.ndarray, block) -> np.ndarray:
+def slow_residual(x: np.ndarray, block, t: float) -> np.ndarray:
     kernel, rows, columns = np.asarray(block.conv[...], np.float64), x.shape[2], x.shape[3]
     padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
     hidden = np.asarray(block.conv_bias[...], np.float64)
     for dy in range(3):
         for dx in range(3):
             hidden = hidden + padded[:, :, dy : dy + rows, dx : dx + columns] @ kernel[dy, dx]
+    angles = t * 10_000.0 ** (-np.arange(128) / 128)
+    waves = np.concatenate([np.cos(angles), np.sin(angles)])
+    told = waves @ np.asarray(block.time.kernel[...], np.float64) + np.asarray(block.time.bias[...], np.float64)
+    scale, shift = np.split(told, 2)
+    hidden = hidden * (1 + scale) + shift
     hidden = hidden / (1 + np.exp(-hidden))
     return hidden @ np.asarray(block.out.kernel[...], np.float64) + np.asarray(block.out.bias[...], np.float64)
 
