@@ -75,7 +75,7 @@ def test_adapters_have_the_rank_that_is_asked_for(tmp_path):
     config = ddit.Config(rank=3, seed=3)
     low = exported(ddit.training(config, source_of()), tmp_path / "low")
     parts = read_parts(open_checkpoint(low))
-    assert parts["ddit"].leaves["2p.lora.blocks.mlp.up.down"].shape == (10, 144, 3)
+    assert parts["ddit"].leaves["2p.lora.blocks.mlp.up.down"].shape == (10, 192, 3)
     again = ddit.training(replace(config, seed=5), source_of(low)).trained
     np.testing.assert_array_equal(again["4p"].residual.conv[...], parts["ddit"].leaves["4p.residual.conv"])
     with pytest.raises(UserError, match=r"rank is 0, and .*low has adapters of rank 3: expected the same; set rank=3"):

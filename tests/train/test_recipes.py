@@ -100,8 +100,8 @@ def test_a_lora_is_trained_beside_the_weights_and_exported_alone_or_in_them(data
     assert run("finetune", out, data, "lora=3", "learning_rate=0.01")[0] == 0
     mean = load_ema(out)
     assert {name.partition(".")[0] for name in mean} == {"lora"}
-    assert mean["lora.blocks.attn1.q.linear.kernel.down"].shape == (10, 144, 3)
-    assert mean["lora.blocks.attn1.o.kernel.up"].shape == (10, 3, 144)
+    assert mean["lora.blocks.attn1.q.linear.kernel.down"].shape == (10, 192, 3)
+    assert mean["lora.blocks.attn1.o.kernel.up"].shape == (10, 3, 192)
     assert {name.rpartition(".")[2] for name in mean} == {"down", "up"}
     assert [path.name for path in alone.iterdir()] == [LORA_WEIGHTS]
     target = Target.of(open_checkpoint("demo-wan").component("transformer"))
@@ -165,7 +165,7 @@ def test_pare_takes_both_stages(data, pruned, tmp_path):
     kept = {"kept_heads": 1.0, "kept_neurons": 0.5, "kept_parameters": pytest.approx(sizes[0] / sizes[1], abs=1e-6)}
     for line in (of_one, lines[0]):
         assert line == {"step": 0, "time": line["time"]} | kept
-    assert student.component("transformer").config.mlp_width < 432
+    assert student.component("transformer").config.mlp_width < 512
     parts = read_parts(student)
     parse_plan("routing").check((10,), parts)
     ranking = json.loads((tmp_path / "two" / RANKING).read_text())

@@ -12,9 +12,9 @@ Latents are made once and kept under runs/cache, text embeddings in memory. The 
 On a CPU one device leaves cores idle; two (XLA_FLAGS=--xla_force_host_platform_device_count=2, --set mesh=data=2)
 keep both busy.
 Some two hours on 2 idle CPU cores, minutes on a GPU.
-Score: `dit-eval --model FOLDER --suite moving-digits` after `python -m train.export_demo`. Reached by what ships in
-1,000 steps: 5 % of 200 prompts with all digits right, 36 % with all colours, 4 % with all directions
-(docs/demo-wan.md).
+Score: `dit-eval --model FOLDER --suite moving-digits` after `python -m train.export_demo`. Reached by what ships, in
+two runs of 13,300 steps together: 80.0 % of 200 prompts with all digits right, 98.5 % with all colours, 99.0 % with all
+directions (docs/demo-wan.md).
 """
 
 from __future__ import annotations
