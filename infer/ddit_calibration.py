@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.config import UserError
-from dit_jax.methods.ddit import Ddit, calibrated_threshold, mean_tokens, token_counts
+from dit_jax.methods.ddit import CHOICES, Ddit, calibrated_threshold, mean_tokens, token_counts, written_sizes
 from infer.prompts_file import read_prompts
 
 ROUNDS = 6  # beyond the first, which runs at the base size
@@ -32,6 +32,8 @@ def ddit_options(options: argparse.ArgumentParser) -> None:
     add = options.add_argument
     add("--tokens", type=float, required=True, metavar="SHARE", help="mean token count, as a share of the base size's")
     add("--rho", type=float, default=Ddit().quantile, metavar="R", help="quantile over patches (default 0.4)")
+    usual = written_sizes(Ddit().sizes)
+    add("--sizes", default=usual, choices=CHOICES, help=f"that may be chosen beyond p (default {usual})")
     add("--order", type=int, default=Ddit().order, choices=(1, 2, 3), help="of the difference (default 3)")
 
 
@@ -42,7 +44,7 @@ def ddit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
 
     if not 0 <= options.rho <= 1:
         raise UserError(f"--rho is {options.rho}: expected a quantile from 0 to 1; leave it out")
-    measure = Ddit(quantile=options.rho, order=options.order)
+    measure = Ddit(quantile=options.rho, order=options.order, sizes=CHOICES[options.sizes])
     request = Request(
         prompt=read_prompts(options.prompts),
         size=parse_size(options.size) if options.size else None,
@@ -56,7 +58,8 @@ def ddit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     with progress_bar(total=len(job.prompts) * (1 + ROUNDS), desc=options.kind, unit="run") as bar:
         reached = search(pipe, job, options.tokens, measure, bar.update)
     tau = nearest(reached, options.tokens)
-    told = {"tau": tau, "rho": options.rho, "order": options.order, "steps": job.steps, "tokens": options.tokens}
+    told = {"tau": tau, "rho": options.rho, "order": options.order, "sizes": options.sizes}
+    told |= {"steps": job.steps, "tokens": options.tokens}
     told |= {
         "reached": reached[tau],
         "solver": job.solver,
@@ -80,10 +83,11 @@ def ddit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
 def search(pipe: Any, job: Any, wanted: float, measure: Ddit, ran: Callable[[], Any]) -> dict[float, float]:
     """τ -> mean share of the base size's tokens in runs with it, of every τ that was tried; the first is 0.
 
-    measure  says by what sizes are chosen: quantile and order
+    measure  says what is chosen from, and by what: sizes, quantile and order
     ran      is called after every run
     """
-    tokens = token_counts((1, *pipe.latents_shape(job.size, job.frames)), pipe.transformer_config.patch)
+    shape = (1, *pipe.latents_shape(job.size, job.frames))
+    tokens = token_counts(shape, pipe.transformer_config.patch, measure.variants)
     tau, reached = 0.0, dict[float, float]()
     while tau not in reached and len(reached) <= ROUNDS:
         recorded, sizes = [], []
@@ -94,7 +98,7 @@ def search(pipe: Any, job: Any, wanted: float, measure: Ddit, ran: Callable[[], 
             if not reached and not index:
                 _check_reach(wanted, values, tokens, measure.order)
             ran()
-        count_of = dict(zip(Ddit().variants, tokens, strict=True))
+        count_of = dict(zip(measure.variants, tokens, strict=True))
         reached[tau] = float(np.mean([count_of[scale] for scale in sizes]) / tokens[0])
         if abs(reached[tau] - wanted) <= CLOSE:
             break
@@ -131,7 +135,8 @@ def nearest(reached: Mapping[float, float], wanted: float) -> float:
 
 
 def _plan(tau: float, measure: Ddit) -> str:
-    return f"{Ddit.name}:tau={tau!r}:rho={measure.quantile!r}:order={measure.order}"
+    sizes = written_sizes(measure.sizes)
+    return f"{Ddit.name}:tau={tau!r}:rho={measure.quantile!r}:order={measure.order}:sizes={sizes}"
 
 
 def _check_reach(wanted: float, values: np.ndarray, tokens: np.ndarray, order: int) -> None:

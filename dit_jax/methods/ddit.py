@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeGuard
@@ -34,6 +34,15 @@ from dit_jax.sampling.solvers import SOLVERS
 
 REMEMBERED = 4  # latents that a third difference is of
 SCALES = AdapterSettings().scales
+
+
+def written_sizes(scales: Sequence[int]) -> str:
+    """Sizes as plans and files have them: 2p/4p."""
+    return "/".join(map(size_name, scales))
+
+
+# What latents may be left to choose from, as it is written.
+CHOICES = {written_sizes(scales): scales for scales in (SCALES, *((scale,) for scale in SCALES))}
 
 
 class History(NamedTuple):
@@ -133,6 +142,7 @@ class Ddit:
     threshold       τ of the third difference, in the latents' units; it depends on the model, the schedule and the
                     number of steps (`calibrated_threshold`)
     quantile        ρ, over patches
+    sizes           that latents may choose beyond p
     spans           steps at larger sizes, known beforehand; where there are any, latents have no say
     calibrated_for  number of steps that τ was calibrated for, or None
     calibrated_with  solver likewise: another one's latents bend otherwise
@@ -141,6 +151,7 @@ class Ddit:
     threshold: float = 0.001
     order: int = 3  # of the difference
     quantile: float = 0.4
+    sizes: tuple[int, ...] = SCALES
     spans: tuple[Span, ...] = ()
     calibrated_for: int | None = None
     calibrated_with: str | None = None
@@ -162,7 +173,7 @@ class Ddit:
     @property
     def variants(self) -> tuple[int, ...]:
         """Base patches that a token may cover along y and along x."""
-        return 1, *(SCALES if self.by_latents else sorted({span.scale for span in self.spans}))
+        return 1, *(self.sizes if self.by_latents else sorted({span.scale for span in self.spans}))
 
     def breaks(self, steps: int) -> tuple[int, ...]:
         """Steps before which the size may change."""
@@ -186,7 +197,7 @@ class Ddit:
             threshold=jnp.float32(self.threshold),
             quantile=jnp.float32(self.quantile),
             patch=denoiser.model.config.patch,
-            scales=SCALES,
+            scales=self.sizes,
             order=self.order,
             held=0 if denoiser.held is None else denoiser.held.shape[1],
         )
@@ -280,14 +291,18 @@ def read_threshold(path: Path) -> Ddit:
         raise UserError(f"{path}: expected JSON with DDiT's threshold, found something else; {remedy}") from None
     told = told if isinstance(told, dict) else {}
     tau, rho, steps, solver = (told.get(name) for name in ("tau", "rho", "steps", "solver"))
-    order = told.get("order", Ddit().order)
+    order, sizes = told.get("order", Ddit().order), told.get("sizes", written_sizes(SCALES))
     if not _is_number(tau, math.inf) or not _is_number(rho, 1) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"{path}: expected `tau` from 0, `rho` from 0 to 1 and a number of `steps`; {remedy}")
     if solver not in (None, *SOLVERS):
         raise UserError(f"{path}: expected `solver` to be one of {', '.join(SOLVERS)}, found {solver!r}; {remedy}")
     if order not in (1, 2, 3):
         raise UserError(f"{path}: expected `order` to be 1, 2 or 3, found {order!r}; {remedy}")
-    return Ddit(threshold=tau, quantile=rho, order=order, calibrated_for=steps, calibrated_with=solver)
+    if not isinstance(sizes, str) or sizes not in CHOICES:
+        raise UserError(f"{path}: expected `sizes` to be one of {', '.join(CHOICES)}, found {sizes!r}; {remedy}")
+    return Ddit(
+        threshold=tau, quantile=rho, order=order, sizes=CHOICES[sizes], calibrated_for=steps, calibrated_with=solver
+    )
 
 
 def _is_number(value: Any, most: float) -> TypeGuard[float]:
@@ -295,13 +310,14 @@ def _is_number(value: Any, most: float) -> TypeGuard[float]:
 
 
 def parse_ddit(words: Words) -> Ddit:
-    """`ddit`, `ddit:tau=0.001:rho=0.4`, as calibrated, `ddit:ddit.json`, or steps known beforehand,
+    """`ddit`, `ddit:tau=0.001:rho=0.4:sizes=2p`, as calibrated, `ddit:ddit.json`, or steps known beforehand,
     `ddit:2p@0-19/4p@20-29` (others at p)."""
     usual = Ddit()
     if words.first is None:
         ddit = replace(
             usual,
             order=int(words.choice("order", str(usual.order), ("1", "2", "3"))),
+            sizes=CHOICES[words.choice("sizes", written_sizes(SCALES), tuple(CHOICES))],
             threshold=words.number("tau", usual.threshold, low=0, high=float("inf")),
             quantile=words.number("rho", usual.quantile, low=0, high=1),
         )

@@ -33,7 +33,7 @@ def run(adapted, tmp_path):
 
 
 def share_of_tokens(pipe, plan, seed, solver=None):
-    """Mean share of the base size's tokens in runs of all prompts."""
+    """(mean share of the base size's tokens in runs of all prompts, the sizes of all steps)."""
     sizes = []
     for index, prompt in enumerate(PROMPTS):
         job = pipe.prepare(Request(prompt=prompt, size=SIZE, frames=5, plan=plan, solver=solver, seed=seed + index))
@@ -41,24 +41,31 @@ def share_of_tokens(pipe, plan, seed, solver=None):
         pipe.denoise(job, chosen=lambda step, size, values: sizes.append(size))
     assert len(sizes) == STEPS * len(PROMPTS)
     tokens = dict(zip((1, 2, 4), token_counts((1, 2, 10, 12, 4), (1, 2, 2)), strict=True))
-    return np.mean([tokens[size] for size in sizes]) / tokens[1]
+    return np.mean([tokens[size] for size in sizes]) / tokens[1], set(sizes)
 
 
 def test_runs_with_the_plan_have_the_tokens_that_were_asked_for(adapted, run, tmp_path, capsys):
     pipe = load_pipeline(adapted)
-    for wanted, solver, order in ((0.6, "unipc", 3), (0.8, "euler", 2)):  # neither of which the first proposal reaches
+    # None of which the first proposal reaches.
+    for wanted, solver, order, sizes in (
+        (0.6, "unipc", 3, "2p/4p"),
+        (0.8, "euler", 2, "2p/4p"),
+        (0.6, "euler", 3, "2p"),
+    ):
         out = tmp_path / f"{wanted}.json"
         words = ["--tokens", str(wanted), "--rho", "0.5", "--solver", solver, "--seed", "3", "--out", str(out)]
-        words += ["--order", str(order)]
+        words += ["--order", str(order), "--sizes", sizes]
         assert run(*words, "--json") == 0
         report = json.loads(capsys.readouterr().out.splitlines()[-1])
-        found = share_of_tokens(pipe, f"ddit:{out}", 3, solver)
+        found, used = share_of_tokens(pipe, f"ddit:{out}", 3, solver)
+        assert max(used) == (4 if "4p" in sizes else 2)
         assert abs(found - wanted) < 0.05
         assert found == pytest.approx(report["reached"], abs=1e-9)
         held = json.loads(out.read_text())
         assert held["tau"] == report["tau"] > 0 and (held["rho"], held["steps"]) == (0.5, STEPS)
-        tau = f"ddit:tau={held['tau']}:rho=0.5:order={order}"
-        assert share_of_tokens(pipe, tau, 3, solver) == found
+        assert held["sizes"] == sizes
+        tau = f"ddit:tau={held['tau']}:rho=0.5:order={order}:sizes={sizes}"
+        assert share_of_tokens(pipe, tau, 3, solver) == (found, used)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.6.json", "0.8.json", "prompts.txt"]
     with pytest.warns(UserWarning, match="works with the euler solver: it takes the place of unipc"):
         assert pipe.prepare(Request(prompt="a fish", plan=f"ddit:{out}", size=SIZE, frames=5)).solver == "euler"

@@ -293,6 +293,9 @@ def test_a_threshold_is_calibrated_to_a_mean_token_count():
 def test_words_are_understood():
     assert parse_plan("ddit").methods == (Ddit(),)
     assert parse_plan("ddit:tau=0.02:rho=0.5").methods == (Ddit(threshold=0.02, quantile=0.5),)
+    [small] = parse_plan("ddit:tau=0.02:sizes=2p").methods
+    assert small == Ddit(threshold=0.02, sizes=(2,)) and small.variants == (1, 2)
+    assert parse_plan("ddit:sizes=2p/4p").methods == (Ddit(),)
     [fixed] = parse_plan("ddit:4p@20-29/2p@0-18").methods
     assert fixed == Ddit(spans=(Span(2, 0, 18), Span(4, 20, 29)))
     assert fixed.breaks(30) == (0, 19, 20) and fixed.breaks(40) == (0, 19, 20, 30)
@@ -312,6 +315,7 @@ def test_words_are_understood():
         ("ddit:2p", "write 2p@0-19"),
         ("ddit:2p@0-4:tau=1", "which ddit does not know"),
         ("ddit:rho=1.5", "rho from 0 to 1"),
+        ("ddit:sizes=3p", "sizes to be one of 2p/4p, 2p, 4p, found '3p'"),
         ("ddit:tau=-1", "tau from 0"),
         ("ddit+hsa:50", "ddit and hsa cannot share a plan: keys and values"),
     ],
@@ -330,6 +334,8 @@ def test_a_calibrated_threshold_is_read(tmp_path):
     file.write_text('{"tau": 0.02, "rho": 0.5, "steps": 30, "solver": "euler", "order": 2}')
     plan = parse_plan(f"ddit:{file}")
     assert plan.solver == "euler" and plan.methods[0].order == 2
+    file.write_text('{"tau": 0.02, "rho": 0.5, "steps": 30, "sizes": "4p"}')
+    assert parse_plan(f"ddit:{file}").methods[0].variants == (1, 4)
     with pytest.raises(UserError, match="'tau', which ddit does not know"):
         parse_plan(f"ddit:{file}:tau=1")
     with pytest.raises(UserError, match=r"gone\.json: expected a file with DDiT's threshold, found No such file"):
@@ -348,6 +354,7 @@ def test_a_calibrated_threshold_is_read(tmp_path):
         '{"tau": 1, "rho": 0.4, "steps": 0}',
         '{"tau": 1, "rho": 0.4, "steps": 30, "solver": "heun"}',
         '{"tau": 1, "rho": 0.4, "steps": 30, "order": 4}',
+        '{"tau": 1, "rho": 0.4, "steps": 30, "sizes": ["2p"]}',
     ],
 )
 def test_files_that_hold_no_threshold_are_refused(held, tmp_path):
@@ -364,6 +371,7 @@ def test_a_model_without_adapters_is_refused():
     plan.check((3,), {"ddit": only_2p})
     with pytest.raises(UserError, match="patches of 4p, which"):
         parse_plan("ddit").check((3,), {"ddit": only_2p})
+    parse_plan("ddit:sizes=2p").check((3,), {"ddit": only_2p})
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
