@@ -18,9 +18,7 @@ from train.stages import Stage
 SHARE = 0.69  # of the blocks, on average over a run's steps, as in the paper
 RATIO = 0.45
 TOKENS = 0.4  # of the base size's, that DDiT's threshold is calibrated to: four of five steps at twice the patch size
-SIZES = (
-    "2p"  # that it chooses beyond p: at 4p a picture has 16 tokens, and all steps bend so alike that it is 4p in most
-)
+SIZES = "2p"  # that it chooses beyond p: all steps of these models bend so alike that nearly all would be at 4p
 FEW = 4
 SHIFT = {"demo-flux": 2.0, "demo-wan": 3.0}  # of the samplers, by which CoReDiT knows a run's last steps
 # The demo variants', but for what takes longer to learn than the rest: to do without blocks, and larger patches.
@@ -158,20 +156,8 @@ def _ddit(study: Study) -> Iterator[Stage]:
 def _calibrated(study: Study, name: str, model: str, *words: str) -> Iterator[Stage]:
     file, folder = study.path(f"{name}.json"), str(study.path(model))
     command = ("dit-calibrate", "ddit", "--model", folder, "--prompts", str(study.prompts))
-    chosen = (
-        "--tokens",
-        str(TOKENS),
-        "--sizes",
-        SIZES,
-        "--steps",
-        str(study.steps),
-        "--solver",
-        "euler",
-        *words,
-        "--out",
-        str(file),
-    )
-    yield Stage(name=f"{name}-tau", makes=file, command=(*command, *chosen), after=(model,))
+    asked = ("--tokens", str(TOKENS), "--sizes", SIZES, "--steps", str(study.steps), "--solver", "euler", *words)
+    yield Stage(name=f"{name}-tau", makes=file, command=(*command, *asked, "--out", str(file)), after=(model,))
     yield _scored(study, name, folder, plan=f"ddit:{file}", of=f"{name}-tau")
 
 
