@@ -119,7 +119,8 @@ def test_a_lora_is_trained_beside_the_weights_and_exported_alone_or_in_them(data
     name = "blocks.mlp.up.kernel"
     added = np.einsum("gir,gro->gio", mean[f"lora.{name}.down"], mean[f"lora.{name}.up"])
     gap = after[name].astype(np.float32) - before[name].astype(np.float32) - added
-    assert np.linalg.norm(gap) < 0.2 * np.linalg.norm(added)
+    rounding = 1.001 * 2.0**-8 * np.abs(after[name].astype(np.float32))  # half a unit in the last of bf16's places
+    assert (np.abs(gap) <= rounding).all() and np.mean(np.abs(added) > rounding) > 0.1
 
     # The model that is trained is never what the export replaces.
     shutil.copytree(open_checkpoint("demo-wan").place, tmp_path / "model")
