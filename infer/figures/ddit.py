@@ -121,7 +121,7 @@ def _draw_values(axes: Axes, found: Sizes) -> None:
     axes.set_xlabel("step")
     axes.set_title("deviation of Δ³ within patches, ρ-quantile over patches")
     kinds = [Line2D([], [], color="#555555", linestyle=line) for line in LINES]
-    axes.legend(kinds, [f"in patches of {_name(scale)}" for scale in SCALES], loc="upper left")
+    axes.legend(kinds, [f"in patches of {_name(scale)}" for scale in SCALES], loc="upper center")
 
 
 def _draw_chosen(axes: Axes, found: Sizes) -> None:
