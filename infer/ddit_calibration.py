@@ -58,16 +58,21 @@ def ddit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     with progress_bar(total=len(job.prompts) * (1 + ROUNDS), desc=options.kind, unit="run") as bar:
         reached = search(pipe, job, options.tokens, measure, bar.update)
     tau = nearest(reached, options.tokens)
-    told = {"tau": tau, "rho": options.rho, "order": options.order, "sizes": options.sizes}
-    told |= {"steps": job.steps, "tokens": options.tokens}
-    told |= {
+    told = {
+        "tau": tau,
+        "rho": options.rho,
+        "order": options.order,
+        "sizes": options.sizes,
+        "steps": job.steps,
+        "tokens": options.tokens,
         "reached": reached[tau],
         "solver": job.solver,
         "size": job.size,
         "frames": job.frames,
         "prompts": len(job.prompts),
+        "model": pipe.name,
+        "checkpoint": pipe.hash,
     }
-    told |= {"model": pipe.name, "checkpoint": pipe.hash}
     if abs(reached[tau] - options.tokens) > FAR:
         warnings.warn(
             f"the nearest that {len(reached)} rounds came to a share of {options.tokens:g} of the tokens is "

@@ -9,10 +9,10 @@ Shapes: B samples, T Y X latent grid, C latent channels, N patches.
 
 import inspect
 import json
-import math
 from pathlib import Path
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -59,14 +59,6 @@ def deviations(x_BCTYX, patch, scale: int):
     values, real = rows(x_BCTYX), rows(torch.ones_like(x_BCTYX))
     mean = (values * real).sum(-1, keepdim=True) / real.sum(-1, keepdim=True)
     return (((values - mean).square() * real).sum(-1) / real.sum(-1)).sqrt()
-
-
-def sinusoids(t_B, channels: int):
-    """Cosines, then sines, of timesteps at geometric frequencies from 1 to 1/10,000 [B, channels]."""
-    half = channels // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64) / half).float().to(t_B.device)
-    angles = t_B[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class MergedRope(nn.Module):
@@ -201,7 +193,10 @@ class PatchSizes:
         frames = self.seen.float().transpose(1, 2).flatten(0, 1)
         of = self.residual[self.scale]
         hidden = F.conv2d(frames, of["conv.weight"], of["conv.bias"], padding=1).unflatten(0, (len(velocity), -1))
-        told_B = F.linear(sinusoids(self.t_B, of["time.weight"].shape[1]), of["time.weight"], of["time.bias"])
+        waves = get_timestep_embedding(
+            self.t_B, of["time.weight"].shape[1], flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        told_B = F.linear(waves, of["time.weight"], of["time.bias"])
         by, shift = told_B[:, None, :, None, None].chunk(2, dim=2)
         hidden = F.silu(hidden * (1 + by) + shift).flatten(0, 1)
         added = F.conv2d(hidden, of["out.weight"], of["out.bias"]).unflatten(0, (len(velocity), -1)).transpose(1, 2)

@@ -294,12 +294,11 @@ def read_threshold(path: Path) -> Ddit:
     order, sizes = told.get("order", Ddit().order), told.get("sizes", written_sizes(SCALES))
     if not _is_number(tau, math.inf) or not _is_number(rho, 1) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"{path}: expected `tau` from 0, `rho` from 0 to 1 and a number of `steps`; {remedy}")
-    if solver not in (None, *SOLVERS):
-        raise UserError(f"{path}: expected `solver` to be one of {', '.join(SOLVERS)}, found {solver!r}; {remedy}")
-    if order not in (1, 2, 3):
-        raise UserError(f"{path}: expected `order` to be 1, 2 or 3, found {order!r}; {remedy}")
-    if not isinstance(sizes, str) or sizes not in CHOICES:
-        raise UserError(f"{path}: expected `sizes` to be one of {', '.join(CHOICES)}, found {sizes!r}; {remedy}")
+    solvers = SOLVERS if solver is not None else (None,)
+    for name, value, known in (("solver", solver, solvers), ("order", order, (1, 2, 3)), ("sizes", sizes, CHOICES)):
+        if value not in tuple(known):
+            expected = ", ".join(map(str, known))
+            raise UserError(f"{path}: expected `{name}` to be one of {expected}, found {value!r}; {remedy}")
     return Ddit(
         threshold=tau, quantile=rho, order=order, sizes=CHOICES[sizes], calibrated_for=steps, calibrated_with=solver
     )

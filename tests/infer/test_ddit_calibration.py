@@ -46,7 +46,7 @@ def share_of_tokens(pipe, plan, seed, solver=None):
 
 def test_runs_with_the_plan_have_the_tokens_that_were_asked_for(adapted, run, tmp_path, capsys):
     pipe = load_pipeline(adapted)
-    # None of which the first proposal reaches.
+    # The first two of which the first proposal does not reach.
     for wanted, solver, order, sizes in (
         (0.6, "unipc", 3, "2p/4p"),
         (0.8, "euler", 2, "2p/4p"),
