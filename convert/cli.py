@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
     An interrupt or a polite kill raises SystemExit with 128 and the signal's number, once everything is cleaned up.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         with cleaned_up_when_stopped():
             if arguments.command == "inspect":
@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dit-convert", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    options = argparse.ArgumentParser(prog="dit-convert", description=__doc__)
+    commands = options.add_subparsers(dest="command", required=True)
     to_jax = commands.add_parser("to-jax", help="to a native checkpoint: the diffusers folder with Orbax weights")
     to_torch = commands.add_parser("to-torch", help="to safetensors that PyTorch code reads")
     for command in (to_jax, to_torch):
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what a checkpoint is")
     inspect.add_argument("source", metavar="SRC", help=_SOURCE)
     inspect.add_argument("--json", action="store_true", help="one JSON object")
-    return parser
+    return options
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 python -m train.miniature --model demo-flux --out runs/miniature-flux
 python -m train.miniature --model demo-flux --out runs/miniature-flux --samples 200 --only stage1
+python -m train.miniature --model demo-flux --out runs/again --known docs/benchmarks/miniature-demo-flux.json
 
 Data, pruning, training and `dit-eval` run as commands of their own, several at a time where they do not wait for each
 other. What is there is not made again, and a training that was stopped goes on: give the same command again. Students
@@ -18,8 +19,8 @@ import sys
 from pathlib import Path
 
 from dit_jax.config import UserError
-from train.miniature_stages import Study, bench_stage, mean_blocks, stages
-from train.miniature_table import report, table
+from train.miniature_stages import Study, bench_stage, sampled, stages
+from train.miniature_table import report, restore, table
 from train.stages import chosen, run_all
 
 MODELS = ("demo-flux", "demo-wan")
@@ -40,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of the trainings (default 0)")
     add("--jobs", type=int, default=2, metavar="N", help="commands at a time (default 2)")
     add("--only", metavar="NAMES", help="these parts, joined by commas, and what they need; no table")
-    add("--list", action="store_true", help="print the commands and run nothing")
+    add("--known", type=Path, metavar="FILE", help="a miniature.json: what it scored and timed is not done again")
+    add("--table", action="store_true", help="run nothing, print the table of what there is")
+    add("--list", action="store_true", help="print the commands that are left and run nothing")
     return options
 
 
@@ -60,23 +63,23 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     study = Study(
         model=options.model, out=options.out, samples=options.samples, steps=options.steps, examples=options.examples,
-        length=options.length, seed=options.seed, blocks=mean_blocks(options.model, options.steps),
+        length=options.length, seed=options.seed, **sampled(options.model, options.steps),
     )  # fmt: skip
-    wanted = chosen(stages(study), options.only)
+    if options.known:
+        restore(study, options.known)
+    timing = bench_stage(study)
+    wanted = [] if options.table else chosen([*stages(study), timing], options.only)
     if options.list:
         print("\n".join(shlex.join(stage.command) for stage in wanted))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    broken = run_all(wanted, options.jobs, options.out / "logs")
-    if broken:
-        print(f"miniature: {broken}", file=sys.stderr)
-        return 1
+    beside_nothing = [stage for stage in wanted if stage == timing]
+    for parts, jobs in ([stage for stage in wanted if stage != timing], options.jobs), (beside_nothing, 1):
+        if broken := parts and run_all(parts, jobs, options.out / "logs"):
+            print(f"miniature: {broken}", file=sys.stderr)
+            return 1
     if options.only:
         return 0
-    timed = bench_stage(study)
-    if broken := run_all([timed], 1, options.out / "logs"):
-        print(f"miniature: {broken}", file=sys.stderr)
-        return 1
     found = report(study)
     (options.out / "miniature.json").write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))

@@ -20,9 +20,12 @@ RATIO = 0.45
 TOKENS = 0.4  # of the base size's, that DDiT's threshold is calibrated to: four of five steps at twice the patch size
 SIZES = "2p"  # that it chooses beyond p: all steps of these models bend so alike that nearly all would be at 4p
 FEW = 4
-SHIFT = {"demo-flux": 2.0, "demo-wan": 3.0}  # of the samplers, by which CoReDiT knows a run's last steps
+EULER = ("--solver", "euler", "--steps")
+AS_TRAINED = ()  # a few-step student's checkpoint says how it is sampled
+RANK = 16  # of the few-step students as LoRAs
 # The demo variants', but for what takes longer to learn than the rest: to do without blocks, and larger patches.
 STEPS = {"pare_stage1": 300, "pare_stage2": 4800, "step_distill": 200, "coredit": 1200, "ddit": 1800}
+STUDENTS = ("stage1", "stage2", "coredit", "ddit", "four-steps", "stage3")
 BRIEF = 1 / 8  # of its steps, that stage II takes where it is compared with a rival trained as briefly
 
 
@@ -31,6 +34,7 @@ class Study:
     """What is asked for.
 
     blocks  that a routed student runs, without noise and at pure noise
+    shift   of the sampler's noise, by which CoReDiT knows a run's last steps
     length  of the trainings, in `STEPS`
     """
 
@@ -42,6 +46,7 @@ class Study:
     length: float
     seed: int
     blocks: tuple[int, int]
+    shift: float
 
     @property
     def videos(self) -> bool:
@@ -77,9 +82,9 @@ class Study:
         return self.out / "scores" / f"{name}.json"
 
 
-def mean_blocks(model: str, steps: int) -> tuple[int, int]:
-    """(blocks without noise, blocks at pure noise) that lie about as far apart as the paper's and whose mean over a
-    run's steps is nearest to `SHARE`."""
+def sampled(model: str, steps: int) -> dict[str, Any]:
+    """What a `Study` takes from how the model is sampled: `shift`, and as `blocks` those (without noise, at pure noise)
+    that lie about as far apart as the paper's and whose mean over a run's steps is nearest to `SHARE`."""
     from infer import load_pipeline
     from infer.request import Request
 
@@ -91,7 +96,7 @@ def mean_blocks(model: str, steps: int) -> tuple[int, int]:
         (least, least + apart) for apart in (usual, usual - 1, usual + 1) for least in range(2, blocks - apart + 1)
     ]
     shares = [Routing(least=least, most=most).mean_share(timesteps, blocks) for least, most in pairs]
-    return pairs[int(np.argmin(np.abs(np.array(shares) - SHARE)))]
+    return {"blocks": pairs[int(np.argmin(np.abs(np.array(shares) - SHARE)))], "shift": pipe.shift.constant}
 
 
 def stages(study: Study) -> list[Stage]:
@@ -110,6 +115,9 @@ def _data(study: Study) -> Iterator[Stage]:
         command=(*encode, "--buckets", study.bucket, "--out", str(study.path("data"))),
     )  # fmt: skip
     yield _scored(study, "teacher", study.model, against=None)
+    unguided = ("--guidance", "1") if study.videos else ("--true-cfg", "1")
+    yield _scored(study, "teacher-few", study.model, sampling=(*EULER, str(FEW)))
+    yield _scored(study, "teacher-few-unguided", study.model, sampling=(*EULER, str(FEW), *unguided))
 
 
 def _pare(study: Study) -> Iterator[Stage]:
@@ -134,12 +142,22 @@ def _pare(study: Study) -> Iterator[Stage]:
 
 
 def _few_steps(study: Study) -> Iterator[Stage]:
-    yield from _student(study, "four-steps", "step_distill", {}, few=True)
-    yield from _student(study, "stage3", "step_distill", study.limits, student="stage2", plan=study.routing, few=True)
+    yield from _student(study, "four-steps", "step_distill", {}, sampling=AS_TRAINED)
+    yield from _as_lora(study, "four-steps", study.model)
+    told = {"student": "stage2", "plan": study.routing}
+    yield from _student(study, "stage3", "step_distill", study.limits, **told, sampling=AS_TRAINED)
+    yield from _as_lora(study, "stage3", str(study.path("stage2")), plan=study.routing)
+
+
+def _as_lora(study: Study, name: str, base: str, plan: str = DENSE) -> Iterator[Stage]:
+    lora = f"{name}-lora"
+    words = (str(study.path(name)), str(study.path(lora)), "--base", base, "--lora-rank", str(RANK))
+    yield Stage(name=lora, makes=study.path(lora), command=("dit-convert", "to-torch", *words), after=(name,))
+    yield _scored(study, lora, str(study.path(lora)), plan, sampling=AS_TRAINED, of=lora)
 
 
 def _coredit(study: Study) -> Iterator[Stage]:
-    told = {"ratio": RATIO, "shift": SHIFT[study.model]}
+    told = {"ratio": RATIO, "shift": study.shift}
     yield from _student(study, "coredit", "coredit", told, plan="coredit")
     yield from _student(study, "coredit-uniform", "coredit", told | {"adaptive": False}, plan="coredit")
 
@@ -177,11 +195,11 @@ def _student(
     settings: Mapping[str, Any],
     student: str = "",
     plan: str = DENSE,
-    few: bool = False,
+    sampling: tuple[str, ...] | None = None,
 ) -> Iterator[Stage]:
     """A training and its scores."""
     yield _trained(study, name, recipe, settings, student)
-    yield _scored(study, name, str(study.path(name)), plan, few=few, of=name)
+    yield _scored(study, name, str(study.path(name)), plan, sampling, of=name)
 
 
 def _trained(study: Study, name: str, recipe: str, settings: Mapping[str, Any], student: str = "") -> Stage:
@@ -204,13 +222,13 @@ def _scored(
     name: str,
     model: str,
     plan: str = DENSE,
-    few: bool = False,
+    sampling: tuple[str, ...] | None = None,
     of: str | None = None,
     against: str | None = "teacher",
 ) -> Stage:
-    """Scores beside the teacher's; a few-step student runs as its checkpoint says, all else with Euler."""
+    """Scores beside the teacher's, of Euler's method unless `sampling` says otherwise."""
     words = ["--model", model, "--samples", str(study.samples), "--plan", plan, "--report", str(study.report(name))]
-    words += [] if few else ["--steps", str(study.steps), "--solver", "euler"]
+    words += (*EULER, str(study.steps)) if sampling is None else sampling
     words += ["--keep", str(study.path("samples"))]
     words += ["--against", str(study.report(against))] if against else []
     after = tuple(filter(None, (of, against and f"{against}-scores")))
@@ -218,16 +236,17 @@ def _scored(
 
 
 def bench_stage(study: Study) -> Stage:
-    """The timing of all that the table has."""
-    plans = ",".join(entry for entry in entries(study).values())
+    """The timing of the teacher and its students."""
+    plans = ",".join(entries(study).values())
     words = ("--model", study.model, "--steps", str(study.steps), "--solver", "euler", "--rounds", "5")
-    file = study.path("bench.json")
-    return Stage(name="bench", makes=file, command=("dit-bench", *words, "--plans", plans, "--json", str(file)))
+    file, needs = study.path("bench.json"), (*STUDENTS, "ddit-tau")
+    command = ("dit-bench", *words, "--plans", plans, "--json", str(file))
+    return Stage(name="bench", makes=file, command=command, after=needs)
 
 
 def entries(study: Study) -> dict[str, str]:
-    """How `dit-bench` names each student of the table."""
-    on = {name: f"on:{study.path(name)}" for name in ("stage1", "stage2", "coredit", "ddit", "four-steps", "stage3")}
+    """How `dit-bench` names the teacher and its students."""
+    on = {name: f"on:{study.path(name)}" for name in STUDENTS}
     return {
         "teacher": DENSE,
         "stage1": on["stage1"],

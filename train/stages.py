@@ -22,6 +22,7 @@ MODULES = {
     "dit-bench": "infer.plan_bench",
     "dit-prune": "infer.prune",
     "dit-calibrate": "infer.calibrate",
+    "dit-convert": "convert.cli",
     "dit-encode": "train.encode",
     "dit-train": "train.cli",
 }
@@ -46,17 +47,19 @@ class Stage:
 
 
 def chosen(all_stages: Sequence[Stage], names: str | None) -> list[Stage]:
-    """These stages and all that they need, in order; UserError for a name that is none."""
+    """These stages (all that no other comes after) and what they need, in order; none for the sake of what is there.
+    UserError for a name that is none."""
     by_name = {stage.name: stage for stage in all_stages}
-    if names is None:
-        return list(all_stages)
+    before = {name for stage in all_stages for name in stage.after}
+    waiting = [name for name in by_name if name not in before]
+    if names is not None:
+        waiting = [name.strip() for name in names.split(",")]
     wanted: set[str] = set()
-    waiting = [name.strip() for name in names.split(",")]
     while waiting:
         name = waiting.pop()
         if name not in by_name:
             raise UserError(f"--only names {name!r}: expected some of {', '.join(by_name)}")
-        if name not in wanted:
+        if name not in wanted and not by_name[name].makes.exists():
             wanted.add(name)
             waiting += by_name[name].after
     return [stage for stage in all_stages if stage.name in wanted]

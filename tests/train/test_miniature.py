@@ -11,22 +11,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convert import cli as convert_cli
 from dit_jax.config import UserError
 from infer import calibrate, evaluate, plan_bench, prune
 from infer.paired_scores import write_report
 from train import encode, miniature
 from train.cli import configure, load_recipe
-from train.miniature_stages import SHARE, Study, bench_stage, entries, mean_blocks, stages
-from train.miniature_table import ABLATIONS, SCORES, report, table
+from train.miniature_stages import SHARE, Study, bench_stage, entries, sampled, stages
+from train.miniature_table import ABLATIONS, ROWS, SCORES, report, restore, table
 from train.stages import Stage, chosen, run_all
 
 
 def _study(tmp_path, model="demo-flux", **settings):
-    usual = {"samples": 8, "steps": 10, "examples": 16, "length": 0.1, "seed": 3, "blocks": (3, 8)}
+    usual = {"samples": 8, "steps": 10, "examples": 16, "length": 0.1, "seed": 3, "blocks": (3, 8), "shift": 2.0}
     return Study(model=model, out=tmp_path, **usual | settings)
 
 
-PARSERS = {"dit-prune": prune.parser, "dit-encode": encode.parser, "dit-bench": plan_bench.parser}
+PARSERS = {
+    "dit-prune": prune.parser,
+    "dit-encode": encode.parser,
+    "dit-bench": plan_bench.parser,
+    "dit-convert": convert_cli.parser,
+}
 
 
 @pytest.mark.parametrize("model", ["demo-flux", "demo-wan"])
@@ -50,7 +56,7 @@ def test_every_part_is_a_command_behind_what_it_needs(tmp_path, model):
         else:
             assert command == "python"
     scored = {name.removesuffix("-scores") for name in there if name.endswith("-scores")}
-    assert scored >= set(entries(study)) and ("stage1-unprotected" in scored) == (model == "demo-wan")
+    assert scored >= {*entries(study), *ROWS} and ("stage1-unprotected" in scored) == (model == "demo-wan")
     assert {side for pair in ABLATIONS.values() for side in pair} - scored <= {"stage1-unprotected"}
 
 
@@ -64,15 +70,17 @@ def test_trainings_that_are_compared_are_as_long(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["demo-flux", "demo-wan"])
-def test_the_mean_of_the_blocks_is_the_papers(model):
+def test_the_mean_of_the_blocks_is_the_papers_and_the_shift_the_samplers(model):
     from dit_jax.methods.routing import Routing
     from infer import load_pipeline
     from infer.request import Request
 
-    least, most = mean_blocks(model, 40)
+    told = sampled(model, 40)
+    (least, most), shift = told["blocks"], told["shift"]
     pipe = load_pipeline(model)
     timesteps = pipe.schedule(pipe.prepare(Request(prompt="a red 7", steps=40, solver="euler"))).timesteps
     blocks = {"demo-flux": 12, "demo-wan": 10}[model]
+    assert shift == {"demo-flux": 2.0, "demo-wan": 3.0}[model]
     share = Routing(least=least, most=most).mean_share(timesteps, blocks)
     assert abs(share - SHARE) < 0.02 and 2 <= most - least <= 5
 
@@ -133,6 +141,20 @@ def test_only_brings_what_is_needed(tmp_path):
         chosen(stages(_study(tmp_path)), "stage9")
 
 
+def test_nothing_is_made_for_the_sake_of_what_is_there(tmp_path):
+    study = _study(tmp_path)
+    study.path("stage1").mkdir(parents=True)
+    names = [stage.name for stage in chosen(stages(study), "stage1,stage2")]
+    assert names == ["media", "data", "stage2"]
+    without = {stage.name for stage in stages(study)} - {stage.name for stage in chosen(stages(study), None)}
+    assert without == {"stage1"}, "random width and the rest still need all that comes before"
+    study.report("stage1").parent.mkdir()
+    for stage in stages(study):
+        if stage.name.endswith("-scores"):
+            stage.makes.touch()
+    assert not chosen(stages(study), None)
+
+
 def _scores(study, name, right, steps=10):
     outcomes = {score: "".join(map(str, right)) for score in SCORES[study.model]}
     told = {"suite": "digits", "samples": 8, "seeds": 1, "model": name, "settings": {"seed": 0, "steps": steps}}
@@ -142,26 +164,72 @@ def _scores(study, name, right, steps=10):
     write_report(study.report(name), {**told, **shares, **rest, "against": {"differences": changes}})
 
 
+def _timed(study):
+    few = {name: "dense:4" in entry for name, entry in entries(study).items()}
+    rows = [
+        {"plan": entry, "seconds": 0.2 if few[name] else 2.0, "steps": 4 if few[name] else 10, "measured_speedup": 1.0}
+        for name, entry in entries(study).items()
+    ]
+    study.path("bench.json").write_text(json.dumps(rows))
+
+
+def _scored(study, *names):
+    study.report("x").parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        _scores(study, name, [0] * 8 if name == "stage1-random" else [1, 1, 1, 0] * 2)
+
+
 def test_the_table_has_every_student_and_judges_ablations_in_pairs(tmp_path):
     study = _study(tmp_path)
-    study.report("x").parent.mkdir()
-    for name in {*entries(study), *(side for pair in ABLATIONS.values() for side in pair)} - {"stage1-unprotected"}:
-        _scores(study, name, [1, 1, 1, 0] * 2)
-    _scores(study, "stage1-random", [0] * 8)
-    rows = [
-        {"plan": entry, "seconds": 0.2 if "dense:4" in entry else 2.0, "steps": 4 if "dense:4" in entry else 10,
-         "measured_speedup": 1.0}
-        for entry in entries(study).values()
-    ]  # fmt: skip
-    study.path("bench.json").write_text(json.dumps(rows))
+    _scored(study, *ROWS, *{side for pair in ABLATIONS.values() for side in pair} - {"stage1-unprotected"})
+    _timed(study)
     found = report(study)
     assert found["students"]["four-steps"]["step_time"] == pytest.approx(0.25)
     lines = table(found).splitlines()
-    assert sum(line.startswith(("| teacher", "| stage", "| coredit", "| ddit", "| four")) for line in lines) == 7
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2 : 2 + len(ROWS)]] == list(ROWS)
     random = next(line for line in lines if line.startswith("| scored above random width"))
     assert "75.0 | 0.0 | +75.0" in random and random.endswith("as in the paper |")
     third = next(line for line in lines if line.startswith("| third above first"))
     assert third.endswith("not distinguishable |") and not any("protected" in line for line in lines)
+
+
+def test_the_table_has_what_there_is_so_far(tmp_path):
+    study = _study(tmp_path)
+    with pytest.raises(UserError, match="make teacher-scores first"):
+        report(study)
+    _scored(study, "teacher", "stage1", "ddit-bare")
+    found = report(study)
+    assert list(found["students"]) == ["teacher", "stage1"] and not found["ablations"]
+    assert "| stage1 |  |  |  | 75.0 |" in table(found)
+
+
+def test_what_is_known_of_a_study_is_not_done_again(tmp_path):
+    first, again = _study(tmp_path / "first"), _study(tmp_path / "again")
+    _scored(first, "teacher", "stage1", "stage1-random")
+    _timed(first)
+    file = tmp_path / "miniature.json"
+    file.write_text(json.dumps(report(first)))
+    restore(again, file)
+    assert table(report(again)) == table(report(first)) and report(again)["reports"] == report(first)["reports"]
+    _scores(again, "stage1", [0] * 8)
+    restore(again, file)
+    assert report(again)["students"]["stage1"]["digit"] == 0, "its own stay"
+    names = {stage.name for stage in chosen([*stages(again), bench_stage(again)], None)}
+    assert "coredit-scores" in names and not names & {"teacher-scores", "stage1-scores", "pruned-random", "bench"}
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "error"),
+    [(None, {"seed": 4}, "has seed 3, found 4 here"), ("[]", {}, "is no file of train.miniature")],
+)
+def test_what_is_known_of_another_study_is_refused(tmp_path, text, settings, error):
+    first = _study(tmp_path / "first")
+    _scored(first, "teacher")
+    file = tmp_path / "miniature.json"
+    file.write_text(text or json.dumps(report(first)))
+    with pytest.raises(UserError, match=error):
+        restore(_study(tmp_path / "again", **settings), file)
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(("words", "named"), [(["--only", "nothing"], "--only names 'nothing'")])
