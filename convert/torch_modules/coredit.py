@@ -6,9 +6,15 @@ and FLUX.
     add_coredit(pipe.transformer, ratios, pipe.scheduler.timesteps)
     frames = pipe("a red 7 moving left", num_inference_steps=20).frames
 
+FluxPipeline has σ of its own, and a shift by the number of tokens (calculate_shift: diffusers.pipelines.flux):
+
+    mu = calculate_shift((height // 16) * (width // 16))
+    pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 20, 20), mu=mu)
+
 Shapes: B samples, N tokens, M kept tokens, D width, G blocks.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -63,10 +69,13 @@ def _means(y_BND, weights_BN, cells_N, count: int):
     return (total / weight[..., None])[:, cells_N]
 
 
-def protected(grid, stride: int, block: int):
-    """Tokens that are never skipped [N]: one of a stride, and the first of a sub-cell without any."""
+@functools.lru_cache(maxsize=64)  # slow, and the same in every step
+@torch.inference_mode(False)  # kept for calls with gradients too
+def protected(grid, stride: int, phase: int):
+    """Tokens that a block of this index, or of one more by a stride, never skips [N]: one of a stride, and the first of
+    a sub-cell without any."""
     frames, rows, columns = grid
-    keep = (torch.arange(rows)[:, None] + torch.arange(columns) - block) % stride == 0
+    keep = (torch.arange(rows)[:, None] + torch.arange(columns) - phase) % stride == 0
     keep, (cells, count) = keep.reshape(-1), cells_of((1, rows, columns), SUB_CELL)
     for cell in range(count):
         inside = torch.nonzero(cells == cell)[:, 0]
@@ -90,7 +99,7 @@ class CoherentAttention:
         grid, device = self.state.grid, tokens.device
         cells, count = cells_of(grid, cell_sides(grid)[self.block % 2])
         likeness = coherence(tokens, cells.to(device), count)
-        never = protected(grid, self.state.stride, self.block).to(device)
+        never = protected(grid, self.state.stride, self.block % self.state.stride).to(device)
         order = torch.argsort(torch.where(never, math.inf, -likeness), dim=1, stable=True)
         stay = torch.ones_like(likeness, dtype=torch.bool).scatter_(1, order[:, :skip], False)
         # Each sample keeps tokens of its own, at places of their own.
@@ -125,7 +134,8 @@ class add_coredit:  # noqa: N801 - used as a function
     """From now on the transformer's self-attention skips tokens.
 
     ratios      contents of `methods/coredit/config.json`, or {"ratios": [one for all blocks]}
-    timesteps   of the whole run, from 1000 to 0: in the last `late_share` of its steps ratios are multiplied by `late`
+    timesteps   of the whole run, from 1000 to 0, as the pipeline will have them: in the last `late_share` of its steps
+                ratios are multiplied by `late`
     component   "transformer_2" for Wan 2.2's low-noise expert
     buckets     how many different ratios blocks may have
     """

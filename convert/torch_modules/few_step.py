@@ -5,8 +5,8 @@ at a few fixed noise levels without guidance.
     velocity = wan_velocity(pipe.transformer, encoder_hidden_states=prompt_embeds)
     latents = sample(velocity, torch.randn(1, 16, 21, 60, 104), settings)
 
-The settings: `timesteps` before the shift, `shift`, `sampler` ("renoise" or "euler"), and `guidance_scale`, which is 1:
-no second call for a negative prompt.
+The settings: `timesteps` before the shift, `shift`, `sampler` ("renoise" or "euler"), `guidance_scale`, which is 1 (no
+second call for a negative prompt), and of a FLUX.1 dev model `guidance`, which it is told.
 """
 
 import itertools

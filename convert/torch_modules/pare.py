@@ -134,6 +134,7 @@ class route:  # noqa: N801 - used as a function
     """From now on a call of the transformer runs K(t) = least + (most - least)·t/1000 of its blocks for each sample.
 
     The first and the last block always run, and count. A block that no sample of the batch chose does not run at all.
+    Where gradients are checkpointed, blocks run again as the last call chose: go backward before the next one.
 
     branches  calls of the transformer a step, which share their blocks: 2 where FLUX is called for a negative prompt
               too, the prompt first (Wan's calls choose alike by themselves)
@@ -144,13 +145,13 @@ class route:  # noqa: N801 - used as a function
         self, transformer, router: Router, least: int | None = None, most: int | None = None, branches: int = 1
     ):
         blocks = _blocks(transformer)
-        self.router, self.branches, self.calls = router.to(transformer.device), branches, 0
+        self.router, self.branches, self.calls = router, branches, 0
         self.least = max(round(LEAST * len(blocks)), 2) if least is None else least
         self.most = max(round(MOST * len(blocks)), 2) if most is None else most
         self.signature = inspect.signature(transformer.forward)
         transformer.register_forward_pre_hook(self._choose, with_kwargs=True)
         for index, block in enumerate(blocks):
-            block.forward = self._gated(block.forward, index)
+            block.forward = self._gated(block.forward, index, joint=not hasattr(transformer, "blocks"))
 
     @torch.no_grad()
     def _choose(self, transformer, args, kwargs):
@@ -164,7 +165,7 @@ class route:  # noqa: N801 - used as a function
             x, t_B = x.unflatten(-1, (-1, 1, 1, 4)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4), t_B * 1000
         else:
             x = x[:, : transformer.config.out_channels]  # behind them lie the frames that are given
-        logits = self.router(t_B, self._content(x.float(), told))
+        logits = self.router.to(x.device)(t_B, self._content(x.float(), told))
         logits[:, [0, -1]] = math.inf
         count = torch.round(self.least + (self.most - self.least) * t_B / 1000)
         rank = torch.argsort(torch.argsort(-logits, dim=1, stable=True), dim=1)
@@ -183,11 +184,12 @@ class route:  # noqa: N801 - used as a function
         change = x_BCTYX.diff(dim=2).abs().mean((1, *space)) if x_BCTYX.shape[2] > 1 else x_BCTYX.new_zeros(batch)
         return torch.cat([x_BCTYX.mean(space), x_BCTYX.std(space, correction=0), change[:, None]], dim=1)
 
-    def _gated(self, run, index: int):
+    def _gated(self, run, index: int, joint: bool):
+        """The block with a gate; where it is `joint`, as FLUX's are, it changes the text too."""
+
         def forward(hidden_states, encoder_hidden_states, *args, **kwargs):
             gate = self.gates[:, index].to(hidden_states.device)
             before = (encoder_hidden_states, hidden_states)
-            joint = "temb" in kwargs  # FLUX's blocks change the text too
             if not self.gates[:, index].any():
                 return before if joint else hidden_states
             after = run(hidden_states, encoder_hidden_states, *args, **kwargs)

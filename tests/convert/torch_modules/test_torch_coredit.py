@@ -1,17 +1,31 @@
 """CoReDiT in PyTorch against this project's own runs: the same tokens are skipped and rebuilt."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from torch_models import FRAMES, RATIOS, relative
 
-from convert.torch_modules.coredit import add_coredit, bucketed, cell_sides, cells_of, coherence, protected
+from convert.torch_modules.coredit import (
+    CoherentAttention,
+    add_coredit,
+    bucketed,
+    cell_sides,
+    cells_of,
+    coherence,
+    protected,
+)
+from convert.torch_modules.pare import load_transformer
 from dit_jax.methods import coherence as ours
 from dit_jax.methods import coredit_ratios
 from dit_jax.methods.coredit import Coredit
+from infer import load_pipeline
 from infer.request import Request
 
 # 8x6 tokens. The two tokens of a cell that has no more are equally coherent, and rounding alone would choose between
@@ -97,7 +111,7 @@ def test_no_ratio_is_the_plain_model(written):
 def test_lattices_are_cut_and_protected_alike(grid, stride):
     lattice = ours.Lattice(grid=grid, cells=ours.cell_sizes(grid), stride=stride)
     assert cell_sides(grid) == lattice.cells
-    for block in range(stride):
+    for block in range(2 * stride):
         np.testing.assert_array_equal(protected(grid, stride, block).numpy(), ours.protected(lattice)[block % stride])
     x = np.random.default_rng(0).standard_normal((2, lattice.tokens, 6)).astype(np.float32)
     for block, side in enumerate(lattice.cells):
@@ -110,3 +124,61 @@ def test_ratios_are_rounded_alike():
     for count, buckets in ((5, 2), (40, 4), (7, 7), (3, 1), (30, 5)):
         ratios = rng.integers(0, 60, count) / 100
         assert bucketed(ratios.tolist(), buckets) == list(coredit_ratios.bucketed(tuple(ratios.tolist()), buckets))
+
+
+def test_protected_tokens_are_found_once_a_lattice():
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(64.0), torch.arange(64.0))
+    model = FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    state = add_coredit(model, {"ratios": [0.4]}, [1000.0, 500.0])
+    told = {"timestep": torch.tensor([1.0]), "encoder_hidden_states": torch.zeros(1, 3, 8), "img_ids": ids}
+    state._look(model, (torch.zeros(1, 4096, 16),), told)
+    rope = (torch.zeros(4096 + 3, 8),) * 2
+    x = torch.randn(1, 3 + 4096, 4, generator=torch.Generator().manual_seed(0))
+
+    def call():
+        for block in range(2, 5):
+            assert state.skipped(block) == round(0.4 * 4096)
+            CoherentAttention(lambda attn, x, *_: x, block, state)(None, x, rope=rope)
+
+    protected.cache_clear()
+    with torch.inference_mode():
+        call()
+    assert protected.cache_info().misses == state.stride
+    x.requires_grad_()  # what was found in inference mode would be refused here
+    call()
+    assert protected.cache_info().misses == state.stride
+
+
+@pytest.mark.parametrize("written", ["flux"], indirect=True)
+@pytest.mark.parametrize("shift", [{"use_dynamic_shifting": True}, {"use_dynamic_shifting": False, "shift": 3.0}])
+def test_flux_knows_its_late_steps_as_documented(written, shift, tmp_path, monkeypatch):
+    shutil.copytree(written.folder, tmp_path / "flux-student")
+    for file in (tmp_path / "flux-student").glob("text_encoder*/model.safetensors"):  # bf16, as FLUX is published
+        save_file({key: w.bfloat16() for key, w in load_file(file).items()}, file, {"format": "pt"})
+        about = file.with_name("config.json")
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"dtype": "bfloat16"}))
+    config = tmp_path / "flux-student/scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | shift))
+    guide = (Path(__file__).parents[3] / "docs/converting.md").read_text()
+    (example,) = [
+        code
+        for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+        if "FluxPipeline.from" in code and "add_coredit" in code
+    ]
+    monkeypatch.chdir(tmp_path)
+    told, late = [], []
+
+    def watched(transformer, ratios, timesteps):
+        told.extend(map(float, timesteps))
+        state = add_coredit(transformer, ratios, timesteps)
+        transformer.register_forward_hook(lambda *_: late.append(state.is_late))
+
+    exec(example, here := {"json": json, "torch": torch, "load_transformer": load_transformer, "add_coredit": watched})
+    assert told == here["pipe"].scheduler.timesteps.tolist()
+    assert late == [False] * 6 + [True] * 2
+    ours = load_pipeline(tmp_path / "flux-student")
+    schedule = ours.schedule(ours.prepare(Request(prompt="a", size=(128, 128), steps=8)))
+    np.testing.assert_allclose(told, schedule.timesteps, rtol=1e-6)

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 from torch_models import ADAPTERS, relative
 
 from convert.method_parts import WEIGHTS
-from convert.torch_modules.ddit import PatchSizes, ThirdDifference, deviations
+from convert.torch_modules.ddit import PatchSizes, ThirdDifference, deviations, packed
+from convert.torch_modules.pare import load_transformer
 from dit_jax.methods import ddit as ours
 
 
@@ -95,3 +96,49 @@ def test_deviations_leave_out_what_lies_beyond_the_lattice(shape, scale):
 def test_samples_choose_one_by_one():
     with pytest.raises(AssertionError, match="one by one"):
         ThirdDifference()(900.0, torch.zeros(2, 4, 1, 4, 4))
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_straight_path_has_no_third_difference_but_by_rounding(frames):
+    random, steps = torch.Generator().manual_seed(0), 8
+    noise, clean = (torch.randn(1, 16, frames, 16, 16, generator=random) for _ in range(2))
+    path = [noise + (clean - noise) * step / steps for step in range(steps)]
+    handed = [packed(x, 2) if frames == 1 else x for x in path[1:]]  # FLUX's pipeline packs its latents
+
+    def chosen(threshold, dtype, hand=False):
+        choose, sizes = ThirdDifference(threshold), []
+        for _ in range(2):  # of the first run's last latents the second knows nothing
+            for step, x in enumerate(path):
+                sizes.append(choose(1000.0 - step, x.to(dtype)))
+                if hand:
+                    assert choose.after_step(None, step, None, {"latents": (handed + handed[:1])[step]}) == {}
+        assert sizes[:steps] == sizes[steps:]
+        return sizes[:steps]
+
+    assert chosen(1e-6, torch.float32) == [1] * 3 + [4] * 5
+    assert chosen(0.004, torch.bfloat16) == [1] * 8
+    assert chosen(0.008, torch.bfloat16) == [1] * 3 + [4] * 5
+    # The noise, which the fourth step's choice knows, comes with the transformer's input alone.
+    assert chosen(1e-6, torch.bfloat16, hand=True) == [1] * 4 + [4] * 4
+    assert chosen(0.002, torch.bfloat16, hand=True) == [1] * 3 + [4] * 5
+
+
+@pytest.mark.parametrize("written", ["text-to-video", "flux"], indirect=True)
+def test_a_pipeline_hands_its_latents_over(written):
+    pipeline = written.theirs()
+    pipeline.transformer = load_transformer(written.folder / "transformer", torch.bfloat16)
+    if written.kind == "flux":
+        pipeline.to(torch.bfloat16)
+    choose, latents = ThirdDifference(threshold=0), []
+
+    def after_step(pipe, step, t, told):
+        latents.append(told["latents"])
+        return choose.after_step(pipe, step, t, told)
+
+    added(written, pipeline, choose)
+    written.by_diffusers(pipeline, 5, callback_on_step_end=after_step)
+    of_pipeline = latents[:4]
+    assert {x.dtype for x in of_pipeline} == {torch.bfloat16 if written.kind == "flux" else torch.float32}
+    found = [packed(x, 2) if written.kind == "flux" else x for x in choose.last]
+    for x, expected in zip(found, of_pipeline, strict=True):
+        assert torch.equal(x, expected.float())

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from torch_models import BLOCKS, KEPT, relative
+from torch_models import BLOCKS, KEPT, inputs, relative, transformer
 
-from convert.torch_modules.pare import load_router, load_transformer, route
+from convert.torch_modules.pare import Router, load_router, load_transformer, route
 from dit_jax.methods.routing import RecordedRouting
 
 
@@ -71,3 +71,23 @@ def test_all_blocks_are_the_plain_model(written):
     plain = written.by_diffusers(pipeline, 1)
     route(pipeline.transformer, load_router(written.folder / "methods/router"), BLOCKS, BLOCKS)
     np.testing.assert_array_equal(written.by_diffusers(pipeline, 1), plain)
+
+
+@pytest.mark.parametrize("kind", ["text-to-video", "flux"])
+def test_blocks_that_are_checkpointed_are_routed_alike(kind):
+    def trained(checkpointing):
+        model = transformer(kind).train()
+        torch.manual_seed(3)
+        routing = route(model, Router("none", 0, BLOCKS), 3, 3)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        told = inputs(kind, 3, 4, count=2)
+        # One block runs for one sample alone, and another for none.
+        routing.router.forward = lambda *_: torch.tensor([[0.0, 1, 3, 2, 0], [0, 1, 2, 3, 0]])
+        (velocity,) = model(**told, return_dict=False)
+        velocity.square().mean().backward()
+        ran = [parameter.grad is not None for parameter in model.parameters()]
+        assert any(ran) and not all(ran)
+        return velocity.detach(), {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
+
+    torch.testing.assert_close(trained(True), trained(False), rtol=1e-6, atol=1e-7)

@@ -63,6 +63,22 @@ def transformer(kind):
     )  # fmt: skip
 
 
+def inputs(kind, rows, columns, count=1, dtype=torch.float32):
+    """What a transformer is called with, at so many tokens a frame: random, of ordinary size."""
+    random = torch.Generator().manual_seed(5)
+
+    def of(*shape):
+        return torch.randn(count, *shape, generator=random).to(dtype)
+
+    if kind != "flux":
+        told = {"hidden_states": of(4, 3, 2 * rows, 2 * columns), "encoder_hidden_states": of(6, tiny_wan.TEXT_WIDTH)}
+        return told | {"timestep": torch.full((count,), 500.0)}
+    told = {"hidden_states": of(rows * columns, 16), "encoder_hidden_states": of(6, tiny_flux.TEXT_WIDTH)}
+    told |= {"pooled_projections": of(tiny_flux.POOLED_WIDTH), "guidance": torch.full((count,), 2.5)}
+    places = torch.cartesian_prod(*(torch.arange(float(size)) for size in (1, rows, columns)))
+    return told | {"timestep": torch.full((count,), 0.5), "img_ids": places, "txt_ids": torch.zeros(6, 3)}
+
+
 def random_widths(config, seed=0):
     rng = np.random.default_rng(seed)
 
@@ -188,11 +204,11 @@ class Written:
         )  # fmt: skip
         return self.pipe.denoise(self.pipe.prepare(request), **told)
 
-    def by_diffusers(self, pipeline, steps, count=1, guided=True):
+    def by_diffusers(self, pipeline, steps, count=1, guided=True, **told):
         """The same by diffusers' pipeline, whatever has been done to its transformer."""
         shared = dict(
             prompt=PROMPTS[:count], negative_prompt=[NEGATIVE] * count, width=self.size[0], height=self.size[1],
-            num_inference_steps=steps, output_type="latent",
+            num_inference_steps=steps, output_type="latent", **told,
         )  # fmt: skip
         noise = torch.tensor(self.noise(count)).permute(0, 4, 1, 2, 3)
         with torch.no_grad():
@@ -201,7 +217,7 @@ class Written:
                 cfg = 3.0 if guided else 1.0
                 found = pipeline(**shared, latents=cells, true_cfg_scale=cfg, guidance_scale=2.5).images
                 cells = found.transpose(1, 2).unflatten(2, (self.cells[1] // 2, self.cells[0] // 2))
-                return torch.nn.functional.pixel_shuffle(cells, 2).permute(0, 2, 3, 1)[:, None].numpy()
+                return torch.nn.functional.pixel_shuffle(cells, 2).permute(0, 2, 3, 1)[:, None].float().numpy()
             if steps == 1:
                 pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
             scale = 3.5 if guided else 1.0
