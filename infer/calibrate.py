@@ -20,7 +20,9 @@ from dit_jax.methods.coredit_ratios import CAP, Recording, allocate, most_skippe
 from dit_jax.methods.magcache import ratios_of, recording, write_ratios
 from dit_jax.methods.method import Run
 from infer.ddit_calibration import ddit, ddit_options
+from infer.given_images import given_images, image_options
 from infer.prompts_file import read_prompts
+from infer.request import Job, Request, joined, parse_size
 
 BATCH = 4  # prompts that run together
 
@@ -29,23 +31,25 @@ coredit gives every block of a model its share of --ratio: tokens are given, a f
 ones are the most alike, no block more than 60 %. It runs the model on the prompts in a few steps (--steps, 8), which
 sees as many noise levels. magcache measures how the trunk's residual grows from step to step: give it the --steps that
 will be used. ddit searches the threshold at which runs have --tokens of the base size's tokens on average; it runs the
-model's own number of steps unless --steps says otherwise, once for each prompt and round (up to 7).
+model's own number of steps unless --steps says otherwise, once for each prompt and round (up to 7). A model that
+animates an image gets --image (and --last-image): one for all prompts, or one for each in their order.
 
 examples:
   dit-calibrate coredit --model demo-flux --prompts prompts.txt --ratio 0.45 --out ratios.json
   dit-generate --model demo-flux --plan coredit:ratios.json --prompt "a red 7 above a blue 2" --out digits.png
+  dit-calibrate magcache --model wan-i2v --prompts prompts.txt --image first/*.png --steps 40 --out ratios.json
   dit-calibrate ddit --model adapted --prompts prompts.txt --tokens 0.5 --out ddit.json
   dit-generate --model adapted --plan ddit:ddit.json --prompt "a red 7 moving left" --out seven.mp4
 """
 
 
 class Kind(NamedTuple):
-    """One subcommand: its help, its own options, what it does with a pipeline to make the report, and how many steps it
-    runs by itself (None: the model's)."""
+    """One subcommand: its help, its own options, what it does with a pipeline and a request of all prompts to make the
+    report, and how many steps it runs by itself (None: the model's)."""
 
     help: str
     options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[Any, argparse.Namespace], dict[str, Any]]
+    run: Callable[[Any, argparse.Namespace, Request], dict[str, Any]]
     steps: int | None = 8
 
 
@@ -90,14 +94,14 @@ def coredit_options(options: argparse.ArgumentParser) -> None:
     )
 
 
-def coredit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
+def coredit(pipe: Any, options: argparse.Namespace, request: Request) -> dict[str, Any]:
     """Allocates the ratios of CoReDiT and writes their file."""
     if not 0 < options.ratio <= CAP:
         raise UserError(f"--ratio is {options.ratio}: expected more than 0 and at most {CAP}; change it")
     if options.stride < 2:
         raise UserError(f"--stride is {options.stride}: expected a whole number from 2; leave it out")
     watch = CoherenceWatch(options.stride)
-    prompts, job = run_prompts(pipe, options, watch)
+    job = run_prompts(pipe, request, watch, options.kind)
     assert watch.lattice is not None
     ratios = watch.ratios(options.ratio)
     told = {
@@ -107,7 +111,7 @@ def coredit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
         "size": job.size,
         "frames": job.frames,
     }
-    told |= {"prompts": prompts, "steps": job.steps}
+    told |= {"prompts": len(job.prompts), "steps": job.steps}
     partial = Path(f"{options.out}.partial")
     partial.write_text(json.dumps(ratios_file(ratios, options.stride) | told, indent=1) + "\n")
     partial.replace(options.out)
@@ -143,15 +147,20 @@ def no_options(options: argparse.ArgumentParser) -> None:
     """For what has no options of its own."""
 
 
-def magcache(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
+def magcache(pipe: Any, options: argparse.Namespace, request: Request) -> dict[str, Any]:
     """Measures the ratios of MagCache, for runs of so many steps, and writes their file."""
     if options.steps < 2:
         raise UserError(f"--steps is {options.steps}: expected at least 2, as many as the runs will have; change it")
     watch = ResidualWatch()
-    prompts, job = run_prompts(pipe, options, watch)
+    job = run_prompts(pipe, request, watch, options.kind)
     ratios = ratios_of(np.concatenate(watch.runs, axis=1))
     write_ratios(options.out, ratios)
-    return {"out": str(options.out), "ratios": ratios.round(6).tolist(), "prompts": prompts, "steps": job.steps}
+    return {
+        "out": str(options.out),
+        "ratios": ratios.round(6).tolist(),
+        "prompts": len(job.prompts),
+        "steps": job.steps,
+    }
 
 
 # Name -> what can be calibrated.
@@ -162,30 +171,35 @@ KINDS = {
 }
 
 
-def run_prompts(pipe: Any, options: argparse.Namespace, watch: Any) -> tuple[int, Any]:
-    """Runs the model on the prompts under a watch, whose `samples` is how many of a batch count; (prompts, job)."""
-    from convert.progress import progress_bar
-    from infer.request import Request, parse_size
+def request_of(options: argparse.Namespace) -> Request:
+    """What the parsed command runs: all prompts, each with its image if there are any."""
+    return Request(
+        prompt=read_prompts(options.prompts),
+        size=parse_size(options.size) if options.size else None,
+        frames=options.frames,
+        steps=options.steps,
+        solver=options.solver,
+        seed=options.seed,
+        **given_images(options),
+    )
 
-    prompts = read_prompts(options.prompts)
-    size = min(BATCH, len(prompts))
-    with progress_bar(total=len(prompts), desc=options.kind, unit="prompt") as bar:
-        for first in range(0, len(prompts), size):
-            wanted = prompts[first : first + size]
-            # The last batch is filled up, so that one program serves all of them.
-            request = Request(
-                prompt=wanted + wanted[-1:] * (size - len(wanted)),
-                size=parse_size(options.size) if options.size else None,
-                frames=options.frames,
-                steps=options.steps,
-                solver=options.solver,
-                seed=options.seed + first,
-            )
-            job = pipe.prepare(request)
+
+def run_prompts(pipe: Any, request: Request, watch: Any, title: str) -> Job:
+    """Runs the model on a request's samples, a batch at a time, under a watch whose `samples` is how many of a batch
+    count; the job of all."""
+    from convert.progress import progress_bar
+
+    job: Job = pipe.prepare(request)
+    samples = [job.single(index) for index in range(len(job.prompts))]
+    size = min(BATCH, len(samples))
+    with progress_bar(total=len(samples), desc=title, unit="prompt") as bar:
+        for first in range(0, len(samples), size):
+            wanted = samples[first : first + size]
             watch.samples = len(wanted)
-            pipe.denoise(job, watch=watch)
+            # The last batch is filled up, so that one program serves all of them.
+            pipe.denoise(joined(wanted + wanted[-1:] * (size - len(wanted))), watch=watch)
             bar.update(len(wanted))
-    return len(prompts), job
+    return job
 
 
 def parser() -> argparse.ArgumentParser:
@@ -199,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
         add = of_kind.add_argument
         add("--model", required=True, help="a checkpoint folder, a hub id org/name[@revision], demo-flux or demo-wan")
         add("--prompts", required=True, metavar="FILE", help="a file with one prompt a line")
+        image_options(of_kind)
         add("--out", required=True, type=Path, metavar="FILE", help="JSON to write")
         add("--size", metavar="WxH", help="pixels, such as 832x480 (default: the model's)")
         add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
@@ -234,12 +249,12 @@ def calibrate(options: argparse.Namespace) -> dict[str, Any]:
     from infer import load_pipeline, media
     from infer.caches import keep_compiled_programs
 
-    read_prompts(options.prompts)  # a wrong name should not wait for the model
+    request = request_of(options)  # a wrong name should not wait for the model
     media.make_room(options.out)
     keep_compiled_programs()
     with warnings_in_lines():
         pipe = load_pipeline(options.model, mesh=make_mesh(parse_mesh(options.mesh)) if options.mesh else None)
-        return KINDS[options.kind].run(pipe, options)
+        return KINDS[options.kind].run(pipe, options, request)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 
 from dit_jax.config import UserError
 from dit_jax.methods.ddit import CHOICES, Ddit, calibrated_threshold, mean_tokens, token_counts, written_sizes
-from infer.prompts_file import read_prompts
+from infer.request import Request
 
 ROUNDS = 6  # beyond the first, which runs at the base size
 CLOSE = 0.01  # share of the base size's tokens that a mean may be off when the search ends
@@ -37,24 +37,14 @@ def ddit_options(options: argparse.ArgumentParser) -> None:
     add("--order", type=int, default=Ddit().order, choices=(1, 2, 3), help="of the difference (default 3)")
 
 
-def ddit(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
+def ddit(pipe: Any, options: argparse.Namespace, request: Request) -> dict[str, Any]:
     """Searches τ for runs of so many steps and writes the file that a plan reads."""
     from convert.progress import progress_bar
-    from infer.request import Request, parse_size
 
     if not 0 <= options.rho <= 1:
         raise UserError(f"--rho is {options.rho}: expected a quantile from 0 to 1; leave it out")
     measure = Ddit(quantile=options.rho, order=options.order, sizes=CHOICES[options.sizes])
-    request = Request(
-        prompt=read_prompts(options.prompts),
-        size=parse_size(options.size) if options.size else None,
-        frames=options.frames,
-        steps=options.steps,
-        solver=options.solver,
-        seed=options.seed,
-        plan=_plan(0.0, measure),
-    )
-    job = pipe.prepare(request)
+    job = pipe.prepare(replace(request, plan=_plan(0.0, measure)))
     with progress_bar(total=len(job.prompts) * (1 + ROUNDS), desc=options.kind, unit="run") as bar:
         reached = search(pipe, job, options.tokens, measure, bar.update)
     tau = nearest(reached, options.tokens)

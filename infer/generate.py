@@ -16,6 +16,7 @@ from convert.warning_lines import warnings_in_lines
 from dit_jax.config import UserError
 from dit_jax.methods.plan import DENSE, JOINT
 from infer.digit_grammar import GRAMMARS, MOVING, PICTURES, Grammar, unknown_words
+from infer.given_images import given_images, image_options
 from infer.prompts_file import read_prompts
 from infer.video_names import NAMES, prompts_by_name, video_paths
 
@@ -66,8 +67,7 @@ def parser() -> argparse.ArgumentParser:
         help="merge a LoRA (strength 1); repeatable; transformer_2=PATH is for the low-noise expert",
     )
     add("--allow-unmatched", action="store_true", help="leave out a LoRA's keys that match no layer, with a warning")
-    add("--image", metavar="FILE", help="the first frame, for an image-to-video model")
-    add("--last-image", metavar="FILE", help="the last frame, for a model that draws between two")
+    image_options(options)
     add("--size", metavar="WxH", help="pixels, such as 832x480 (default: the model's)")
     add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
@@ -158,14 +158,12 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _request(options: argparse.Namespace, prompts: list[str]):
-    from infer import media
     from infer.request import Request, parse_guidance, parse_size
 
     return Request(
         prompt=prompts,
         negative_prompt=options.negative_prompt,
-        image=media.open_image(options.image) if options.image else None,
-        last_image=media.open_image(options.last_image) if options.last_image else None,
+        **given_images(options),
         size=parse_size(options.size) if options.size else None,
         frames=options.frames,
         steps=options.steps,

@@ -6,7 +6,7 @@ Shapes: G blocks, H heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +60,12 @@ def calibrate_heads(
     """Component -> its heads, from a plain run of each prompt.
 
     told     is called with the number of prompts that are done
-    options  of a `Request`; the steps are the timestep bins
+    options  of a `Request`; the steps are the timestep bins, and a seed is that of every run
     """
-    watch = HeadWatch()
-    for index, prompt in enumerate(prompts):
-        job = pipe.prepare(Request(prompt=prompt, **({"seed": index} | options)))
-        pipe.denoise(job, watch=watch)
+    watch, jobs = HeadWatch(), pipe.prepare(Request(prompt=list(prompts), **options))
+    for index in range(len(prompts)):
+        job = jobs.single(index)
+        pipe.denoise(replace(job, seeds=[options["seed"]]) if "seed" in options else job, watch=watch)
         told(index + 1)
     return {name: _heads(pipe, name, watch, len(prompts)) for name in watch.sums}
 

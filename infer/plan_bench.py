@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=3, metavar="R", help="warm runs of each plan, by turns (default 3)")
     add("--prompts", metavar="FILE", help="a file with one prompt a line (default: one prompt)")
     add("--image", metavar="FILE", help="the first frame, for an image-to-video model")
+    add("--last-image", metavar="FILE", help="the last frame, for a model that draws between two")
     add("--seeds", type=int, default=1, metavar="N", help="samples of each prompt, with seeds 0 to N - 1 (default 1)")
     add("--suite", metavar="NAME", help="also score every plan as dit-eval does: moving-digits or digits")
     add("--samples", type=int, default=64, metavar="N", help="prompts of --suite, each with --seeds (default 64)")
@@ -126,8 +127,10 @@ def _check(entries: list[Entry], options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}: expected at least 1")
     random = options.random or options.preset
-    if random and (options.prompts or options.image or options.suite):
-        raise UserError("random weights make no pictures: expected no --prompts, --image or --suite; leave them out")
+    if random and (options.prompts or options.image or options.last_image or options.suite):
+        raise UserError(
+            "random weights make no pictures: expected no --prompts, --image, --last-image or --suite; leave them out"
+        )
     for entry in entries:
         if (entry.on and random) or (entry.pruned and not random):
             raise UserError(f"{entry.name} has no place here: on: is for checkpoints, pruned: for random weights")
@@ -186,7 +189,7 @@ def _job_maker(
         raise UserError(f"plans of one run have one solver, found {which}: time them apart, or calibrate again")
     solver = options.solver or next(iter(needed), pipe.defaults.solver)
     size, frames = _shape(options.shape) if options.shape else (None, None)
-    image = media.open_image(options.image) if options.image else None
+    image, last_image = (media.open_image(file) if file else None for file in (options.image, options.last_image))
     guidance = parse_guidance(options.guidance) if options.guidance else None
 
     def job(pipe: Pipeline, entry: Entry, prompt: str, seed: int) -> Job:
@@ -194,6 +197,7 @@ def _job_maker(
             Request(
                 prompt=prompt,
                 image=image,
+                last_image=last_image,
                 size=size,
                 frames=frames,
                 steps=options.steps if entry.steps is None else entry.steps,

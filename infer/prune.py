@@ -40,6 +40,7 @@ from dit_jax.methods.pruning import (
     protected,
 )
 from dit_jax.models.flux import FluxConfig
+from infer.given_images import given_images, image_options
 from infer.head_calibration import Heads, calibrate_heads, plot_types
 from infer.prompts_file import read_prompts
 
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         "--prompts", metavar="FILE",
         help="prompts to score heads on, one a line (about 200); not needed for --heads 0 and --choose random",
     )  # fmt: skip
+    image_options(options)
     add("--heads", type=float, default=0.3, metavar="P", help="share of the heads that is pruned (default 0.3)")
     add("--ffn", type=float, default=0.3, metavar="P", help="share of the MLPs' neurons that is pruned (default 0.3)")
     add(
@@ -139,10 +141,12 @@ def _check_unread(options: argparse.Namespace) -> None:
     if by_lot or not options.heads:
         unread |= {"protection": "no heads are chosen by their scores"}
     if not _scores_heads(options):
-        unread |= dict.fromkeys(("prompts", "steps", "size", "frames", "mesh"), "no heads are scored")
+        of_runs = ("prompts", "image", "last_image", "steps", "size", "frames", "mesh")
+        unread |= dict.fromkeys(of_runs, "no heads are scored")
     for name, why in unread.items():
         if (value := getattr(options, name)) is not None:
-            raise UserError(f"found --{name} {value}, which nothing reads, since {why}: leave it out")
+            found = " ".join([name.replace("_", "-"), *(value if isinstance(value, list) else [str(value)])])
+            raise UserError(f"found --{found}, which nothing reads, since {why}: leave it out")
 
 
 def _scored(options: argparse.Namespace) -> dict[str, Heads]:
@@ -157,12 +161,16 @@ def _scored(options: argparse.Namespace) -> dict[str, Heads]:
             "random, without --plot"
         )
     prompts = read_prompts(options.prompts)
+    asked: dict[str, Any] = {
+        "size": parse_size(options.size) if options.size else None,
+        "frames": options.frames,
+        "steps": STEPS if options.steps is None else options.steps,
+        **given_images(options),
+    }
     keep_compiled_programs()
     pipe = load_pipeline(options.model, mesh=make_mesh(parse_mesh(options.mesh)) if options.mesh else None)
-    asked = {"size": parse_size(options.size) if options.size else None, "frames": options.frames}
-    steps = STEPS if options.steps is None else options.steps
     with progress_bar(total=len(prompts), unit="prompt", desc="scoring heads") as bar:
-        return calibrate_heads(pipe, prompts, lambda done: bar.update(done - bar.n), steps=steps, **asked)
+        return calibrate_heads(pipe, prompts, lambda done: bar.update(done - bar.n), **asked)
 
 
 def _widths(options: argparse.Namespace, source: Checkpoint, heads: Mapping[str, Heads]) -> dict[str, Widths]:

@@ -271,14 +271,19 @@ def check(job: Job, limits: Limits) -> None:
 
 def _check_images(job: Job, limits: Limits) -> None:
     if limits.image == "always" and job.images is None:
-        raise UserError("this model animates an image and none was given: pass one as image")
+        raise UserError(
+            "this model animates an image and none was given: pass one as image (--image FILE in a command)"
+        )
     if limits.image == "never" and job.images is not None:
         raise UserError(
             f"an image was given to a text-to-{'video' if limits.video else 'image'} model: leave it out or "
             "choose an image-to-video model"
         )
     if limits.last_image == "always" and job.last_images is None:
-        raise UserError("this model draws between two images and one was given: pass the other as last_image")
+        raise UserError(
+            "this model draws between two images and one was given: pass the other as last_image (--last-image FILE in "
+            "a command)"
+        )
     if job.last_images is not None and (limits.last_image == "never" or job.frames == 1):
         raise UserError(
             "a last image was given where only a first one has a place: leave it out, ask for more frames, "

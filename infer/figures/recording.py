@@ -89,4 +89,5 @@ def calibrated(
     text.write_text("\n".join(prompts) + "\n")
     words = [word for name, value in told.items() for word in (f"--{name}", str(value))]
     required = ["--model", pipe.name, "--prompts", str(text), "--out", str(out)]
-    return out, calibrate.KINDS[kind].run(pipe, calibrate.parser().parse_args([kind, *required, *words]))
+    options = calibrate.parser().parse_args([kind, *required, *words])
+    return out, calibrate.KINDS[kind].run(pipe, options, calibrate.request_of(options))

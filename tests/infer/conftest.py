@@ -22,6 +22,28 @@ def image_to_video(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def frames_to_video(tmp_path_factory):
+    """Folder of a tiny model that draws between a first and a last image."""
+    from tiny_wan import image_to_video
+
+    folder = tmp_path_factory.mktemp("flf2v") / "tiny-flf2v"
+    image_to_video(first_and_last=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Files of three small pictures that have nothing in common."""
+    import numpy as np
+    from PIL import Image
+
+    files = [tmp_path_factory.mktemp("pictures") / f"{seed}.png" for seed in (3, 4, 5)]
+    for seed, file in enumerate(files, 3):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (50, 70, 3), np.uint8)).save(file)
+    return [str(file) for file in files]
+
+
+@pytest.fixture(scope="session")
 def text_experts(tmp_path_factory):
     """(folder, diffusers pipeline) of a tiny text-to-video model of two experts."""
     from tiny_wan import two_experts

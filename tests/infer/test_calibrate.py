@@ -55,10 +55,51 @@ def test_a_batch_that_is_filled_up_counts_what_was_asked(text_to_video, prompts,
     for batch in (3, 2):
         monkeypatch.setattr(calibrate, "BATCH", batch)
         watch = calibrate.CoherenceWatch(stride=3)
-        calibrate.run_prompts(pipe, calibrate.parser().parse_args(told), watch)
+        calibrate.run_prompts(pipe, calibrate.request_of(calibrate.parser().parse_args(told)), watch, "")
         sums.append(watch.sums["transformer"])
     np.testing.assert_allclose(sums[0], sums[1], rtol=1e-4, atol=1e-4)
     assert sums[0].shape == (3, 60) and (np.diff(sums[0][:, :36]) <= 0).all()
+
+
+def test_an_image_goes_with_its_prompt_in_every_batch(image_to_video, prompts, pictures, monkeypatch):
+    pipe = load_pipeline(image_to_video[0])
+    told = ["coredit", "--model", "m", "--prompts", str(prompts), "--out", "o", "--ratio", "0.4", *SMALL, "--image"]
+
+    def coherence(batch, *images):
+        monkeypatch.setattr(calibrate, "BATCH", batch)
+        watch = calibrate.CoherenceWatch(stride=3)
+        calibrate.run_prompts(pipe, calibrate.request_of(calibrate.parser().parse_args([*told, *images])), watch, "")
+        return watch.sums["transformer"]
+
+    first, second, third = pictures
+    together = coherence(3, first, second, third)
+    np.testing.assert_allclose(coherence(2, first, second, third), together, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(coherence(3, first), coherence(3, first, first, first), rtol=1e-6)
+    for other in (coherence(3, first), coherence(3, second), coherence(3, second, first, third)):
+        assert np.abs(other - together).max() > 1e-2
+
+
+def test_a_model_that_animates_an_image(image_to_video, prompts, pictures, tmp_path, capsys):
+    command = ["magcache", "--model", str(image_to_video[0]), "--prompts", str(prompts), *SMALL]
+    found = []
+    for image in pictures[:2]:
+        assert calibrate.main([*command, "--image", image, "--out", str(tmp_path / "ratios.json")]) == 0
+        found.append(json.loads((tmp_path / "ratios.json").read_text())["ratios"])
+    assert found[0] != found[1]
+    assert calibrate.main([*command, "--out", str(tmp_path / "none.json")]) == 2
+    assert "this model animates an image and none was given: pass one as image (--image FILE" in capsys.readouterr().err
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_a_model_that_draws_between_two_images(frames_to_video, prompts, pictures, tmp_path, capsys):
+    command = ["magcache", "--model", str(frames_to_video), "--prompts", str(prompts), "--image", pictures[0], *SMALL]
+    found = []
+    for last in pictures[1:]:
+        assert calibrate.main([*command, "--last-image", last, "--out", str(tmp_path / "ratios.json")]) == 0
+        found.append(json.loads((tmp_path / "ratios.json").read_text())["ratios"])
+    assert found[0] != found[1]
+    assert calibrate.main([*command, "--out", str(tmp_path / "none.json")]) == 2
+    assert "one was given: pass the other as last_image (--last-image FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -70,6 +111,7 @@ def test_a_batch_that_is_filled_up_counts_what_was_asked(text_to_video, prompts,
         (["--ratio", "0.4", "--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--ratio", "0.4", "--size", "50x32"], "50x32"),
         (["--ratio", "0.4", "--model", "nowhere"], "nowhere"),
+        (["--ratio", "0.4", "--model", "nowhere", "--image", "nowhere.png"], "cannot read the image 'nowhere.png'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(text_to_video, prompts, tmp_path, capsys, arguments, told):
@@ -78,6 +120,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(text_to_video, prompts, tmp_p
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert printed.startswith("dit-calibrate: ") and told in printed
     assert not out.exists()
+
+
+def test_an_image_for_a_model_that_takes_none(text_to_video, prompts, pictures, tmp_path, capsys):
+    out = tmp_path / "ratios.json"
+    assert run(text_to_video[0], prompts, out, "--ratio", "0.4", *SMALL, "--image", pictures[0]) == 2
+    assert "an image was given to a text-to-video model: leave it out" in capsys.readouterr().err
 
 
 def test_magcaches_ratios_are_measured_and_used(text_to_video, prompts, tmp_path):

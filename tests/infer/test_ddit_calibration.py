@@ -10,6 +10,7 @@ from dit_jax.methods.ddit import token_counts
 from infer import calibrate, load_pipeline
 from infer.adapt import main as adapt
 from infer.ddit_calibration import next_threshold
+from infer.media import open_image
 from infer.request import Request
 
 SIZE, STEPS = (96, 80), 12
@@ -89,6 +90,31 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, tmp_path, capsys, argume
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert printed.startswith("dit-calibrate: ") and told in printed
     assert not out.exists()
+
+
+def test_a_model_that_animates_an_image(image_to_video, pictures, tmp_path, capsys):
+    folder, prompts, out = tmp_path / "adapted", tmp_path / "prompts.txt", tmp_path / "ddit.json"
+    assert adapt(["--model", str(image_to_video[0]), "--add", "ddit", "--out", str(folder)]) == 0
+    prompts.write_text("\n".join(PROMPTS))
+    command = ["ddit", "--model", str(folder), "--prompts", str(prompts), "--out", str(out), *SMALL]
+    command += ["--tokens", "0.7", "--steps", "9"]
+
+    def found(*images):
+        assert calibrate.main([*command, "--image", *images]) == 0
+        return json.loads(out.read_text())
+
+    same, each = found(pictures[0]), found(*pictures)
+    assert same["tau"] != each["tau"]
+    pipe, sizes = load_pipeline(folder), []
+    images = [open_image(file) for file in pictures]
+    for index, prompt in enumerate(PROMPTS):
+        request = Request(prompt=prompt, image=images[index], size=SIZE, frames=5, seed=index, plan=f"ddit:{out}")
+        pipe.denoise(pipe.prepare(request), chosen=lambda step, size, values: sizes.append(size))
+    tokens = dict(zip((1, 2, 4), token_counts((1, 2, 10, 12, 4), (1, 2, 2)), strict=True))
+    assert np.mean([tokens[size] for size in sizes]) / tokens[1] == pytest.approx(each["reached"], abs=1e-9)
+    capsys.readouterr()
+    assert calibrate.main(command) == 2
+    assert "pass one as image (--image FILE" in capsys.readouterr().err
 
 
 def test_a_model_without_adapters_is_refused(text_to_video, run, tmp_path, capsys):

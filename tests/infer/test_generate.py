@@ -203,7 +203,9 @@ def test_an_image_to_video_model(image_to_video, tmp_path, capsys):
     Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8)).save(image)
     arguments = ["--prompt", PROMPT, "--out", str(out), *SMALL]
     assert run(image_to_video[0], *arguments) == 2
-    assert "pass one as image" in capsys.readouterr().err
+    assert "pass one as image (--image FILE in a command)" in capsys.readouterr().err
+    assert run(image_to_video[0], *arguments, "--image", str(image), str(image)) == 2
+    assert "2 images came with 1 prompts: expected one for each, or one for all" in capsys.readouterr().err
     assert run(image_to_video[0], *arguments, "--image", str(image)) == 0
     assert frames_of(out).std() > 10
 

@@ -9,8 +9,9 @@ from tiny_flux import pipeline as flux_pipeline
 from convert.checkpoint import load_model, open_checkpoint
 from dit_jax.methods.pruning import HEAD_TYPES
 from dit_jax.parameters import named_leaves
-from infer import load_pipeline
+from infer import load_pipeline, prune
 from infer.head_calibration import calibrate_heads, plot_types
+from infer.media import open_image
 from infer.prune import chosen_widths, main, widths_by_lot
 
 PROMPTS = ["a red cat runs", "the dog sleeps on the moon"]
@@ -75,6 +76,55 @@ def test_scores_follow_what_a_head_adds(text_to_video):
     assert set(once["transformer"].types.ravel()) <= set(HEAD_TYPES)
 
 
+@pytest.fixture
+def scored(monkeypatch):
+    """All heads that the command has scored, as [G, H] of self- and cross-attention."""
+    found = []
+
+    def noted(*told, **options):
+        heads = calibrate_heads(*told, **options)
+        found.append(np.stack([*heads["transformer"].scores.values()]))
+        return heads
+
+    monkeypatch.setattr(prune, "calibrate_heads", noted)
+    return found
+
+
+def test_heads_of_a_model_that_animates_an_image(image_to_video, prompts, pictures, scored, tmp_path, capsys):
+    options = ["--prompts", prompts, "--heads", "0.5", "--frames", "5", *SHORT]
+    for out, *images in (("one", pictures[0]), ("other", pictures[1]), ("each", *pictures[:2])):
+        assert run(image_to_video[0], tmp_path / out, *options, "--image", *images) == 0
+    assert open_checkpoint(tmp_path / "each").component("transformer").config.heads == 1
+    assert all(np.abs(scores / scored[0] - 1).max() > 1e-3 for scores in scored[1:]), "the image matters"
+    assert np.abs(scored[1] / scored[2] - 1).max() > 1e-3, "each prompt has its own"
+    assert run(image_to_video[0], tmp_path / "none", *options) == 2
+    assert "this model animates an image and none was given: pass one as image (--image FILE" in capsys.readouterr().err
+    assert run(image_to_video[0], tmp_path / "none", *options, "--image", *pictures) == 2
+    assert "3 images came with 2 prompts: expected one for each, or one for all" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_image_goes_with_its_prompt(image_to_video, pictures):
+    pipe, images = load_pipeline(image_to_video[0]), [open_image(file) for file in pictures[:2]]
+    options = dict(size=(32, 32), frames=5, steps=2, seed=0)
+    both = calibrate_heads(pipe, PROMPTS, image=images, **options)["transformer"]
+    alone = [
+        calibrate_heads(pipe, [prompt], image=image, **options)["transformer"]
+        for prompt, image in zip(PROMPTS, images, strict=True)
+    ]
+    for modules, scores in both.scores.items():
+        np.testing.assert_allclose(scores, np.mean([one.scores[modules] for one in alone], axis=0), rtol=1e-5)
+
+
+def test_heads_of_a_model_that_draws_between_two_images(frames_to_video, prompts, pictures, scored, tmp_path, capsys):
+    options = ["--prompts", prompts, "--heads", "0.5", "--frames", "5", *SHORT, "--image", pictures[0]]
+    for last in pictures[1:]:
+        assert run(frames_to_video, tmp_path / "narrow", *options, "--last-image", last, "--overwrite") == 0
+    assert np.abs(scored[0] / scored[1] - 1).max() > 1e-3, "the last image matters"
+    assert run(frames_to_video, tmp_path / "none", *options) == 2
+    assert "one was given: pass the other as last_image (--last-image FILE" in capsys.readouterr().err
+
+
 def test_types_are_drawn(tmp_path):
     types = np.array([["spatial", "mixed", "temporal"]] * 4)
     plot_types(types, np.tile([0, 2], (4, 1)), tmp_path / "types.png")
@@ -104,6 +154,11 @@ def test_lots_need_no_prompts_and_are_those_of_their_seed(text_experts, tmp_path
         assert (one["blocks.mlp.up.kernel"].rectangle(None) != other["blocks.mlp.up.kernel"].rectangle(None)).any()
 
 
+def test_an_image_for_a_model_that_takes_none(text_to_video, prompts, pictures, tmp_path, capsys):
+    assert run(text_to_video[0], tmp_path / "out", "--prompts", prompts, *SHORT, "--image", pictures[0]) == 2
+    assert "an image was given to a text-to-video model: leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -116,6 +171,8 @@ def test_lots_need_no_prompts_and_are_those_of_their_seed(text_experts, tmp_path
         (["--heads", "0", "--prompts", "prompts.txt"], "found --prompts prompts.txt, which nothing reads"),
         (["--choose", "random", "--frames", "5"], "found --frames 5, which nothing reads, since no heads are scored"),
         (["--prompts", "nowhere.txt"], "cannot read the prompts"),
+        (["--heads", "0", "--last-image", "a.png", "b.png"], "found --last-image a.png b.png, which nothing reads"),
+        (["--prompts", __file__, "--image", "nowhere.png"], "cannot read the image 'nowhere.png'"),
     ],
 )
 def test_bad_input_is_one_sentence(text_to_video, options, told, tmp_path, capsys):
