@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -58,14 +59,24 @@ def write_native(folder: Path, leaves: Mapping[str, Leaf], axes: AxesTable) -> N
     Raises OSError naming the leaf's folder when the disk is full or fails.
     """
     with _only_errors_logged():
+        alone = in_this_process_alone()
         handler = ocp.PyTreeCheckpointHandler(
+            multiprocessing_options=alone,
             use_ocdbt=False,  # one folder a leaf: blocks go to disk as they come and nothing waits for a commit
             type_handler_registry=ocp.type_handlers.create_type_handler_registry((Leaf, _StreamHandler(axes))),
         )
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save(folder.resolve(), args=ocp.args.PyTreeSave(_nested(leaves)))
     with ThreadPoolExecutor() as pool:
         list(pool.map(flush, (file for file in folder.rglob("*") if file.is_file())))
+
+
+def in_this_process_alone() -> ocp.options.MultiprocessingOptions:
+    """For an Orbax checkpointer that waits for no other process of a run."""
+    number = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=number, active_processes={number}, barrier_sync_key_prefix=f"alone{number}"
+    )
 
 
 def read_native(folder: Path) -> dict[str, Leaf]:

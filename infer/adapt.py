@@ -30,12 +30,12 @@ from dit_jax.models.flux import FluxConfig
 
 
 def untrained_adapters(
-    component: Component, leaves: Mapping[str, Leaf], seed: int, rank: int = AdapterSettings.rank
+    component: Component, leaves: Mapping[str, Leaf], seed: int, settings: AdapterSettings | None = None
 ) -> Part:
     """DDiT's adapters, resized from the model's own patch embedding and head."""
     names = ("patch.kernel", "patch.bias", "out.kernel", "out.bias")
     layers = {name: leaves[name].block(None) for name in names}
-    return untrained_part(component.config, layers, seed, AdapterSettings(rank=rank))
+    return untrained_part(component.config, layers, seed, settings or AdapterSettings())
 
 
 def untrained_router(component: Component, leaves: Mapping[str, Leaf], seed: int, content: bool = True) -> Part:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dit_jax.models.network import Conditioning
 from dit_jax.sampling.sampler import Guided
-from dit_jax.sampling.schedules import Schedule
+from dit_jax.sampling.schedules import Schedule, Shift
 from infer.loras import Held
 from infer.pipeline import Pipeline, interleaved
 from infer.request import Defaults, Job
@@ -30,6 +30,9 @@ class FluxPipeline(Pipeline):
     def _usual(self) -> Defaults:
         return USUAL
 
+    def _read_shift(self) -> Shift:
+        return read_flux_shift(self.checkpoint)
+
     def lora_models(self) -> dict[str, Held]:
         held = vars(self)
         return {
@@ -39,7 +42,6 @@ class FluxPipeline(Pipeline):
         }
 
     def _load_models(self, dtype: Any, offload_expert: bool) -> None:
-        self.shift = read_flux_shift(self.checkpoint)
         self.clip_tokenizer = load_tokenizer(self.checkpoint, "tokenizer")
         self.tokenizer = load_tokenizer(self.checkpoint, "tokenizer_2")
         self.transformer = self._load("transformer", dtype)

@@ -65,8 +65,7 @@ class Pipeline(ABC):
     ):
         self.checkpoint, self.name, self.mesh, self.programs = checkpoint, name, mesh, Programs()
         self.hash = checkpoint_hash(checkpoint)
-        self.defaults = read_defaults(checkpoint, self._usual())
-        self.parts = {name: self._read_parts(name) for name in transformers(checkpoint)}
+        self._read_settings()
         self.loras: list[dict[str, Any]] = []  # name, hash and strength of each that is merged
         self._chosen: dict[str, list[tuple[Lora, float]]] = {}  # component -> what is merged into it
         self._read_leaf: dict[str, Callable[[str], jax.Array]] = {}
@@ -79,6 +78,14 @@ class Pipeline(ABC):
 
     @abstractmethod
     def stages(self, job: Job, schedule: Schedule) -> list[Stage]: ...
+
+    @abstractmethod
+    def _read_shift(self) -> Shift: ...
+
+    def _read_settings(self) -> None:
+        """How the checkpoint is sampled, and what methods need of it."""
+        self.defaults, self.shift = read_defaults(self.checkpoint, self._usual()), self._read_shift()
+        self.parts = {name: self._read_parts(name) for name in transformers(self.checkpoint)}
 
     def _usual(self) -> Defaults:
         """What the backbone is run with unless the model or the request says otherwise."""
@@ -101,11 +108,11 @@ class Pipeline(ABC):
         parts = read_parts(self.checkpoint, component)
         return {name: part._replace(leaves=jax.tree.map(self.replicated, part.leaves)) for name, part in parts.items()}
 
-    def take_parts(self, checkpoint: Checkpoint) -> None:
-        """What methods need from this checkpoint, in place of what came with the pipeline's own."""
+    def take_settings(self, checkpoint: Checkpoint) -> None:
+        """How this checkpoint is sampled and what methods need of it, in place of what came with the pipeline's own."""
         held, self.checkpoint = self.checkpoint, checkpoint
         try:
-            self.parts = {name: self._read_parts(name) for name in transformers(checkpoint)}
+            self._read_settings()
         finally:
             self.checkpoint = held
 

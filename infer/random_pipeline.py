@@ -76,7 +76,7 @@ class RandomPipeline(Pipeline):
             _components={"transformer": component},
         )
         self.name, self.defaults, self.mesh, self.programs = name, defaults, None, Programs()
-        self.shift = shift_of(config)
+        self.shift = self._read_shift()
         self._drawn: dict[tuple[int, ...], jax.Array] = {}
         self._load_models(dtype, False)
         self.parts = {"transformer": {name: self._untrained(make) for name, make in KINDS.items()}}
@@ -84,6 +84,9 @@ class RandomPipeline(Pipeline):
     def _untrained(self, make: Callable[..., Part]) -> Part:
         part = make(self.checkpoint.component("transformer"), dict(map(_as_leaf, named_leaves(self.transformer))), 0)
         return part._replace(leaves=jax.tree.map(self.replicated, part.leaves))
+
+    def _read_shift(self) -> Shift:
+        return shift_of(self.transformer_config)
 
     def _load_models(self, dtype: Any, offload_expert: bool) -> None:
         component = self.checkpoint.component("transformer")

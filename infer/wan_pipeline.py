@@ -24,7 +24,7 @@ from dit_jax.models.clip import preprocess
 from dit_jax.models.network import Conditioning
 from dit_jax.models.wan import TEXT_TOKENS_WITH_IMAGE
 from dit_jax.sampling.sampler import Guided
-from dit_jax.sampling.schedules import Schedule
+from dit_jax.sampling.schedules import Schedule, Shift
 from infer.experts import Experts
 from infer.loras import Held
 from infer.pipeline import VAE_CHUNK, Pipeline, interleaved, put
@@ -45,8 +45,10 @@ class WanPipeline(Pipeline):
     def _usual(self) -> Defaults:
         return self.variant.usual
 
+    def _read_shift(self) -> Shift:
+        return read_shift(self.checkpoint)
+
     def _load_models(self, dtype: Any, offload_expert: bool) -> None:
-        self.shift = read_shift(self.checkpoint)
         self.tokenizer = load_tokenizer(self.checkpoint, "tokenizer")
         names = (HIGH_NOISE, LOW_NOISE) if self.variant.boundary is not None else (HIGH_NOISE,)
         self.experts = Experts({name: partial(self._load, name, dtype) for name in names}, offload_expert)

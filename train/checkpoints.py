@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from convert.native import in_this_process_alone
 from dit_jax.config import UserError
 from train.step import TrainState
 
@@ -160,12 +161,8 @@ def load_ema(out: str | Path) -> dict[str, np.ndarray]:
 
 def _lone_reader() -> ocp.Checkpointer:
     """Reads in this process alone, whatever the others of the run do."""
-    alone = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=alone, active_processes={alone}, barrier_sync_key_prefix=f"alone{alone}"
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
+    alone = in_this_process_alone()
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 def code_version(file: Path = Path(__file__)) -> str:

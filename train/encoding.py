@@ -32,12 +32,14 @@ from train.media_files import IMAGES, VIDEOS, Clip, UnusableError, media_in, pla
 from train.shards import (
     EMPTY,
     MANIFEST,
+    PARTIAL,
     SUFFIX,
     Example,
     Manifest,
     Shard,
     ShardWriter,
     describe,
+    remove_partials,
     to_record,
     write_whole,
 )
@@ -227,11 +229,10 @@ class Encoding:
         for file in self.job.out.glob(f"*{SUFFIX}"):
             if file.name not in shards:
                 file.unlink(missing_ok=True)
-        for file in self.job.out.rglob(".*.partial"):
-            file.unlink(missing_ok=True)
+        remove_partials(self.job.out)
         kept = {_file_of(self.job.out, number) for number in range(portions)}
         for file in (self.job.out / PORTIONS).iterdir():
-            if file not in kept:
+            if file not in kept and file.suffix != PARTIAL:
                 file.unlink(missing_ok=True)
 
 

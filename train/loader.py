@@ -31,34 +31,28 @@ class BatchSettings:
 
     batch            rows of all hosts together
     caption_dropout  share of the rows that are told the empty caption
-    process_index, process_count  which of so many equal slices of the rows this host reads; hosts that hold the same
-                     rows (a model split over several of them) have the same index
+    own              numbers of the rows that this host reads; None: all
     ahead            batches that are read before their turn, each in a thread of its own
     """
 
     batch: int
     seed: int = 0
     caption_dropout: float = 0.1
-    process_index: int = 0
-    process_count: int = 1
+    own: tuple[int, ...] | None = None
     ahead: int = 4
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.batch % self.process_count:
-            raise UserError(
-                f"the global batch is {self.batch}: expected a number above 0 that {self.process_count} hosts divide; "
-                "change it"
-            )
+        if self.batch < 1:
+            raise UserError(f"the batch is of {self.batch} rows: expected a number above 0; change it")
         if not 0 <= self.caption_dropout <= 1:
             raise UserError(f"caption_dropout is {self.caption_dropout}: expected a share from 0 to 1; change it")
         if self.ahead < 1:
             raise UserError(f"{self.ahead} batches are to be read ahead: expected 1 or more; change it")
 
     @property
-    def rows(self) -> slice:
-        """Those of the global batch that are this host's."""
-        own = self.batch // self.process_count
-        return slice(self.process_index * own, (self.process_index + 1) * own)
+    def rows(self) -> np.ndarray:
+        """The numbers of this host's rows."""
+        return np.arange(self.batch) if self.own is None else np.array(self.own)
 
 
 class ShardBatches:
@@ -115,7 +109,7 @@ class ShardBatches:
         """
         which, turn = self._due(position)
         first, count = turn * self.settings.batch, self._counts[which]
-        epochs_and_places = [divmod(first + row, count) for row in range(self.settings.batch)[self.settings.rows]]
+        epochs_and_places = [divmod(first + row, count) for row in self.settings.rows.tolist()]
         picked = [int(self._order(which, epoch, count)[place]) for epoch, place in epochs_and_places]
         return self.shards.buckets[which], picked
 

@@ -63,6 +63,8 @@ class RunConfig:
                 f"keep_best is {self.keep_best} and best is {self.best!r}: expected how many checkpoints and the score "
                 "that they are chosen by, or neither"
             )
+        if self.keep < 1:
+            raise UserError(f"keep is {self.keep}: expected 1 or more, or a run has no checkpoint to go on from")
         if self.stopped_code not in (0, *range(4, 256)):
             raise UserError(f"stopped_code is {self.stopped_code}: expected 0, or 4 to 255")
 
@@ -116,7 +118,7 @@ def train(
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     kept = Kept(last=config.keep, best=config.keep_best, score=config.best)
     about = {"recipe": type(config).__module__, "options": dataclasses.asdict(config)}
-    with _Run(config, out, Checkpoints(out, kept, about), flops) as run, _terminated() as stop:
+    with _Run(config, out, Checkpoints(out, kept, about), flops) as run, _terminated(run.saved) as stop:
         state, first, key = run.saved.restore(state, jax.random.key(config.seed))
         if first:
             _warn_of_changes(config, run.saved.options(first), first)
@@ -216,6 +218,7 @@ class _Run:
         self.pending = None
         with self.phases("compute"):
             values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        self.phases.step()
         scalars = {name: value for name, value in values.items() if not isinstance(value, list)}
         broken = {name: value for name, value in scalars.items() if not math.isfinite(value)}
         if any(name.endswith(("loss", "gradient_norm")) for name in broken):
@@ -223,7 +226,7 @@ class _Run:
         main = "loss" if "loss" in values else next(name for name in values if name.endswith("_loss"))
         smooth = self.journal.smooth(values[main])
         if (position + 1) % self.config.log_every == 0:
-            told = self.journal.speed(self.phases.taken(self.config.log_every))
+            told = self.journal.speed(self.phases.taken())
             self.journal.write(position + 1, {**values, "smooth_loss": smooth, **told})
 
     def hooked(self, hook: Hook, state: TrainState, taken: int) -> dict[str, float]:
@@ -266,11 +269,14 @@ def _prefetched(batch_at: Callable[[int], Any], first: int, last: int) -> Iterat
 
 
 @contextmanager
-def _terminated() -> Iterator[Callable[[int], bool]]:
+def _terminated(saved: Checkpoints) -> Iterator[Callable[[int], bool]]:
     """Whether to stop, of the steps that this process has taken: SIGTERM is noted instead of died from. The processes
     of a run agree on the step (jax's own service catches the signal, from where they joined on, and counts from 0);
     outside the main thread signals stay as they are."""
     if jax.distributed.is_initialized():
+        # The service goes by the number that it was asked for last, and Orbax asks for that of a checkpoint: another
+        # count than this one where a run goes on, and late where a thread of Orbax ends the save.
+        saved.manager.reached_preemption = lambda step: False
         yield multihost_utils.reached_preemption_sync_point
         return
     noted: list[int] = []

@@ -9,8 +9,10 @@ width, I image tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +42,21 @@ Models = Mapping[str, Any]
 Batch = Mapping[str, jax.Array]
 """Arrays of B samples by name: `latents` [B, T, Y, X, C], normalised, and what a transformer is told (`predicted`)."""
 
+
+class PartMean(NamedTuple):
+    """A mean over some of the rows, to report: what a step adds up over its microbatches before it divides."""
+
+    total: jax.Array
+    rows: jax.Array
+
+    def value(self) -> jax.Array:
+        """NaN where there are no such rows."""
+        return self.total / self.rows
+
+
 Metrics = dict[str, jax.Array]
+Terms = Mapping[str, jax.Array | PartMean]
+"""What a loss reports beside its value; a step makes `Metrics` of them."""
 
 TOLD_GUIDANCE = 3.5  # what a guidance-distilled model is told where the batch does not say
 HELD = 2  # beside a batch's key, whose halves are the levels' and the noise's: for the samples with a first frame held
@@ -50,12 +66,15 @@ HELD = 2  # beside a batch's key, whose halves are the levels' and the noise's: 
 class FlowSettings:
     """Noise levels are logit-normal, then shifted towards noise: level ← shift·level / (1 + (shift − 1)·level).
 
+    lowest, highest           levels that there are: of an expert, which runs at no others
     first_frame_conditioning  share of the samples whose first latent frame is held: given clean, as to a model that
                               makes a video of a first frame so (Wan2.2-TI2V-5B)
     """
 
     shift: float = 3.0
     spread: float = 1.0
+    lowest: float = 0.0
+    highest: float = 1.0
     first_frame_conditioning: float = 0.0
     call: NetworkCall = field(default_factory=NetworkCall)
 
@@ -71,11 +90,20 @@ class AutoencoderWeights:
 
 
 def noise_levels(key: jax.Array, batch: int, settings: FlowSettings) -> jax.Array:
-    """Noise levels in (0, 1), [B], spread evenly over the batch (one in each of B equal quantiles)."""
+    """Noise levels from `lowest` to `highest`, [B], spread evenly over the batch (one in each of B equal quantiles)."""
     offset = jax.random.uniform(key, ())
-    quantiles = (jnp.arange(batch) + offset) / batch
+    first, last = (_quantile(level, settings) for level in (settings.lowest, settings.highest))
+    quantiles = first + (last - first) * (jnp.arange(batch) + offset) / batch
     levels = jax.nn.sigmoid(settings.spread * jax.scipy.special.ndtri(jnp.clip(quantiles, 1e-4, 1 - 1e-4)))
     return shifted(levels, settings.shift)
+
+
+def _quantile(level: float, settings: FlowSettings) -> float:
+    """How many of all levels are below this one."""
+    before = level / (settings.shift - (settings.shift - 1) * level)
+    if before in (0, 1):
+        return before
+    return NormalDist().cdf(math.log(before / (1 - before)) / settings.spread)
 
 
 class Noised(NamedTuple):
@@ -198,8 +226,8 @@ def flow_matching(model, batch: Batch, key: jax.Array, settings: FlowSettings):
     error = sample_means(jnp.square(velocity - at.velocity), at.held)
     low = at.levels < 0.5
     return jnp.mean(error), {
-        "loss_low_noise": jnp.sum(error * low) / jnp.maximum(1, jnp.sum(low)),
-        "loss_high_noise": jnp.sum(error * ~low) / jnp.maximum(1, jnp.sum(~low)),
+        "loss_low_noise": PartMean(jnp.sum(error, where=low), jnp.sum(low)),
+        "loss_high_noise": PartMean(jnp.sum(error, where=~low), jnp.sum(~low)),
     }
 
 

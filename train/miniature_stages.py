@@ -163,9 +163,8 @@ def _coredit(study: Study) -> Iterator[Stage]:
 
 
 def _ddit(study: Study) -> Iterator[Stage]:
-    bare: dict[str, Any] = {"rank": 0}
-    for name, settings in (("ddit", {}), ("ddit-bare", bare)):
-        yield _trained(study, name, "ddit", settings)
+    for name, settings in (("ddit", {}), ("ddit-bare", {"rank": 0})):
+        yield _trained(study, name, "ddit", {"sizes": SIZES, **settings})
         yield from _calibrated(study, name, name)
     for order in ("2", "1"):
         yield from _calibrated(study, f"ddit-order{order}", "ddit", "--order", order)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from convert.checkpoint import Checkpoint, load_model, open_checkpoint
+from convert.checkpoint import INDEX, Checkpoint, load_model, open_checkpoint
 from convert.components import Component
 from convert.method_parts import read_parts
 from convert.wan import HIGH_NOISE, LOW_NOISE
 from dit_jax.config import UserError
 from dit_jax.flops import Config
-from dit_jax.methods.ddit import Ddit
+from dit_jax.methods.ddit import Ddit, written_sizes
 from dit_jax.methods.method import Part
 from dit_jax.methods.patch_adapters import Adapters, AdapterSettings, abstract_adapters, adapters_from
 from dit_jax.methods.pruning import pruned_config
@@ -27,6 +27,7 @@ from dit_jax.models.wan import WanConfig
 from dit_jax.parameters import cast
 from infer.adapt import KINDS
 from infer.random_pipeline import PRESETS, transformer_component
+from infer.side_files import read_settings
 from infer.wan_variant import wan_variant
 from train.placement import sharding_of
 
@@ -73,8 +74,10 @@ class Source:
                 f"{self.model} is a lone model: expected a whole pipeline (transformer, VAE, text encoder, tokenizer)"
             )
         if LOW_NOISE in checkpoint.settings:
+            boundary = read_settings(checkpoint, INDEX).get("boundary_ratio")
             raise UserError(
-                f"{self.model} has two experts: expected one transformer; train each as a pipeline of its own"
+                f"{self.model} has two experts: expected one transformer; train each as a pipeline of its own, the "
+                f"first with --set lowest_level={boundary}, the second with --set highest_level={boundary}"
             )
         return checkpoint
 
@@ -144,16 +147,23 @@ class Source:
             return nnx.eval_shape(lambda: Router(router_config(parts, blocks), nnx.Rngs(0)))
         return jax.tree.map(jnp.asarray, read_router(parts, blocks))
 
-    def adapters(self, seed: int, rank: int) -> tuple[Adapters, AdapterSettings]:
-        """Its DDiT adapters, or untrained ones, and their sizes; UserError where it has some of another rank."""
-        settings = AdapterSettings(rank=rank)
-        part = None if self.is_preset else self.part(Ddit.name, seed, rank=rank)
+    def adapters(self, seed: int, wanted: AdapterSettings) -> tuple[Adapters, AdapterSettings]:
+        """Its DDiT adapters, or untrained ones as wanted, and their sizes; UserError where it has some of another rank
+        or lacks a size."""
+        part = None if self.is_preset else self.part(Ddit.name, seed, settings=wanted)
+        settings = wanted
         if part is not None:
             settings = AdapterSettings(**{**part.settings, "scales": tuple(part.settings["scales"])})
-        if settings.rank != rank:
+        if settings.rank != wanted.rank:
             raise UserError(
-                f"rank is {rank}, and {self.model} has adapters of rank {settings.rank}: expected the same; set "
+                f"rank is {wanted.rank}, and {self.model} has adapters of rank {settings.rank}: expected the same; set "
                 f"rank={settings.rank}, or give a model without adapters"
+            )
+        if missing := set(wanted.scales) - set(settings.scales):
+            raise UserError(
+                f"sizes are {written_sizes(wanted.scales)}, and {self.model} has adapters for "
+                f"{written_sizes(settings.scales)}: expected no {written_sizes(sorted(missing))}; set "
+                f"sizes={written_sizes(settings.scales)}, or give a model without adapters"
             )
         if part is None or self.abstract:
             return abstract_adapters(self.config, settings), settings

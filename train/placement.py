@@ -106,6 +106,13 @@ def rows_sharding(mesh: Mesh, batch: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, activation_axes(mesh, batch)[0] or None))
 
 
+def own_rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """Which of B rows this process's devices hold, in their order; several processes hold the same ones where the mesh
+    splits what is done for a row over them."""
+    held: Any = rows_sharding(mesh, batch).addressable_devices_indices_map((1, batch))
+    return np.unique([row for _, rows in held.values() for row in range(*rows.indices(batch))]).astype(int)
+
+
 def in_dtype(tree: Any, dtype: Any) -> Any:
     """The backbones of a module or a dict of modules in the dtype that they compute in; everything else as it is."""
 

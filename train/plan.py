@@ -35,7 +35,7 @@ from infer.tpu_memory import plan_cell, programs
 from infer.tpu_programs import Case, config_of, trace
 from train.cli import configure, load_recipe
 from train.models import Source
-from train.recipe import abstract_batch, made
+from train.recipe import abstract_batch, made, rows_of
 from train.step import TrainStep
 
 NETWORK = 25e9  # bytes/s of a chip between slices: 200 Gbit/s a host of four chips, and twice as much where it is good
@@ -170,11 +170,10 @@ def of_recipe(name: str, settings: list[str], target: Target) -> Report:
     source = Source(config.model, mesh, planned=True)
     training = made(config, recipe.training, source)
     step = TrainStep(training.trained, training.plan, mesh, training.frozen)
-    turn = None if training.turn is None else 0
-    turns = sum(update.turns for update in training.plan.updates) if turn is None else 1
-    batch = abstract_batch(config, source.config, config.batch * turns)
-    tokens = config.batch * turns * math.prod(grid(batch["latents"].shape, source.config.patch))
-    traced = step.trace({**batch, **training.extra}, turn)
+    rows = rows_of(config, training)
+    batch = abstract_batch(config, source.config, rows)
+    tokens = rows * math.prod(grid(batch["latents"].shape, source.config.patch))
+    traced = step.trace({**batch, **training.extra}, training.first_turn)
     flops = matmul_flops(traced.jaxpr, training.trips)
     return report(f"{Path(name).stem} {config.model}", target, mesh, traced, tokens, flops)
 

@@ -28,7 +28,7 @@ from infer.loading import load_pipeline
 from infer.program_costs import matmul_flops
 from infer.random_pipeline import IMAGE_TOKENS, TEXT_TOKENS, usual
 from infer.tpu_programs import latents_shape
-from train.checkpoints import load_ema
+from train.checkpoints import load_ema, newest_step
 from train.encoders import encoder_hashes
 from train.hosts import wait_for_all
 from train.loader import BatchSettings, ShardBatches, batches, padded
@@ -58,7 +58,8 @@ class RecipeConfig(RunConfig):
     batch          rows of one update, of all hosts; in so many `microbatches`, one after the other
     remat          what of a block is kept for its gradient (dit_jax/models/remat.py)
     dtype          that the transformers compute in; the weights that are trained are fp32
-    shift          of random noise levels towards noise
+    shift          of random noise levels towards noise, which lie between `lowest_level` and `highest_level` (σ from 0
+                   to 1; of one of Wan 2.2's experts, which runs on its side of the boundary alone)
     first_frame_conditioning  share of the samples whose first latent frame is given clean, so that a model such as
                    Wan2.2-TI2V-5B learns image to video beside text to video; None: half, 0 of any other model
     guidance       scale that a model with embedded guidance (FLUX.1 dev) is told
@@ -85,6 +86,8 @@ class RecipeConfig(RunConfig):
     dtype: str = "bfloat16"
     remat: str = "blocks"
     shift: float = 3.0
+    lowest_level: float = 0.0
+    highest_level: float = 1.0
     caption_dropout: float = 0.1
     first_frame_conditioning: float | None = None
     guidance: float = 3.5
@@ -95,6 +98,17 @@ class RecipeConfig(RunConfig):
     export: str = ""
     size: str = ""
     frames: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch", "microbatches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: expected 1 or more")
+        if not 0 <= self.lowest_level < self.highest_level <= 1:
+            raise UserError(
+                f"noise levels are from {self.lowest_level:g} to {self.highest_level:g}: expected 0 <= lowest_level < "
+                "highest_level <= 1"
+            )
 
     @property
     def compute(self) -> Any:
@@ -108,6 +122,8 @@ class RecipeConfig(RunConfig):
         """Random noise levels, and how transformers are called."""
         return FlowSettings(
             shift=self.shift,
+            lowest=self.lowest_level,
+            highest=self.highest_level,
             first_frame_conditioning=self.first_frame_conditioning or 0.0,
             call=NetworkCall(remat=parse_remat(self.remat)),
         )
@@ -147,6 +163,11 @@ class Training:
     facts: Mapping[str, float] = field(default_factory=dict)
     closing: Callable[[Prepared, TrainState, int], dict[str, float]] | None = None
 
+    @property
+    def first_turn(self) -> int | None:
+        """An update that a step does alone; None where it does all of them."""
+        return None if self.turn is None else 0
+
 
 Recipe = Callable[[Any, Source], Training]
 
@@ -169,8 +190,9 @@ def prepared(config: RecipeConfig, recipe: Recipe) -> Prepared:
     source = Source(config.model, mesh)
     shards = _shards(config, source)
     training = made(config, recipe, source)
-    feed = _feed(config, shards, training)
-    step = TrainStep(training.trained, training.plan, mesh, training.frozen)
+    rows = rows_of(config, training)
+    step = TrainStep(training.trained, training.plan, mesh, training.frozen, rows)
+    feed = _feed(config, shards, rows, step.own_rows(rows, training.first_turn))
     state = step.init(training.trained)
     training.trained.clear()  # the state holds them now
     driven: Any = Driven(step, training.turn)
@@ -207,18 +229,19 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
 
 
 def model_flops(config: RecipeConfig, recipe: Recipe, mesh: Mesh, batch: Mapping[str, Any]) -> float:
-    """FLOPs of the matrix products of a step on such a batch of this host's, of all hosts; what is only computed again
-    for gradients left out, as in the usual meaning of MFU."""
+    """FLOPs of the matrix products of a step on such a batch of this host's, of all hosts and the mean over its turns;
+    what is only computed again for gradients left out, as in the usual meaning of MFU."""
     training = made(replace(config, remat="none"), recipe, Source(config.model, mesh, planned=True))
-    step = TrainStep(training.trained, training.plan, mesh, training.frozen)
+    rows = rows_of(config, training)
+    step = TrainStep(training.trained, training.plan, mesh, training.frozen, rows)
 
     def shape(array: Any) -> jax.ShapeDtypeStruct:
-        rows, *rest = np.shape(array)
-        return jax.ShapeDtypeStruct((rows * jax.process_count(), *rest), np.asarray(array).dtype)
+        return jax.ShapeDtypeStruct((rows, *np.shape(array)[1:]), np.asarray(array).dtype)
 
     arrays = {name: shape(array) for name, array in batch.items() if name not in (POSITION, *training.extra)}
-    traced = step.trace({**arrays, **training.extra}, None if training.turn is None else 0)
-    return matmul_flops(traced.jaxpr, training.trips)
+    turns = [None] if training.turn is None else range(len(training.plan.updates))
+    traced = [step.trace({**arrays, **training.extra}, turn) for turn in turns]
+    return float(np.mean([matmul_flops(each.jaxpr, training.trips) for each in traced]))
 
 
 def made(config: RecipeConfig, recipe: Recipe, source: Source) -> Training:
@@ -237,21 +260,24 @@ def made(config: RecipeConfig, recipe: Recipe, source: Source) -> Training:
 def _shards(config: RecipeConfig, source: Source) -> Shards:
     if not config.data:
         raise UserError("there are no data: expected --set data=DIR; make them with `dit-encode --model ...`")
-    shards = open_shards(config.data, process_index=jax.process_index(), process_count=jax.process_count())
+    # Whoever goes on does not read all data first: what has been damaged since shows when it is read.
+    whole = newest_step(config.out) is None
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    shards = open_shards(config.data, checksums=whole, **place)
     shards.check_matches(encoder_hashes(source.checkpoint), config.model)
     return shards
 
 
-def _feed(config: RecipeConfig, shards: Shards, training: Training) -> ShardBatches:
-    turns = 1 if training.turn else sum(update.turns for update in training.plan.updates)
-    settings = BatchSettings(
-        batch=config.batch * turns,
-        caption_dropout=config.caption_dropout,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+def rows_of(config: RecipeConfig, training: Training) -> int:
+    """Rows of a step, of all processes."""
+    return config.batch * (1 if training.turn else sum(update.turns for update in training.plan.updates))
+
+
+def _feed(config: RecipeConfig, shards: Shards, rows: int, own: np.ndarray) -> ShardBatches:
+    dropout = config.caption_dropout
+    return batches(
+        shards, BatchSettings(batch=rows, caption_dropout=dropout, seed=config.seed, own=tuple(own.tolist()))
     )
-    return batches(shards, settings)
 
 
 @dataclass(frozen=True)

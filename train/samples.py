@@ -45,7 +45,8 @@ class Samples:
     """`samples(state, taken)` samples the running mean of the weights into `out`/samples and returns scores.
 
     All processes of a run sample together, and the first one writes.
-    pipe    the pipeline of the checkpoint that is trained; its transformer and parts are replaced each time
+    pipe    the pipeline of the checkpoint that is trained; its transformer, parts and how it is sampled are replaced
+            each time
     result  trained modules by name -> the checkpoint with them (`Training.result`)
     """
 
@@ -69,7 +70,7 @@ class Samples:
         return read_prompts(self.settings.prompts) if self.settings.prompts else []
 
     def __call__(self, state: TrainState, taken: int) -> dict[str, float]:
-        self._take(of_modules({**state.params, **state.ema}))
+        self._take(of_modules(state.ema))
         if self._prompts:
             self._draw(taken)
         if not self.settings.scored:
@@ -87,7 +88,7 @@ class Samples:
             for name, leaves in trained.items()
         }
         checkpoint, dtype = self.result(self.pipe.checkpoint, modules), self.step.plan.dtype
-        self.pipe.take_parts(checkpoint)
+        self.pipe.take_settings(checkpoint)
         held = holder, name = self.pipe.lora_models()[HIGH_NOISE]
         if "student" in modules:
             abstract: Any = checkpoint.component(HIGH_NOISE).abstract

@@ -9,6 +9,8 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -37,6 +39,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 EMPTY = "empty_caption.safetensors"
 SUFFIX = ".array_record"
+PARTIAL = ".partial"
+HOUR = 3600.0
 _ABOUT = "example"  # one entry: safetensors writes several in no fixed order, and checksums would differ
 _ONE_A_CHUNK = "group_size:1"  # so that a record is had without reading its neighbours
 
@@ -315,8 +319,20 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def partial_name(file: Path) -> Path:
-    """Of a file that is being written; two encoders do not disturb each other."""
-    return file.with_name(f".{file.name}.{os.getpid()}.partial")
+    """Of a file that is being written; two encoders do not disturb each other, also on hosts that share the folder."""
+    return file.with_name(f".{file.name}{_own_end()}")
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what was left half-written in a folder and those in it, by this process or for an hour."""
+    for file in folder.rglob(f".*{PARTIAL}"):
+        with contextlib.suppress(FileNotFoundError):
+            if file.name.endswith(_own_end()) or time.time() - file.stat().st_mtime > HOUR:
+                file.unlink()
+
+
+def _own_end() -> str:
+    return f".{socket.gethostname()}.{os.getpid()}{PARTIAL}"
 
 
 def sha256(file: Path) -> str:

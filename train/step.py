@@ -18,11 +18,11 @@ from jax.sharding import Mesh, NamedSharding
 from dit_jax.config import UserError
 from dit_jax.parameters import named_leaves, with_leaves
 from dit_jax.sharding import replicated
-from train.losses import Metrics
-from train.placement import in_dtype, rows_sharding, state_sharding, update_sharding, weight_shardings
+from train.losses import Metrics, PartMean, Terms
+from train.placement import in_dtype, own_rows, rows_sharding, state_sharding, update_sharding, weight_shardings
 
 Params = dict[str, jax.Array]
-LossFunction = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Metrics]]
+LossFunction = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Terms]]
 
 
 class TrainState(NamedTuple):
@@ -111,7 +111,7 @@ def of_modules(weights: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def alone(
-    loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, Metrics]],
+    loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, Terms]],
     optimizer: optax.GradientTransformation,
     ema_decay: float = 0.999,
 ) -> Plan:
@@ -135,11 +135,14 @@ class TrainStep:
 
     `trained` is the module or dict of modules whose weights the state holds, `frozen` a dict of modules that the losses
     read (arrays, or abstract to compile ahead of time). A batch is a dict of host arrays [K·B, ...], with several
-    processes the rows of this one, microbatch by microbatch. The key of a step is `fold_in(key, state.step)`.
+    processes the rows of this one (`own_rows`) out of `rows`; without a number no two processes hold the same. The key
+    of a step is `fold_in(key, state.step)`.
     """
 
-    def __init__(self, trained: Any, plan: Plan, mesh: Mesh, frozen: Mapping[str, Any] | None = None):
-        self.plan, self.mesh = plan, mesh
+    def __init__(
+        self, trained: Any, plan: Plan, mesh: Mesh, frozen: Mapping[str, Any] | None = None, rows: int | None = None
+    ):
+        self.plan, self.mesh, self.rows = plan, mesh, rows
         self.trained = jax.eval_shape(lambda tree: tree, trained)
         self.weights = weight_shardings(self.trained, mesh)
         self.frozen = self._placed(frozen or {})
@@ -201,18 +204,29 @@ class TrainStep:
         with jax.set_mesh(self.mesh):
             return self.jitted(state, self.frozen, self.place(batch, turn), key, turn=turn)
 
+    def own_rows(self, rows: int, turn: int | None = None) -> np.ndarray:
+        """Which rows of a batch [K·B, ...] of all processes this one is to give, in their order; UserError as for a
+        step."""
+        (count, of_one), _ = self._rows((rows,), turn)
+        return (np.arange(count)[:, None] * of_one + own_rows(self.mesh, of_one)).ravel()
+
     def place(self, batch: Mapping[str, Any], turn: int | None = None) -> dict[str, jax.Array]:
         """The host's rows as global arrays [K, B, ...]; what is the step's own as it is, on every device."""
-        placed = {}
-        for name, array in batch.items():
-            array = np.asarray(array)
+
+        def placed(name: str, array: np.ndarray) -> jax.Array:
             if name in self.plan.whole:
-                shape, sharding = array.shape, replicated(self.mesh)
-            else:
-                shape, sharding = self._rows((len(array) * jax.process_count(), *array.shape[1:]), turn)
-                array = array.reshape(shape[0], -1, *shape[2:])
-            placed[name] = jax.make_array_from_process_local_data(sharding, array, shape)
-        return placed
+                return jax.make_array_from_process_local_data(replicated(self.mesh), array, array.shape)
+            rows = self.rows or len(array) * jax.process_count()
+            shape, sharding = self._rows((rows, *array.shape[1:]), turn)
+            own, numbers = own_rows(self.mesh, shape[1]), np.arange(shape[1])
+            of_own = array.reshape(shape[0], len(own), *shape[2:])
+
+            def part(index: Any) -> np.ndarray:
+                return of_own[:, np.searchsorted(own, numbers[index[1]])]
+
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        return {name: placed(name, np.asarray(array)) for name, array in batch.items()}
 
     def first(self, placed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The first microbatch of a batch that is placed, with what is the step's own."""
@@ -250,6 +264,7 @@ class TrainStep:
             if turn not in (None, number):
                 states.append(opt_state)
                 continue
+            of_turns = []
             for time in range(update.turns):
                 rows = slice(first, first + update.microbatches)
                 first = rows.stop
@@ -260,8 +275,13 @@ class TrainStep:
                 updates, after = update.optimizer.update(gradients, opt_state, mine)
                 params = params | _if(sound, optax.apply_updates(mine, updates), mine)
                 opt_state = _if(sound, after, opt_state)
+                of_turns.append(told)
+            # Of all turns: what is not a number in one of them is none in the mean, which a run stops on.
+            told = jax.tree.map(lambda *values: sum(values) / len(values), *of_turns)
             prefix = f"{update.trains[0]}_" if len(self.plan.updates) > 1 else ""
-            metrics |= {prefix + name: value for name, value in told.items()}
+            metrics |= {
+                prefix + name: term.value() if isinstance(term, PartMean) else term for name, term in told.items()
+            }
             states.append(opt_state)
         decay = jnp.minimum(self.plan.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         mean = {name: before + (1 - decay) * (params[name] - before) for name, before in state.ema.items()}

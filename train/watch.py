@@ -20,11 +20,15 @@ SMOOTHING = 0.95
 
 
 class Phases:
-    """Seconds spent in each phase of a loop since it was last asked."""
+    """Seconds spent in each phase of a loop since it was last asked, and how many steps ended since then.
+
+    The clock starts behind the first step, which waits for what is restored and compiled.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.since = time.perf_counter()
+        self.steps = 0
+        self.since: float | None = None
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -34,12 +38,22 @@ class Phases:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def taken(self, steps: int) -> dict[str, float]:
-        """Seconds a step, in all (`seconds_per_step`) and by phase (`seconds_of_data`), and starts anew."""
-        now = time.perf_counter()
+    def step(self) -> None:
+        """A step has ended."""
+        if self.since is None:
+            self.seconds, self.since = {}, time.perf_counter()
+        else:
+            self.steps += 1
+
+    def taken(self) -> dict[str, float]:
+        """Seconds a step, in all (`seconds_per_step`) and by phase (`seconds_of_data`), and starts anew; nothing where
+        none was timed."""
+        if self.since is None or not self.steps:
+            return {}
+        now, steps = time.perf_counter(), self.steps
         told = {"seconds_per_step": (now - self.since) / steps}
         told |= {f"seconds_of_{name}": seconds / steps for name, seconds in self.seconds.items()}
-        self.seconds, self.since = {}, now
+        self.seconds, self.steps, self.since = {}, 0, now
         return told
 
 
@@ -70,8 +84,8 @@ class Journal:
         return self.loss
 
     def speed(self, told: Mapping[str, float]) -> dict[str, float]:
-        """Seconds of a step with the FLOP/s that they make, and the share of the devices' peak."""
-        if self.flops is None:
+        """Seconds of a step, if it was timed, with the FLOP/s that they make, and the share of the devices' peak."""
+        if self.flops is None or not told:
             return dict(told)
         reached = self.flops / told["seconds_per_step"]
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
@@ -79,10 +93,13 @@ class Journal:
         return {**told, "flops_per_second": reached, **share}
 
     def write(self, taken: int, values: Mapping[str, float | list[float]]) -> None:
-        """A line: the step, the time and these values to six digits, a list where there is one for every block."""
+        """A line: the step, the time and these values to six digits, a list where there is one for every block.
+
+        NaN, the mean of no rows, is left out.
+        """
         if not values or self.log is None:
             return
-        rounded = {name: _rounded(value) for name, value in values.items()}
+        rounded = {name: _rounded(value) for name, value in values.items() if not _is_nan(value)}
         self.log.write(json.dumps({"step": taken, "time": round(time.time(), 1)} | rounded) + "\n")
         self.log.flush()
         if self.board is not None:
@@ -96,6 +113,10 @@ class Journal:
         for file in (self.log, self.board):
             if file is not None:
                 file.close()
+
+
+def _is_nan(value: float | list[float]) -> bool:
+    return not isinstance(value, list) and math.isnan(value)
 
 
 def _rounded(value: float | list[float]) -> float | list[float]:

@@ -47,6 +47,7 @@ class RouterConfig:
                  class feature of the image encoder, or nothing
     features     how many numbers that is
     blocks       of all the model's stacks
+    least, most  blocks that run at t = 0 and at pure noise, as it was trained; None: the paper's shares of all
     """
 
     content: Content
@@ -54,6 +55,8 @@ class RouterConfig:
     blocks: int
     hidden: int = 256
     time_frequencies: int = 256
+    least: int | None = None
+    most: int | None = None
 
 
 class Router(nnx.Module):
@@ -232,7 +235,8 @@ class RecordedRouting:
 class Routing:
     """Routing as a plan has it.
 
-    least, most  blocks that run at t = 0 and at pure noise; None is the paper's share of all
+    least, most  blocks that run at t = 0 and at pure noise; None is what the model's router was trained with, else the
+                 paper's share of all
     choose       which blocks those are: the router's choice, or (the paper's ablation) random ones, without a router
     seed         of random ones
     """
@@ -248,6 +252,12 @@ class Routing:
     @property
     def steps(self) -> int | None:
         return None
+
+    def told(self, parts: Mapping[str, Part]) -> Routing:
+        """With as many blocks as the checkpoint's router was trained with, where the plan does not say."""
+        settings = parts[ROUTER].settings if ROUTER in parts else {}
+        own: Any = {name: settings.get(name) for name in ("least", "most") if getattr(self, name) is None}
+        return replace(self, **own)
 
     def limits(self, blocks: int) -> tuple[int, int]:
         """(blocks that run at t = 0, at t = 1000) of a model of so many; UserError where it has no such number."""
@@ -327,6 +337,7 @@ def router_config(parts: Mapping[str, Part], blocks: int) -> RouterConfig:
         known = config.content in CONTENTS and all(
             isinstance(size, int) for size in (config.features, config.blocks, config.hidden, config.time_frequencies)
         )
+        known = known and all(limit is None or isinstance(limit, int) for limit in (config.least, config.most))
     except TypeError:
         known = False
     if not known:
@@ -358,6 +369,12 @@ def read_router(parts: Mapping[str, Part], blocks: int) -> Router:
             "`dit-adapt --add router`"
         )
     return with_leaves(router, leaves)
+
+
+def trained_router(part: Part, routing: Routing, leaves: Mapping[str, Any]) -> Part:
+    """The router with these weights, which were trained with so many blocks."""
+    least, most = routing.limits(part.settings["blocks"])
+    return Part({**part.settings, "least": least, "most": most}, leaves)
 
 
 def new_router(config: RouterConfig, seed: int = 0) -> Part:

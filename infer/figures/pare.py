@@ -59,7 +59,7 @@ def measured(
         kept=widths.heads["blocks.attn1"],
         shares=shares,
         timesteps=timesteps,
-        limits=Routing().limits(shares.shape[1]),
+        limits=Routing().told(pipe.parts[component]).limits(shares.shape[1]),
     )
 
 

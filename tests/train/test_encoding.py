@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +109,50 @@ def test_hosts_make_parts_and_the_last_writes_the_manifest(job, tmp_path):
     assert first is None and encoded == 4 and not (parted.out / MANIFEST).exists()
     second, _ = run(parted, parted.of_part(0, 2))
     assert second is not None and contents(parted.out) == contents(job.out)
+
+
+def test_hosts_may_end_at_the_same_time(job, monkeypatch):
+    """Two containers, whose processes have one number: the second does all its last work while the first is about to
+    give the manifest, and then a file of a portion, its name."""
+    host = "first"
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    run(job)
+    before = contents(job.out)
+    portion = job.out / "portions" / "000001.json"
+    replace_file = Path.replace
+
+    def overtaken(self, target):
+        nonlocal host
+        if host == "first" and target == awaited:
+            host = "second"
+            run(job)
+            host = "first"
+        return replace_file(self, target)
+
+    monkeypatch.setattr(Path, "replace", overtaken)
+    for awaited in (job.out / MANIFEST, portion):
+        awaited.unlink()
+        run(job)
+        assert contents(job.out) == before
+
+
+def test_what_is_half_written_goes_when_it_is_ones_own_or_old(job, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "one")
+    run(job)
+    before = contents(job.out)
+    names = (f"one.{os.getpid()}", f"two.{os.getpid()}", f"one.{os.getpid()}0")
+    files = [folder / f".x.json.{name}.partial" for folder in (job.out, job.out / "portions") for name in names]
+    for file in files:
+        file.write_text("half")
+    run(job)
+    assert contents(job.out).keys() - before.keys() == {
+        file.relative_to(job.out) for file in files if f"one.{os.getpid()}." not in file.name
+    }
+    for file in files:
+        if file.exists():
+            os.utime(file, (time.time() - 3700,) * 2)
+    run(job)
+    assert contents(job.out) == before
 
 
 def test_what_is_done_is_not_done_again(job):

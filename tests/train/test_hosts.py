@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +19,13 @@ from train.checkpoints import load_ema, newest_step
 HURRY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def started(out, steps, count=2):
-    """The processes of a run, which find each other on a free port."""
+def started(out, steps, *more, count=2):
+    """The processes of a run."""
+    return processes_of("two_processes.py", *map(str, (out, steps, *more)), count=count, devices=2 // count)
+
+
+def processes_of(script, *words, count, devices):
+    """That many processes of a script with so many devices each, which find each other on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -27,12 +33,11 @@ def started(out, steps, count=2):
     processes = []
     for number in range(count):
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": HURRY}
+        environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
         environment |= {"PYTHONPATH": os.pathsep.join([str(folder), str(folder.parents[1])])}
         if count > 1:
             environment |= {hosts.ADDRESS: f"127.0.0.1:{port}", hosts.COUNT: str(count), hosts.NUMBER: str(number)}
-        else:
-            environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
-        command = [sys.executable, str(folder / "two_processes.py"), str(out), str(steps)]
+        command = [sys.executable, str(folder / script), *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=environment, **pipes))
     return processes
@@ -65,6 +70,28 @@ def test_two_processes_train_the_weights_of_one(whole, tmp_path):
         np.testing.assert_allclose(left[name], right[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+MESHES = ("fsdp=4:8", "fsdp=4:4", "data=2,fsdp=2:4", "data=2,context=2:4", "context=2,data=2:8")
+
+
+def test_a_process_gives_the_rows_that_its_devices_hold():
+    """Also where several processes work on the same rows, as on a slice with more hosts than rows."""
+    told = ended(processes_of("rows_of_processes.py", *MESHES, count=2, devices=2))
+    (alone,) = ended(processes_of("rows_of_processes.py", *MESHES, count=1, devices=4))
+    for words in MESHES:
+        rows = int(words.rpartition(":")[2])
+        assert alone[words][0] == list(range(rows))
+        assert sorted({row for each in told for row in each[words][0]}) == list(range(rows))
+        for each in told:
+            np.testing.assert_allclose(each[words][1:], alone[words][1:], rtol=1e-4, err_msg=words)
+    assert told[0]["fsdp=4:4"][0] == told[1]["fsdp=4:4"][0] == [0, 1, 2, 3], "two rows a microbatch, four devices"
+    assert told[0]["fsdp=4:8"][0] == [0, 1, 4, 5] and told[1]["fsdp=4:8"][0] == [2, 3, 6, 7]
+
+
+def test_one_process_writes_weights_while_the_others_wait(tmp_path):
+    first, second = ended(processes_of("written_by_one.py", str(tmp_path), count=2, devices=1))
+    assert first == [np.arange(12).reshape(2, 3, 2).tolist()] * 2 and second == []
+
+
 def test_who_is_done_waits_for_the_others(whole):
     first, second = whole[0]
     assert second["left"] >= first["came"], "both clocks are the machine's"
@@ -78,6 +105,15 @@ def test_a_stop_before_the_first_step_of_a_run_that_goes_on_is_not_lost(tmp_path
     told = ended(processes)
     assert [each["stopped"] for each in told] == [True, True]
     assert told[0]["steps"] == told[1]["steps"] == newest_step(tmp_path) < 20
+
+
+def test_a_stop_between_a_save_and_the_next_step_of_a_run_that_goes_on_is_not_late(whole, tmp_path):
+    """Orbax, too, tells jax's service of a step that it saves: of 6 here, of which the loop has taken 2."""
+    shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
+    told = ended(started(tmp_path, 60, 6))
+    assert [each["stopped"] for each in told] == [True, True]
+    assert told[0]["steps"] == told[1]["steps"] == newest_step(tmp_path)
+    assert told[0]["steps"] in (7, 8)
 
 
 def test_a_lone_task_of_a_cluster_keeps_all_its_devices(monkeypatch):

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from dit_jax.config import UserError
 from train import watch
 from train.checkpoints import load_ema, newest_step
 from train.loop import Hook, RunConfig, TrainingDivergedError, train
+from train.losses import PartMean
 from train.optimizers import adam
 from train.placement import training_mesh
 from train.step import TrainStep, alone
@@ -156,6 +159,12 @@ def test_an_interval_of_no_steps_is_told(tmp_path, name):
         train(config, None, None, batch_at)
 
 
+@pytest.mark.parametrize("keep", [0, -1])
+def test_a_run_that_would_keep_no_checkpoint_is_refused(keep):
+    with pytest.raises(UserError, match=f"keep is {keep}: expected 1 or more"):
+        RunConfig(keep=keep)
+
+
 def test_what_only_the_host_reads_is_saved_from_the_host(tmp_path):
     """An array of a device could be restored only where a device has the same name."""
     run(tmp_path, 3)
@@ -181,9 +190,49 @@ def test_the_share_of_the_peak_is_logged_where_the_peak_is_known(tmp_path, monke
     config = RunConfig(out=str(tmp_path), steps=2, log_every=1)
     step = TrainStep(Line(), alone(noisy_squares, adam(0.05)), training_mesh())
     train(config, step.init(Line()), step, batch_at, flops=5e5)
-    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+    first, *others = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert "seconds_per_step" not in first and len(others) == 1, "the first step is compiled"
+    for line in others:
         assert line["flops_per_second"] == pytest.approx(5e5 / line["seconds_per_step"], rel=1e-4)
         assert line["mfu"] == pytest.approx(line["flops_per_second"] / 1e9 / jax.device_count(), rel=1e-4)
+
+
+def test_the_speed_is_that_of_the_steps_since_the_last_line_without_the_first_of_a_run(tmp_path, monkeypatch):
+    """One that goes on from step 3, with lines at 4, 8 and 12: the first step takes 100 seconds, each other 2."""
+    run(tmp_path, 3)
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now, time=time.time)
+    monkeypatch.setattr(watch, "time", clock)
+    step = TrainStep(Line(), alone(noisy_squares, adam(0.05)), training_mesh())
+
+    def slow(*arguments):
+        clock.now += 2.0 if clock.now else 100.0
+        return step(*arguments)
+
+    hook = Hook(7, lambda state, taken: setattr(clock, "now", clock.now + 8.0))
+    (tmp_path / "metrics.jsonl").unlink()
+    config = RunConfig(out=str(tmp_path), steps=14, log_every=4, save_every=100)
+    train(config, step.init(Line()), slow, batch_at, (hook,), flops=6.0)
+    lines = {line["step"]: line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())}
+    assert "seconds_per_step" not in lines[4] and "seconds_of_compute" not in lines[4]
+    assert (lines[8]["seconds_per_step"], lines[8]["seconds_of_hooks"]) == (4.0, 2.0)
+    assert lines[8]["flops_per_second"] == 1.5
+    assert lines[12]["seconds_per_step"] == 2.0 and "seconds_of_hooks" not in lines[12]
+
+
+def test_a_value_that_is_no_number_is_left_out_of_the_log(tmp_path):
+    """The mean over some of the rows, in a step that has none of them."""
+
+    def of_some(model, batch, key):
+        few = batch["y"][:, 0] > 1.5
+        return jnp.mean(batch["y"] * model.kernel[0, 0]), {"large": PartMean(jnp.sum(few), jnp.sum(few))}
+
+    step = TrainStep(Line(), alone(of_some, adam(0.05)), training_mesh())
+    train(RunConfig(out=str(tmp_path), steps=12, log_every=1), step.init(Line()), step, batch_at)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    found = {line["step"]: line.get("large") for line in map(json.loads, text.splitlines())}
+    there = {position + 1: (batch_at(position)["y"][:, 0] > 1.5).any() for position in range(12)}
+    assert "NaN" not in text and found == {step: 1.0 if some else None for step, some in there.items()}
+    assert len(set(there.values())) == 2
 
 
 def test_the_log_of_a_fresh_run_begins_with_its_facts(tmp_path):

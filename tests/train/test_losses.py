@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from flax import nnx
@@ -36,6 +37,8 @@ from train.losses import (
     noised,
     pixels,
 )
+from train.placement import training_mesh
+from train.step import Plan, TrainStep, Update, place_of
 
 TINY = WanConfig(blocks=2, width=24, heads=2, head_width=12, mlp_width=32, text_width=8, in_channels=4, out_channels=4)
 
@@ -130,7 +133,45 @@ def test_finetuning_is_pytorchs(kind, share, monkeypatch):
         [square[1:].mean() if first else square.mean() for square, first in zip(squares, held, strict=True)]
     )
     for name, of in (("loss_low_noise", levels < 0.5), ("loss_high_noise", levels >= 0.5)):
-        np.testing.assert_allclose(metrics[name], errors[of].mean() if of.any() else 0, rtol=1e-4)
+        np.testing.assert_allclose(metrics[name].value(), errors[of].mean() if of.any() else np.nan, rtol=1e-4)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 8])
+def test_the_errors_below_and_above_half_noise_are_means_over_the_rows_of_all_microbatches(microbatches, monkeypatch):
+    def silent(model, call, tokens, t_B, conditioning, state=None, aux=None):
+        return jnp.zeros_like(tokens.rows), None
+
+    monkeypatch.setattr(losses, "network", silent)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(8, 1, 2, 2, 4)).astype(np.float32) * np.arange(1, 9)[:, None, None, None, None]
+    batch = {"latents": latents, "text": rng.normal(size=(8, 5, 8)).astype(np.float32)}
+    settings = FlowSettings(shift=1.0)
+    trained = {"student": Wan(TINY, nnx.Rngs(0))}
+    update = Update(loss=partial(finetune, settings=settings), optimizer=optax.sgd(0.1), microbatches=microbatches)
+    step = TrainStep(trained, Plan(updates=(update,)), training_mesh())
+    _, metrics = step(step.init(trained), batch, jax.random.key(1))
+    own_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), place_of(0, 0))
+    keys = [own_key] if microbatches == 1 else [jax.random.fold_in(own_key, each) for each in range(microbatches)]
+    drawn = [noised(rows, key, settings) for rows, key in zip(np.split(latents, microbatches), keys, strict=True)]
+    low = np.concatenate([at.levels for at in drawn]) < 0.5
+    errors = np.concatenate([np.mean(np.square(at.velocity), axis=(1, 2, 3, 4)) for at in drawn])
+    assert low.any() and not low.all()
+    found = [metrics[name] for name in ("loss", "loss_low_noise", "loss_high_noise")]
+    np.testing.assert_allclose(found, [errors.mean(), errors[low].mean(), errors[~low].mean()], rtol=1e-5)
+
+
+def test_a_row_that_is_no_number_is_told_on_its_side_alone(batch, monkeypatch):
+    level_key, _ = jax.random.split(jax.random.key(3))
+    low = np.asarray(noise_levels(level_key, 4, FlowSettings(shift=1.0))) < 0.5
+
+    def broken(model, call, tokens, t_B, conditioning, state=None, aux=None):
+        return jnp.where(low[:, None, None], jnp.nan, jnp.zeros_like(tokens.rows)), None
+
+    monkeypatch.setattr(losses, "network", broken)
+    model = nnx.eval_shape(lambda: Wan(TINY, nnx.Rngs(0)))
+    loss, told = flow_matching(model, batch, jax.random.key(3), FlowSettings(shift=1.0))
+    assert np.isnan(loss) and np.isnan(told["loss_low_noise"].value())
+    assert np.isfinite(told["loss_high_noise"].value())
 
 
 def test_finetuning_a_lora_leaves_the_weights(batch):
@@ -173,7 +214,7 @@ def test_what_is_predicted_of_a_held_frame_is_no_error(batch, monkeypatch):
     monkeypatch.setattr(losses, "network", oracle)
     model = nnx.eval_shape(lambda: Wan(TINY, nnx.Rngs(0)))
     loss, told = flow_matching(model, batch, jax.random.key(3), settings)
-    np.testing.assert_allclose([loss, told["loss_high_noise"]], 4.0, rtol=1e-5)
+    np.testing.assert_allclose([loss, told["loss_high_noise"].value()], 4.0, rtol=1e-5)
 
 
 def test_so_many_samples_are_held_as_the_share_says_whatever_their_levels_are():
@@ -210,6 +251,18 @@ def test_noise_levels_are_logit_normal_shifted_and_spread():
     # One level in each equal quantile of a batch.
     one = np.sort(noise_levels(jax.random.key(0), 4, plain))
     assert np.all(np.diff(one) > 0) and one[0] < 0.34 and one[3] > 0.66
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_an_expert_sees_the_noise_levels_of_its_side_as_often_as_before(shift):
+    draws, cut = range(200), 0.875
+    of_all = np.concatenate([noise_levels(jax.random.key(i), 64, FlowSettings(shift=shift)) for i in draws])
+    for sides, beyond in (({"lowest": cut}, of_all >= cut), ({"highest": cut}, of_all < cut)):
+        settings = FlowSettings(shift=shift, **sides)
+        levels = np.concatenate([noise_levels(jax.random.key(i), 64, settings) for i in draws])
+        assert levels.min() > sides.get("lowest", 0) - 1e-6 and levels.max() < sides.get("highest", 1) + 1e-6
+        expected = np.quantile(of_all[beyond], (0.1, 0.5, 0.9))
+        np.testing.assert_allclose(np.quantile(levels, (0.1, 0.5, 0.9)), expected, atol=0.01)
 
 
 def test_autoencoding_adds_its_parts():

@@ -11,7 +11,9 @@ from convert.method_parts import read_parts
 from convert.transfer import convert
 from dit_jax.config import UserError
 from dit_jax.methods.plan import parse_plan
+from dit_jax.models.flux import FluxConfig
 from infer.adapt import main as adapt
+from infer.side_files import DEFAULTS_FILE
 from train.models import Source
 from train.pare_loss import PareWeights
 from train.placement import training_mesh
@@ -66,6 +68,20 @@ def test_a_router_that_is_told_the_timestep_alone_is_trained_further_and_kept_ap
     assert pare_stage2.training(replace(usual, content=True), source_of()).trained["router"].config.features > 0
 
 
+def test_a_router_keeps_with_how_many_blocks_it_was_trained(tmp_path):
+    first = pare_stage2.Config(student="demo-wan", least=3, most=6)
+    routed = exported(pare_stage2.training(first, source_of()), tmp_path / "routed")
+    later = pare_stage2.Config(student=str(routed), most=7)
+    further = exported(pare_stage2.training(later, source_of()), tmp_path / "further")
+    few = step_distill.training(step_distill.Config(student=str(further)), source_of())
+    parts = [read_parts(open_checkpoint(each)) for each in (routed, further, exported(few, tmp_path / "few"))]
+    assert [(each["router"].settings["least"], each["router"].settings["most"]) for each in parts] == [
+        (3, 6),
+        (3, 7),
+        (3, 7),
+    ]
+
+
 def test_a_presets_router_may_be_told_the_timestep_alone():
     training = traced(pare_stage2, pare_stage2.Config(model="wan2.1-t2v-1.3b", content=False))
     assert training.trained["router"].config.content == "none"
@@ -84,6 +100,43 @@ def test_adapters_have_the_rank_that_is_asked_for(tmp_path):
         ddit.training(replace(config, rank=-1), source_of())
 
 
+def test_adapters_are_trained_for_the_sizes_that_are_asked_for(tmp_path):
+    small = ddit.training(ddit.Config(sizes="2p"), source_of())
+    assert list(small.trained) == ["2p"] and [update.trains for update in small.plan.updates] == [("2p",)]
+    parts = read_parts(open_checkpoint(exported(small, tmp_path / "small")))
+    parse_plan("ddit:sizes=2p").check((10,), parts)
+    both = exported(ddit.training(ddit.Config(), source_of()), tmp_path / "both")
+    more = ddit.training(ddit.Config(sizes="4p"), source_of(both))
+    assert sorted(more.trained) == ["2p", "4p"] and [update.trains for update in more.plan.updates] == [("4p",)]
+    with pytest.raises(
+        UserError, match=r"sizes are 2p/4p, and .*small has adapters for 2p: expected no 4p; set sizes=2p"
+    ):
+        ddit.training(ddit.Config(), source_of(tmp_path / "small"))
+    with pytest.raises(UserError, match="sizes are '8p', expected one of 2p/4p, 2p, 4p"):
+        ddit.training(ddit.Config(sizes="8p"), source_of())
+
+
+def test_every_size_comes_up_as_often_and_its_rate_ends_at_nothing():
+    steps = 201
+    training = ddit.training(ddit.Config(steps=steps, warmup=4, weight_decay=0.0), source_of())
+    turns = [training.turn(position) for position in range(steps)]
+    assert turns.count(0) in (100, 101) and turns != [0, 1] * 100 + [0]
+    for number, update in enumerate(training.plan.updates):
+        weights = {"x": np.ones(1, np.float32)}
+        state, sizes = update.optimizer.init(weights), []
+        for _ in range(turns.count(number)):
+            change, state = update.optimizer.update({"x": np.ones(1, np.float32)}, state, weights)
+            sizes.append(float(abs(change["x"][0])))
+        assert np.argmax(sizes) == 2 and sizes[2] == pytest.approx(1e-4, rel=1e-3), "warmed up over its own half"
+        assert sizes[-1] < 1e-6
+
+
+def test_prodigy_is_told_a_factor_and_not_a_rate():
+    with pytest.raises(UserError, match=r"learning_rate is 0.0001 with optimizer prodigy.* set learning_rate=1"):
+        ddit.training(ddit.Config(optimizer="prodigy"), source_of())
+    assert ddit.training(ddit.Config(optimizer="prodigy", learning_rate=1), source_of()).plan.updates
+
+
 @pytest.mark.parametrize("recipe", [pare_stage1, pare_stage2])
 def test_block_outputs_weigh_as_much_as_is_asked_for(recipe):
     settings = [recipe.Config(**told).settings(source_of("demo-flux")) for told in ({}, {"features": 0.5})]
@@ -91,6 +144,29 @@ def test_block_outputs_weigh_as_much_as_is_asked_for(recipe):
         PareWeights(features=10, motion=0), PareWeights(features=0.5, motion=0),
     ]  # fmt: skip
     assert settings[0] == replace(settings[1], weights=settings[0].weights)
+
+
+def test_a_model_that_is_told_its_guidance_is_told_the_same_in_training_and_after():
+    dev, demo = FluxConfig(guidance=True), source_of("demo-flux").config
+    config = step_distill.Config(guidance=2.5)
+    of_dev, of_demo = (step_distill.run_with(config, each) for each in (dev, demo))
+    assert (of_dev["few_step"]["guidance"], of_dev["few_step"]["guidance_scale"]) == (2.5, 1.0)
+    assert (of_dev[DEFAULTS_FILE]["guidance"], of_dev[DEFAULTS_FILE]["true_cfg"]) == (2.5, 1.0)
+    assert "guidance" not in of_demo["few_step"] and of_demo[DEFAULTS_FILE]["guidance"] == 1.0
+
+
+def test_the_real_score_is_guided_once(monkeypatch):
+    scales = []
+    monkeypatch.setattr(step_distill, "step_distill", lambda *told, settings: scales.append(settings.guidance_scale))
+    given = step_distill.Config(teacher_scale=2.0, data="")
+    for model, config in (
+        ("flux.1-dev", step_distill.Config()),
+        ("flux.1-dev", given),
+        ("demo-wan", step_distill.Config()),
+    ):
+        student = step_distill.training(config, Source(model, training_mesh("fsdp=1"), planned=True)).plan.updates[-1]
+        student.loss(None, None, {"latents": np.zeros(1)}, None)
+    assert scales == [1.0, 2.0, 3.0]
 
 
 def test_adapters_without_low_rank_maps(tmp_path):

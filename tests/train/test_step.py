@@ -249,6 +249,21 @@ def test_two_updates_take_turns_on_rows_of_their_own(batch):
     assert {"a_loss", "b_loss", "a_gradient_norm", "b_gradient_norm"} <= set(metrics)
 
 
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_turn_without_a_number_shows_in_what_is_reported(broken):
+    """Whichever of a step's turns it is: weights stay as they are from then on, which nobody may overlook."""
+    batch = {"x": np.ones((3, 3), np.float32), "y": np.zeros((3, 2), np.float32)}
+    batch["x"][broken] = np.inf
+
+    def loss(trained, frozen, batch, key):
+        return jnp.mean(jnp.square(trained["a"](batch["x"]) - batch["y"])), {"loss_data": jnp.mean(batch["x"])}
+
+    plan = Plan(updates=(Update(loss=loss, optimizer=optax.sgd(0.1), trains=("a",), turns=3),))
+    step = TrainStep({"a": Line()}, plan, training_mesh())
+    state, metrics = step(step.init({"a": Line()}), batch, jax.random.key(0))
+    assert not state.sound and not np.isfinite(metrics["loss"]) and not np.isfinite(metrics["loss_data"])
+
+
 def test_backbones_compute_in_their_dtype_and_weights_stay_in_fp32():
     seen = {}
 

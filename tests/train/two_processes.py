@@ -1,7 +1,10 @@
 """Run by test_hosts.py as each of two processes with a device: trains a small Wan until it ends or is stopped, then
-waits for the first one, which is two seconds late."""
+waits for the first one, which is two seconds late. After the folder and the number of steps there may be one more
+number: once the checkpoint of that step is there, and before the next step, the second process gets SIGTERM."""
 
 import json
+import os
+import signal
 import sys
 import time
 
@@ -16,11 +19,13 @@ print("joined", flush=True)
 import optax  # noqa: E402
 from eight_devices import batch_at, loss_of, new_model  # noqa: E402
 
+from train.checkpoints import newest_step  # noqa: E402
 from train.loop import RunConfig, train  # noqa: E402
 from train.placement import training_mesh  # noqa: E402
 from train.step import TrainStep, alone  # noqa: E402
 
 out, steps = sys.argv[1], int(sys.argv[2])
+stopped_behind = int(sys.argv[3]) if len(sys.argv) > 3 else None
 
 
 def own_rows(position):
@@ -28,7 +33,17 @@ def own_rows(position):
     share = 8 // jax.process_count()
     first = share * jax.process_index()
     print("step", position, flush=True)
+    if position == stopped_behind and jax.process_index() == 1:
+        stop_behind(position)
     return {name: rows[first : first + share] for name, rows in batch_at(position).items()}
+
+
+def stop_behind(step):
+    """SIGTERM once this step's checkpoint is there, and the time that the processes need to agree."""
+    while newest_step(out) != step:
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
 
 
 model = new_model()

@@ -26,7 +26,7 @@ from convert.checkpoint import Checkpoint
 from convert.method_parts import part_files
 from dit_jax.config import UserError
 from dit_jax.methods.method import Part
-from dit_jax.methods.routing import ROUTER, Routing, router_config
+from dit_jax.methods.routing import ROUTER, Routing, router_config, trained_router
 from train import recipe
 from train.block_ranking import Ranked
 from train.loop import Outcome
@@ -71,21 +71,23 @@ class Config(Stage1):
 def training(config: Config, source: Source) -> Training:
     """Student and router learn together, the router faster."""
     student = student_of(config.student, source)
+    router = _router_part(config, student)
+    settings = config.settings(source)
+    settings = replace(settings, routing=settings.routing.told({ROUTER: router}))
     rates = {"student": config.learning_rate, "router": config.router_rate}
     optimizers = {name: config.adamw(rate) for name, rate in rates.items()}
     update = Update(
-        loss=partial(pare, settings=config.settings(source)),
+        loss=partial(pare, settings=settings),
         optimizer=by_module(optimizers),
         microbatches=config.microbatches,
     )
-    router = _router_part(config, student)
     new = ROUTER not in student.parts
     return Training(
         trained={"student": student.transformer(), "router": student.router(config.seed, config.content)},
         frozen={"teacher": source.transformer(config.compute)},
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
         target=student,
-        result=partial(_result, router),
+        result=partial(_result, router, settings.routing),
         around=partial(_ranked, config, source) if config.ranked and new else None,
         facts=student.kept_of(source),
     )
@@ -109,8 +111,8 @@ def _router_part(config: Config, student: Source) -> Part:
     return router
 
 
-def _result(router: Part, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
-    files = part_files({ROUTER: router._replace(leaves=trained["router"])})
+def _result(router: Part, routing: Routing, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
+    files = part_files({ROUTER: trained_router(router, routing, trained["router"])})
     return with_files(with_transformer(checkpoint, trained["student"]), files)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,20 +26,23 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint
 from convert.method_parts import FEW_STEP, part_files
+from dit_jax.config import UserError
 from dit_jax.methods.method import Part
-from dit_jax.methods.routing import ROUTER, Routing
+from dit_jax.methods.routing import ROUTER, Routing, trained_router
 from dit_jax.models.flux import FluxConfig
+from dit_jax.models.wan import WanConfig
 from infer.random_pipeline import TEXT_TOKENS
 from infer.side_files import DEFAULTS_FILE, SCHEDULER_FILE, read_settings
 from train import recipe
 from train.loop import Outcome
 from train.models import Source
 from train.optimizers import adamw
-from train.recipe import RecipeConfig, Training, with_files, with_transformer
+from train.recipe import RecipeConfig, Training, is_guided, with_files, with_transformer
 from train.step import LossFunction, Plan, Update
 from train.step_distill_loss import StepDistillSettings, fake_score, step_distill
 
 BETAS = (0.0, 0.999)
+TEACHER_SCALE = 3.0
 EMPTY = ("empty_text", "empty_pooled")
 
 VARIANTS = {
@@ -56,7 +59,7 @@ class Config(RecipeConfig):
 
     student        what the student starts from; empty: the model
     fake_rate      learning rate of the fake score, of which there are `fake_turns` updates a step
-    teacher_scale  guidance of the real score
+    teacher_scale  guidance of the real score; None: 3, or 1 of a model that is told its guidance (FLUX.1 dev)
     """
 
     out: str = "runs/step-distill"
@@ -65,7 +68,7 @@ class Config(RecipeConfig):
     learning_rate: float = 2e-6
     fake_rate: float = 4e-7
     fake_turns: int = 5
-    teacher_scale: float = 3.0
+    teacher_scale: float | None = None
     ema_decay: float = 0.99
     shift: float = 5.0
     caption_dropout: float = 0.0
@@ -77,7 +80,7 @@ class Config(RecipeConfig):
         """Of the losses."""
         return StepDistillSettings(
             shift=self.shift,
-            guidance_scale=self.teacher_scale,
+            guidance_scale=TEACHER_SCALE if self.teacher_scale is None else self.teacher_scale,
             flow=self.flow,
             routing=Routing(least=self.least, most=self.most),
         )
@@ -85,9 +88,14 @@ class Config(RecipeConfig):
 
 def training(config: Config, source: Source) -> Training:
     """Student (with its router) and fake score, by turns."""
+    if config.fake_turns < 1:
+        raise UserError(f"fake_turns is {config.fake_turns}: expected 1 or more; set fake_turns=5")
+    if config.teacher_scale is None and is_guided(source.config):
+        config = replace(config, teacher_scale=1.0)
     student = Source(config.student, source.mesh, planned=source.planned) if config.student else source
     trained: dict[str, Any] = {"student": student.transformer(), "fake": source.transformer()}
-    moved = ["student"]
+    moved, settings = ["student"], config.settings
+    settings = replace(settings, routing=settings.routing.told(student.parts))
     if ROUTER in student.parts:
         trained[ROUTER] = student.router()
         moved.append(ROUTER)
@@ -97,14 +105,14 @@ def training(config: Config, source: Source) -> Training:
 
     updates = (
         Update(
-            loss=_told_empty(partial(fake_score, settings=config.settings)),
+            loss=_told_empty(partial(fake_score, settings=settings)),
             optimizer=optimizer(config.fake_rate),
             trains=("fake",),
             turns=config.fake_turns,
             microbatches=config.microbatches,
         ),
         Update(
-            loss=_told_empty(partial(step_distill, settings=config.settings)),
+            loss=_told_empty(partial(step_distill, settings=settings)),
             optimizer=optimizer(config.learning_rate),
             trains=tuple(moved),
             microbatches=config.microbatches,
@@ -116,11 +124,11 @@ def training(config: Config, source: Source) -> Training:
         frozen={"teacher": source.transformer(config.compute)},
         plan=plan,
         target=student,
-        result=partial(_result, config, student.parts.get(ROUTER)),
+        result=partial(_result, run_with(config, student.config), student.parts.get(ROUTER), settings.routing),
         extra=_abstract_empty(source),
         facts=student.kept_of(source) if config.student else {},
         # The roll-out ends at a random one of the steps.
-        trips=(len(config.settings.timesteps) - 1) / 2,
+        trips=(len(settings.timesteps) - 1) / 2,
     )
 
 
@@ -143,16 +151,31 @@ def _abstract_empty(source: Source) -> dict[str, jax.ShapeDtypeStruct]:
     return empty
 
 
-def _result(config: Config, router: Part | None, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
-    """The student, with what it is run with as its defaults."""
+def run_with(config: Config, model: WanConfig | FluxConfig) -> dict[str, dict[str, Any]]:
+    """What a student is run with: the settings of `few_step`, and by file the pipeline's own."""
     settings, sampler = config.settings, "renoise"
-    told = {"timesteps": list(settings.timesteps), "shift": settings.shift, "guidance_scale": 1.0, "sampler": sampler}
-    parts = {FEW_STEP: Part(told, {})}
-    if router is not None:
-        parts[ROUTER] = router._replace(leaves=trained[ROUTER])
+    few = {"timesteps": list(settings.timesteps), "shift": settings.shift, "guidance_scale": 1.0, "sampler": sampler}
     usual = {"steps": len(settings.timesteps), "guidance": 1.0, "true_cfg": 1.0, "solver": sampler}
+    if is_guided(model):  # told what it was told in training, which is no guidance to do without
+        few, usual = few | {"guidance": config.guidance}, usual | {"guidance": config.guidance}
     shift = {"shift": settings.shift, "flow_shift": settings.shift, "use_dynamic_shifting": False}
-    files = part_files(parts) | _changed(checkpoint, DEFAULTS_FILE, usual) | _changed(checkpoint, SCHEDULER_FILE, shift)
+    return {FEW_STEP: few, DEFAULTS_FILE: usual, SCHEDULER_FILE: shift}
+
+
+def _result(
+    told: Mapping[str, dict[str, Any]],
+    router: Part | None,
+    routing: Routing,
+    checkpoint: Checkpoint,
+    trained: Mapping[str, Any],
+) -> Checkpoint:
+    """The student, with what it is run with as its defaults."""
+    parts = {FEW_STEP: Part(told[FEW_STEP], {})}
+    if router is not None:
+        parts[ROUTER] = trained_router(router, routing, trained[ROUTER])
+    files = part_files(parts)
+    for file in (DEFAULTS_FILE, SCHEDULER_FILE):
+        files |= _changed(checkpoint, file, told[file])
     return with_files(with_transformer(checkpoint, trained["student"]), files)
 
 

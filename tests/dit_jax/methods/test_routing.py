@@ -22,6 +22,7 @@ from dit_jax.methods.routing import (
     new_router,
     read_router,
     top_gates,
+    trained_router,
 )
 from dit_jax.models.network import Conditioning
 from dit_jax.parameters import leaf_name
@@ -231,6 +232,25 @@ def test_a_model_that_does_not_fit_is_refused(text, blocks, change, told):
 def test_words_are_understood():
     assert parse_plan("routing").methods == (Routing(),)
     assert parse_plan("routing:max=35:min=20").methods == (Routing(least=20, most=35),)
+
+
+def test_as_many_blocks_run_as_the_router_was_trained_with_unless_the_plan_says():
+    part = random_router(CONFIGS["wan"], "latents")
+    trained = trained_router(part, Routing(least=2, most=3), part.leaves)
+    assert (trained.settings["least"], trained.settings["most"]) == (2, 3)
+    parts = {"router": trained}
+    told = {
+        text: parse_plan(text).told(parts).methods[0] for text in ("routing", "routing:min=3", "routing:choose=random")
+    }
+    assert told["routing"] == Routing(least=2, most=3) and told["routing:min=3"] == Routing(least=3, most=3)
+    assert told["routing:choose=random"].limits(4) == (2, 3), "by lot as many"
+    assert parse_plan("routing").told({"router": part}).methods == (Routing(),)
+    again = trained_router(part, Routing(), part.leaves).settings
+    assert (again["least"], again["most"]) == Routing().limits(part.settings["blocks"])
+    plain, latents = guided(CONFIGS["wan"]), noise(CONFIGS["wan"])
+    by_part = applied(parse_plan("routing"), plain, latents, trained)
+    by_plan = applied(parse_plan("routing:min=2:max=3"), plain, latents, part)
+    np.testing.assert_array_equal(sampled(by_part, latents, STEPS), sampled(by_plan, latents, STEPS))
 
 
 def test_random_blocks_are_as_many_and_follow_the_seed_alone():
