@@ -56,6 +56,17 @@ class Kept:
         return AnyPreservationPolicy(policies)
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to the loop to ask jax's service whether to stop.
+
+    The service goes by the number that it was asked for last, and Orbax asks for a checkpoint's: another count than the
+    loop's where a run goes on, and late where a thread ends the save.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of the run in `out`; to be closed, which waits for what is still being written."""
 
@@ -70,7 +81,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         handlers = {STATE: ocp.StandardCheckpointHandler(), ABOUT: ocp.JsonCheckpointHandler()}
-        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self.manager = _Manager(self.folder, options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, taken: int, key: jax.Array, scores: Mapping[str, float]) -> None:
         """Begins to write the state after so many steps, unless it is there; UserError where the last could not be."""

@@ -118,7 +118,7 @@ def train(
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     kept = Kept(last=config.keep, best=config.keep_best, score=config.best)
     about = {"recipe": type(config).__module__, "options": dataclasses.asdict(config)}
-    with _Run(config, out, Checkpoints(out, kept, about), flops) as run, _terminated(run.saved) as stop:
+    with _Run(config, out, Checkpoints(out, kept, about), flops) as run, _terminated() as stop:
         state, first, key = run.saved.restore(state, jax.random.key(config.seed))
         if first:
             _warn_of_changes(config, run.saved.options(first), first)
@@ -269,14 +269,11 @@ def _prefetched(batch_at: Callable[[int], Any], first: int, last: int) -> Iterat
 
 
 @contextmanager
-def _terminated(saved: Checkpoints) -> Iterator[Callable[[int], bool]]:
+def _terminated() -> Iterator[Callable[[int], bool]]:
     """Whether to stop, of the steps that this process has taken: SIGTERM is noted instead of died from. The processes
     of a run agree on the step (jax's own service catches the signal, from where they joined on, and counts from 0);
     outside the main thread signals stay as they are."""
     if jax.distributed.is_initialized():
-        # The service goes by the number that it was asked for last, and Orbax asks for that of a checkpoint: another
-        # count than this one where a run goes on, and late where a thread of Orbax ends the save.
-        saved.manager.reached_preemption = lambda step: False
         yield multihost_utils.reached_preemption_sync_point
         return
     noted: list[int] = []
