@@ -45,9 +45,13 @@ class Shift:
     high_tokens: float = 4096
 
     def mu(self, tokens: int) -> float:
-        """Logarithm of the shift at this many tokens: a line through (low_tokens, low) and (high_tokens, high)."""
+        """Logarithm of a dynamic shift at this many tokens: a line through (low_tokens, low) and (high_tokens, high)."""
         slope = (self.high - self.low) / (self.high_tokens - self.low_tokens)
         return slope * tokens + self.low - slope * self.low_tokens
+
+    def scale(self, tokens: int) -> float:
+        """The shift at this many tokens."""
+        return math.exp(self.mu(tokens)) if self.dynamic else self.constant
 
 
 def shifted(sigmas: Any, shift: Any) -> Any:
@@ -62,18 +66,17 @@ def euler_sigmas(steps: int, shift: Shift, tokens: int) -> np.ndarray:
     again, so that the last steps are shifted twice; Wan's pipelines are run that way and so is this.
     """
     if shift.dynamic or shift.to_last_step:
-        scale = math.exp(shift.mu(tokens)) if shift.dynamic else shift.constant
-        sigmas = shifted(np.linspace(1, 1 / steps, steps), scale)
+        sigmas = shifted(np.linspace(1, 1 / steps, steps), shift.scale(tokens))
     else:
         lowest = float(shifted(np.float32(1 / TRAIN_STEPS), np.float32(shift.constant)))
         sigmas = shifted(np.linspace(1, lowest, steps), shift.constant)
     return np.append(sigmas, 0).astype(np.float32)
 
 
-def unipc_sigmas(steps: int, shift: Shift) -> np.ndarray:
+def unipc_sigmas(steps: int, shift: Shift, tokens: int) -> np.ndarray:
     """Flow σ of diffusers' `UniPCMultistepScheduler` without the final 0, [S] in fp64; the first stays 1e-6 below 1,
     where λ is finite."""
-    sigmas = shifted(np.linspace(1, 1 / TRAIN_STEPS, steps + 1)[:-1], shift.constant)
+    sigmas = shifted(np.linspace(1, 1 / TRAIN_STEPS, steps + 1)[:-1], shift.scale(tokens))
     if abs(sigmas[0] - 1) < 1e-6:
         sigmas[0] -= 1e-6
     return sigmas

@@ -62,8 +62,8 @@ class UniPC:
     """
 
     def schedule(self, steps: int, shift: Shift, tokens: int) -> Schedule:
-        """`tokens` is not used: UniPC has a constant shift."""
-        sigmas = unipc_sigmas(steps, shift)
+        """`tokens` matters to a dynamic shift alone."""
+        sigmas = unipc_sigmas(steps, shift, tokens)
         # The originals pass the timesteps through an integer type.
         timesteps = np.trunc(sigmas * TRAIN_STEPS).astype(np.float32)
         rounded = np.append(sigmas, 0).astype(np.float32)

@@ -59,6 +59,17 @@ def test_unipc(steps, shift):
     np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("tokens", [256, 1024, 4096])
+def test_unipc_with_dynamic_shift(tokens):
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, use_dynamic_shifting=True
+    )
+    scheduler.set_timesteps(8, mu=Shift(dynamic=True).mu(tokens))
+    schedule = UniPC().schedule(8, Shift(constant=3.0, dynamic=True), tokens)
+    np.testing.assert_allclose(schedule.sigmas, scheduler.sigmas.numpy(), rtol=1e-6)
+    np.testing.assert_array_equal(schedule.timesteps, scheduler.timesteps.numpy())
+
+
 @pytest.mark.parametrize("steps", [1, 4, 20])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_euler_with_constant_shift(steps, shift):
