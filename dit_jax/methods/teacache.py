@@ -23,6 +23,7 @@ from dit_jax.config import UserError
 from dit_jax.flops import Config, Shape, StepAt, StepWork, residual_bytes
 from dit_jax.methods.method import Part, Run, RunRecord, Words
 from dit_jax.methods.residual import Residual, no_residual, run_or_reuse
+from dit_jax.models.flux import FluxConfig
 from dit_jax.models.network import Aux, State, Trunk
 from dit_jax.ops import mesh as meshes
 from dit_jax.sampling.sampler import Guided
@@ -172,7 +173,10 @@ class TeaCache:
         return work.in_blocks(lambda block: block._replace(share=block.share * share))
 
     def kept_bytes(self, config: Config, shape: Shape) -> int:
-        return residual_bytes(config, shape)
+        """The residual and the signal: for FLUX as large again, for Wan a vector or six of every row, in fp32."""
+        vectors = shape.rows * config.width * 4 * (6 if self.ret else 1)
+        residual = residual_bytes(config, shape)
+        return residual + (residual if isinstance(config, FluxConfig) else vectors)
 
     def applied(self, denoiser: Guided, run: Run) -> Guided:
         steering = SignalSteering(jnp.float32(self.threshold), jnp.asarray(self.must_run(run.steps)))

@@ -11,10 +11,13 @@ from row_by_row import row_by_row
 from small_models import CONFIGS, guided, noise, one_sample, relative_error, sampled, segment_programs
 
 from dit_jax.config import UserError
+from dit_jax.flops import Shape
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
 from dit_jax.methods.teacache import POLYNOMIALS, RET_POLYNOMIALS, TeaCache, relative_change
 from dit_jax.models.network import Route
+from dit_jax.models.wan import FP32_LEAVES
+from dit_jax.parameters import Precision, cast
 from dit_jax.sampling.sampler import sample, start
 from dit_jax.sampling.schedules import Shift
 from dit_jax.sampling.solvers import Euler
@@ -129,6 +132,19 @@ def test_segments_do_not_matter_and_nothing_compiles_again():
     assert segment_programs() == programs
     whole = sampled(applied(TeaCache(threshold=1.0), plain, latents), latents, STEPS)
     np.testing.assert_array_equal(found, whole)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("backbone", "ret"), [("wan", False), ("wan", True), ("flux", False)])
+def test_what_it_keeps_is_counted(backbone, ret, dtype):
+    config = CONFIGS[backbone]
+    plain, latents = guided(config), noise(config)
+    exact = () if backbone == "flux" else FP32_LEAVES
+    plain = replace(plain, model=cast(plain.model, Precision(weights=dtype, exact=exact)))
+    teacache = TeaCache(threshold=1.0, ret=ret)
+    state = jax.eval_shape(applied(teacache, plain, latents).init, latents).cache
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in (state.residual.added, state.signal))
+    assert teacache.kept_bytes(config, Shape.of(plain, latents.shape)) == kept
 
 
 def test_relative_change_leaves_out_padding():
