@@ -46,7 +46,8 @@ class ChosenLora:
 def read_choice(choice: LoraChoice, targets: Mapping[str, Target], allow_unmatched: bool) -> ChosenLora:
     """The LoRA that was asked for.
 
-    Raises UserError as `read_lora` does, for a strength that is no number and for a transformer that is not there.
+    Raises UserError as `read_lora` does, for a strength that is no number, for a transformer that is not there and for
+    one that a file of both experts says itself.
     """
     path, strength, into = _complete(choice)
     if not isinstance(strength, int | float) or not math.isfinite(strength):
@@ -56,6 +57,11 @@ def read_choice(choice: LoraChoice, targets: Mapping[str, Target], allow_unmatch
     # Files name one transformer, whichever expert they were trained for.
     opened, parts = read_lora(path, {**targets, TRANSFORMER: targets[into]}, allow_unmatched)
     if into != TRANSFORMER and TRANSFORMER in parts:
+        if into in parts:
+            raise UserError(
+                f"LoRA {opened.file} has parts for {TRANSFORMER} and {into}; expected one part to put into {into}; "
+                f"give the file without {into}=, and each goes to its own."
+            )
         parts[into] = parts.pop(TRANSFORMER)
     return ChosenLora(name=opened.file.name, hash=opened.hash, strength=float(strength), parts=parts)
 

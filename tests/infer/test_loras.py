@@ -17,12 +17,13 @@ from beside_diffusers import by_diffusers, by_ours, starting_noise
 from safetensors.numpy import load_file, save_file
 
 from convert import lora_export
+from convert.checkpoint import open_checkpoint
 from convert.lora_keys import Target
 from dit_jax.config import UserError
 from dit_jax.lora import merged, untrained
 from dit_jax.parameters import named_leaves
 from infer import generate, load_pipeline, media
-from infer.loras import parse_choice
+from infer.loras import parse_choice, read_choice
 
 SIZE = (96, 64)
 VIDEO = dict(size=(32, 48), frames=5, steps=3, guidance=4.0)
@@ -362,6 +363,20 @@ def test_each_expert_has_its_loras_also_when_it_is_read_again(text_experts, tmp_
 def test_a_lora_for_an_expert_that_is_not_there_is_refused(wan, wan_loras):
     with pytest.raises(UserError, match="'transformer_2', which the model lacks"):
         wan[2].set_loras([(wan_loras[0], 1.0, "transformer_2")])
+
+
+def test_a_lora_of_both_experts_is_not_for_one_of_them(text_experts, tmp_path):
+    folder, theirs = text_experts
+    one = {"transformer": (theirs.transformer, EXPERT_LAYERS)}
+    both = one | {"transformer_2": (theirs.transformer_2, EXPERT_LAYERS)}
+    checkpoint = open_checkpoint(folder)
+    targets = {name: Target.of(checkpoint.component(name)) for name in both}
+    file = write_lora(tmp_path / "both.safetensors", both)
+    assert read_choice(file, targets, False).parts.keys() == both.keys()
+    with pytest.raises(UserError, match=r"both\.safetensors has parts for transformer and transformer_2;.* without"):
+        read_choice((file, 1.0, "transformer_2"), targets, False)
+    file = write_lora(tmp_path / "low.safetensors", {"transformer_2": both["transformer_2"]})
+    assert read_choice((file, 1.0, "transformer_2"), targets, False).parts.keys() == {"transformer_2"}
 
 
 def test_on_eight_devices_weights_are_the_same_and_programs_stay_valid(wan, wan_loras, tmp_path):
