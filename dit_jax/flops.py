@@ -27,6 +27,7 @@ from dit_jax.models.wan import FP32_LEAVES, Wan, WanConfig
 from dit_jax.parameters import Precision, cast
 
 Config = WanConfig | FluxConfig
+FIRST = "transformer"  # the only one, or the first of several experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +99,14 @@ class StepWork(NamedTuple):
 
 class StepAt(NamedTuple):
     """Which step of how many, from 0; whether it is the first of a stage; by a method's name, what was measured of this
-    step of a run where the arithmetic does not tell it (`Measured`); the timestep."""
+    step of a run where the arithmetic does not tell it (`Measured`); the timestep; the transformer that the step runs."""
 
     step: int
     steps: int
     begins: bool
     measured: Mapping[str, float]
     t: float = 0.0
+    component: str = FIRST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +175,7 @@ def plan_cost(
     steps: int,
     *,
     timesteps: Sequence[float] | None = None,
-    begins: Sequence[int] = (0,),
+    stages: Mapping[int, str] | None = None,
     measured: Mapping[str, Sequence[float]] | None = None,
     of_step: Callable[[Config, Shape, StepWork], Cost] = step_cost,
 ) -> Cost:
@@ -181,14 +183,16 @@ def plan_cost(
 
     methods    of a plan, in its order: each is asked `step_work(work, at)`
     timesteps  of the steps, in [0, 1000]; None spaces them evenly
-    begins     first steps of the stages
+    stages     first step of each stage -> the transformer that it runs; None is one stage of one transformer
     measured   by a method's name, what was measured of each step [S]
     of_step    `step_cost`, or `attention_cost`
     """
     total, dense, known = Cost(), dense_work(config, shape), {}
+    begins, component = stages or {0: FIRST}, FIRST
     for index, t in enumerate(np.linspace(1000, 0, steps, endpoint=False) if timesteps is None else timesteps):
         known_of_step = {name: of_steps[index] for name, of_steps in (measured or {}).items()}
-        work, at = dense, StepAt(index, steps, index in begins, known_of_step, float(t))
+        component = begins.get(index, component)
+        work, at = dense, StepAt(index, steps, index in begins, known_of_step, float(t), component)
         for method in methods:
             work = method.step_work(work, at)
         if work not in known:

@@ -267,12 +267,12 @@ class Pipeline(ABC):
             schedule = self.schedule(job)
             stages = self.stages(job, schedule)
             shape = Shape.of(stages[0].denoiser(), (len(job.prompts), *self.latents_shape(job.size, job.frames)))
-        begins = [stage.first for stage in stages]
+        components = {stage.first: stage.component for stage in stages}
         methods = parse_plan(job.plan).told(self.parts[stages[0].component]).methods
         measured = {m.name: m.measured(record) for m in methods if isinstance(m, Measured)} if record else {}
         return plan_cost(
             self.transformer_config, shape, methods, job.steps,
-            timesteps=list(map(float, schedule.timesteps)), begins=begins, measured=measured,
+            timesteps=list(map(float, schedule.timesteps)), stages=components, measured=measured,
             of_step=self._cost_of_step,
         )  # fmt: skip
 

@@ -227,7 +227,8 @@ class Coredit:
     def step_work(self, work: StepWork, at: StepAt) -> StepWork:
         """Self-attention, its projections included, is of the tokens that are kept."""
         late = at.step >= at.steps - int(self.late_share * at.steps)
-        kept = 1 - np.broadcast_to(self.ratios, len(work.blocks)) * (self.late if late else 1)
+        ratios = dict(self.experts).get(at.component, self.ratios)
+        kept = 1 - np.broadcast_to(ratios, len(work.blocks)) * (self.late if late else 1)
         return work._replace(
             blocks=tuple(
                 block._replace(projected=block.projected * float(share), keys=block.keys * float(share))

@@ -21,6 +21,7 @@ from dit_jax.flops import (
     step_cost,
     weight_bytes,
 )
+from dit_jax.methods.coredit import Coredit
 from dit_jax.methods.hsa import PRESETS, KeysValues, Prefix
 from dit_jax.methods.plan import parse_plan
 from dit_jax.models.flux import FLUX_DEV, Flux, FluxConfig
@@ -165,8 +166,20 @@ def test_a_run_is_the_sum_of_its_steps():
         due = StepAt(index, 40, False, {})
         expected += step_cost(WAN, shape, hsa.step_work(dense_work(WAN, shape), due))
     assert cost.flops == pytest.approx(expected.flops) and cost.weights == 40 * step.weights
-    restarted = plan_cost(WAN, shape, (hsa,), 40, begins=(0, 21))
+    restarted = plan_cost(WAN, shape, (hsa,), 40, stages={0: "transformer", 21: "transformer_2"})
     assert restarted.flops > cost.flops, "the first step of a stage refreshes all"
+
+
+def test_an_expert_skips_by_its_own_ratios():
+    shape = Shape(tokens=100, text=7)
+    coredit = Coredit(ratios=(0.5,), experts=(("transformer_2", (0.2,)),), late_share=0)
+
+    def flops(method, stages=None):
+        return plan_cost(WAN, shape, (method,), 8, stages=stages).flops
+
+    experts = flops(coredit, {0: "transformer", 6: "transformer_2"})
+    high, low = flops(coredit), flops(Coredit(ratios=(0.2,), late_share=0))
+    assert experts == pytest.approx((6 * high + 2 * low) / 8, rel=1e-12) and low > high
 
 
 @pytest.mark.parametrize(("preset", "token_steps"), [("75A", 30.0), ("50", 19.84), ("25", 9.92)])

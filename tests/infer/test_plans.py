@@ -94,3 +94,15 @@ def test_experts_hand_over_with_a_full_step(text_experts):
     np.testing.assert_array_equal(same.latents, plain.latents)
     result = experts(PROMPT, size=SIZE, frames=5, solver="euler", guidance=(3.0, 2.0), plan=HALF)
     assert np.isfinite(result.latents).all()
+
+
+def test_what_a_plan_costs_is_of_each_expert_by_its_own_ratios(text_experts, tmp_path):
+    experts = load_pipeline(text_experts[0])
+
+    def flops(name, low):
+        file = tmp_path / name
+        file.write_text(json.dumps({"ratios": [0.5] * 2, "experts": {"transformer_2": [low] * 2}, "stride": 3}))
+        request = Request(prompt=PROMPT, size=SIZE, frames=5, steps=4, plan=f"coredit:{file}:late=1")
+        return experts.cost(experts.prepare(request)).flops
+
+    assert flops("alike.json", 0.5) < flops("milder.json", 0.1)
