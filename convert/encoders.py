@@ -114,10 +114,10 @@ def t5_rows(config: T5Config) -> list[Row]:
 def canonical_t5_key(key: str) -> str | None:
     """The table's key for a key on disk, in either layout; None for one to leave out.
 
-    The token embedding may stand twice in a file: two keys with one canonical key hold the same tensor. Left out is the
-    tokenizer, which ComfyUI's files hold as bytes.
+    The token embedding may stand twice in a file: two keys with one canonical key hold the same tensor. Left out is
+    what ComfyUI's files hold besides: the tokenizer as bytes, and a number that only CLIP has a use for.
     """
-    if key == "spiece_model":
+    if key in ("spiece_model", "logit_scale"):
         return None
     return "shared.weight" if key == "encoder.embed_tokens.weight" else key
 

@@ -24,6 +24,8 @@ PREFIXES = {
     "text_encoders.t5xxl.transformer.": ("T5EncoderModel",),
     "text_encoders.umt5xxl.transformer.": ("UMT5EncoderModel",),
 }
+# What it saves beside its text encoders: a number of CLIP's training (of T5 too) and the tokenizer's bytes.
+BESIDE_ENCODERS = re.compile(r"text_encoders\.(\w+\.)?(logit_scale|spiece_model)")
 _LORA = re.compile(r"\.(lora|hada|lokr|dora)_|^lora_|\.diff(_b)?$")
 
 

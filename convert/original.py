@@ -16,7 +16,7 @@ from typing import Any
 from convert.components import Settings, class_in_index, class_name, read_json, with_class
 from convert.fp8 import MARKER
 from convert.implied import pipeline_configs
-from convert.kinds import KINDS, PREFIXES, Kind, holds_lora, kind_of, kind_to_write
+from convert.kinds import BESIDE_ENCODERS, KINDS, PREFIXES, Kind, holds_lora, kind_of, kind_to_write
 from convert.pruned import PRUNED
 from convert.safetensors_files import Tensor
 from convert.shapes import SIDECAR
@@ -96,6 +96,8 @@ def find(file: Path) -> list[Found]:
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_weights(file).items():
+        if BESIDE_ENCODERS.fullmatch(key):
+            continue
         prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
         groups.setdefault(prefix, {})[key.removeprefix(prefix)] = tensor
     keys = [key for group in groups.values() for key in group]

@@ -37,6 +37,13 @@ STEMS = {
 }
 TRANSFORMERS = ("wan", "flux-dev")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+COMFYUI = {
+    "flux": {
+        "flux-dev": "model.diffusion_model.", "flux-vae": "vae.", "clip-text": "text_encoders.clip_l.transformer.",
+        "t5": "text_encoders.t5xxl.transformer.",
+    },
+    "wan": {"wan": "model.diffusion_model.", "wan-vae": "vae.", "umt5-comfyui": "text_encoders.umt5xxl.transformer."},
+}  # fmt: skip
 
 
 def run(source: Path, destination: Path, layout: str) -> Path:
@@ -81,11 +88,7 @@ def test_the_prefixes_of_comfyui_make_no_difference(name, prefix, tmp_path):
 
 
 def test_one_file_may_hold_a_whole_pipeline(tmp_path):
-    prefixes = {
-        "flux-dev": "model.diffusion_model.", "flux-vae": "vae.", "clip-text": "text_encoders.clip_l.transformer.",
-        "t5": "text_encoders.t5xxl.transformer.",
-    }  # fmt: skip
-    whole = {prefix + key: array for name, prefix in prefixes.items() for key, array in tensors(name).items()}
+    whole = {prefix + key: array for name, prefix in COMFYUI["flux"].items() for key, array in tensors(name).items()}
     save_file(whole, tmp_path / "whole.safetensors")
     opened = open_checkpoint(tmp_path / "whole.safetensors")
     assert {place: opened.component(place).config for place in opened.settings} == {
@@ -97,6 +100,36 @@ def test_one_file_may_hold_a_whole_pipeline(tmp_path):
         assert_same(load_file(file), tensors(name, "diffusers"))
     assert json.loads((diffusers / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
     assert set(open_checkpoint(diffusers).settings) == set(FLUX_PIPELINE)
+
+
+@pytest.mark.parametrize("model", COMFYUI)
+def test_what_comfyui_saves_beside_its_text_encoders_is_left_out(model, tmp_path):
+    whole = {prefix + key: array for name, prefix in COMFYUI[model].items() for key, array in at_comfyui(name).items()}
+    plain = run(saved(tmp_path / "plain.safetensors", whole), tmp_path / "plain", "diffusers")
+    beside = {
+        key.split("transformer.")[0] + "logit_scale": np.array(4.6, np.float32)
+        for key in whole
+        if key.startswith("text_encoders.")
+    } | {"text_encoders.spiece_model": np.frombuffer(b"tokenizer", np.uint8)}
+    found = run(saved(tmp_path / "whole.safetensors", whole | beside), tmp_path / "whole", "diffusers")
+    for file in plain.rglob("*.*"):
+        assert (found / file.relative_to(plain)).read_bytes() == file.read_bytes(), file
+    stray = saved(tmp_path / "stray.safetensors", whole | beside | {"text_encoders.clip_g.stray": np.ones(3)})
+    with pytest.raises(UserError, match="unexpected tensor text_encoders.clip_g.stray"):
+        open_checkpoint(stray)
+
+
+def at_comfyui(name: str) -> dict:
+    """ComfyUI keeps UMT5 under the keys of transformers."""
+    return tensors("umt5", "diffusers") if name == "umt5-comfyui" else tensors(name)
+
+
+@pytest.mark.parametrize("name", ["t5", "clip-text", "umt5-comfyui"])
+def test_what_comfyui_saves_in_the_file_of_one_text_encoder_is_left_out(name, tmp_path):
+    plain = run(saved(tmp_path / "plain.safetensors", at_comfyui(name)), tmp_path / "plain", "diffusers")
+    whole = at_comfyui(name) | {"logit_scale": np.array(4.6, np.float32)}
+    found = run(saved(tmp_path / "whole.safetensors", whole), tmp_path / "whole", "diffusers")
+    assert (found / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("parts", [WAN_PIPELINE, FLUX_PIPELINE], ids=["wan", "flux"])
