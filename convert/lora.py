@@ -31,7 +31,7 @@ _NAMED = 10  # keys that a message lists
 
 
 class UnmatchedKeys(UserWarning):
-    """Keys of a LoRA that match no layer were left out."""
+    """Keys of a LoRA that match no layer, or layers of other shapes, were left out."""
 
 
 @dataclass(kw_only=True)
@@ -78,12 +78,17 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """A LoRA file, its keys understood; `unmatched` are those that no module answers to."""
+    """A LoRA file, its keys understood.
+
+    unmatched  keys that no module answers to
+    misfits    what of each layer that is not among `layers` has another shape than the model
+    """
 
     file: Path
     hash: str
     layers: list[Layer]
     unmatched: list[str]
+    misfits: list[str]
 
     @property
     def styles(self) -> list[str]:
@@ -120,7 +125,7 @@ def lora_tensors(file: Path) -> dict[str, Tensor]:
 def open_lora(path: str | Path, targets: Mapping[str, Target]) -> LoraFile:
     """A LoRA file whose keys are matched with the modules of these components; tensors are read later.
 
-    Raises UserError for a damaged file, another kind of adapter, a pair with one half, and shapes that do not fit.
+    Raises UserError for a damaged file, another kind of adapter, and a pair with one half or of two ranks.
     """
     file = find_lora(path)
     alphas, layers, unmatched = alphas_in(file), dict[tuple[str, str], Layer](), []
@@ -135,11 +140,16 @@ def open_lora(path: str | Path, targets: Mapping[str, Target]) -> LoraFile:
                 f"{file}: {key} and {layer.tensors[address.role].key} are one thing; expected one; drop the other."
             )
         layer.tensors[address.role] = tensor
-    matched = [layer for layer in layers.values() if layer.tensors]
-    for layer in matched:
-        _check(layer, targets[layer.component], file)
+    fitting, misfits = list[Layer](), list[str]()
+    for layer in (layer for layer in layers.values() if layer.tensors):
+        _check_whole(layer, file)
+        misfit = _misfit(layer, targets[layer.component])
+        if misfit:
+            misfits.append(misfit)
+            continue
         layer.alpha = _alpha(layer, alphas)
-    return LoraFile(file=file, hash=_content_hash(file), layers=matched, unmatched=unmatched)
+        fitting.append(layer)
+    return LoraFile(file=file, hash=_content_hash(file), layers=fitting, unmatched=unmatched, misfits=misfits)
 
 
 def read_lora(
@@ -187,18 +197,25 @@ def with_lora(leaves: Mapping[str, Leaf], file: Path, component: Component, name
 
 
 def check_matched(opened: LoraFile, allow_unmatched: bool) -> None:
-    """Raises UserError that names up to ten keys that match nothing; warns instead where some do and it is allowed."""
-    if not opened.unmatched:
+    """Raises UserError for keys that match no layer and layers of other shapes, up to ten of each by name.
+
+    Warns instead where that is allowed and something is left.
+    """
+    if not opened.unmatched and not opened.misfits:
         return
-    named = ", ".join(opened.unmatched[:_NAMED])
-    more = len(opened.unmatched) - _NAMED
-    found = (
-        f"{opened.file}: {len(opened.unmatched)} keys match no layer ({named}{f' and {more} more' if more > 0 else ''})"
-    )
+    told = [f"{len(opened.unmatched)} keys match no layer ({_named(opened.unmatched)})"] if opened.unmatched else []
+    told += [f"{len(opened.misfits)} layers do not fit ({_named(opened.misfits)})"] if opened.misfits else []
+    found = f"{opened.file}: {' and '.join(told)}"
     if not (allow_unmatched and opened.layers):
-        remedy = "pass --allow-unmatched (allow_unmatched=True) to leave them out"
+        way_round = "pass --allow-unmatched (allow_unmatched=True) to leave them out"
+        remedy = way_round if opened.layers else "nothing else is in it: use another LoRA"
         raise UserError(f"{found}; expected a LoRA of this model; {remedy}.")
     warnings.warn(f"{found}; they are left out.", UnmatchedKeys, stacklevel=3)
+
+
+def _named(things: list[str]) -> str:
+    more = len(things) - _NAMED
+    return ", ".join(things[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _layer(layers: dict[tuple[str, str], Layer], address: Address, targets: Mapping[str, Target]) -> Layer | None:
@@ -218,8 +235,8 @@ def _has_place(module: Module, role: Role) -> bool:
     return bool(module.weight) if role == "weight" else module.is_matrix
 
 
-def _check(layer: Layer, target: Target, file: Path) -> None:
-    """Raises UserError unless a layer is whole and its shapes fit each other and the model."""
+def _check_whole(layer: Layer, file: Path) -> None:
+    """Raises UserError unless a layer is whole and its shapes fit each other."""
     has = layer.tensors
     for tensor in has.values():
         if tensor.dtype.kind in "iub" and tensor is not has.get("alpha"):
@@ -234,11 +251,14 @@ def _check(layer: Layer, target: Target, file: Path) -> None:
                 f"{file}: {down.key} has shape {down.shape} and {up.key} {up.shape}; expected (rank, inputs) and "
                 "(outputs, rank); use another LoRA."
             )
+
+
+def _misfit(layer: Layer, target: Target) -> str | None:
+    """The first of a layer's tensors whose shape is not that of the model, and which is."""
     for role, expected in _expected_shapes(layer, target).items():
-        if role in has and has[role].shape not in expected:
-            raise UserError(
-                f"{file}: {has[role].key} has shape {has[role].shape}; expected {expected[0]}; use this model's LoRA."
-            )
+        if role in layer.tensors and layer.tensors[role].shape not in expected:
+            return f"{layer.tensors[role].key} has shape {layer.tensors[role].shape}, expected {expected[0]}"
+    return None
 
 
 def _expected_shapes(layer: Layer, target: Target) -> dict[Role, list[tuple[int, ...]]]:

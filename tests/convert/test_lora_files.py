@@ -142,8 +142,8 @@ GOOD = {DOWN: np.ones((2, 24), np.float32), UP: np.ones((20, 2), np.float32)}
         ({DOWN: GOOD[DOWN]}, "expected a pair of down and up"),
         ({DOWN.replace("lora_down.weight", "alpha"): np.float32(1)}, "expected a pair of down and up"),
         (GOOD | {DOWN: np.ones((3, 24), np.float32)}, "expected (rank, inputs) and (outputs, rank)"),
-        (GOOD | {DOWN: np.ones((2, 23), np.float32)}, f"{DOWN} has shape (2, 23); expected (2, 24)"),
-        (GOOD | {UP: np.ones((21, 2), np.float32)}, f"{UP} has shape (21, 2); expected (20, 2)"),
+        (GOOD | {DOWN: np.ones((2, 23), np.float32)}, f"{DOWN} has shape (2, 23), expected (2, 24)"),
+        (GOOD | {UP: np.ones((21, 2), np.float32)}, f"{UP} has shape (21, 2), expected (20, 2)"),
         (GOOD | {DOWN: np.full((2, 24), np.nan, np.float32)}, f"{DOWN} holds NaN"),
         (GOOD | {UP: np.full((20, 2), np.inf, np.float16)}, f"{UP} holds NaN or infinite"),
         (GOOD | {UP: np.ones((20, 2), np.int32)}, "expected floats"),
@@ -177,11 +177,47 @@ def test_keys_that_match_no_layer_are_an_error_that_lists_ten(lora_wan, tmp_path
     assert sorted(opened.unmatched) == sorted(odd) and sorted(parts["transformer"]) == ["blocks.mlp.up.kernel"]
 
 
+MISFIT = {
+    "diffusion_model.patch_embedding.diff": np.ones((24, 9, 1, 2, 2), np.float32),
+    "diffusion_model.patch_embedding.diff_b": np.ones(24, np.float32),
+    "diffusion_model.blocks.1.ffn.0.lora_down.weight": np.ones((2, 23), np.float32),
+    "diffusion_model.blocks.1.ffn.0.lora_up.weight": np.ones((20, 2), np.float32),
+}
+
+
+def test_layers_of_other_shapes_are_an_error_that_names_the_way_round_it(lora_wan, tmp_path):
+    file = saved(tmp_path / "lora.safetensors", GOOD | MISFIT)
+    with pytest.raises(UserError) as error:
+        lora_wan.merged((file, 1.0))
+    assert "2 layers do not fit (diffusion_model." in str(error.value)
+    assert "patch_embedding.diff has shape (24, 9, 1, 2, 2), expected (24, 4, 1, 2, 2)" in str(error.value)
+    assert "blocks.1.ffn.0.lora_down.weight has shape (2, 23), expected (2, 24)" in str(error.value)
+    assert "pass --allow-unmatched" in str(error.value)
+
+
+def test_layers_of_other_shapes_may_be_left_out_whole(lora_wan, tmp_path):
+    file = saved(tmp_path / "lora.safetensors", GOOD | MISFIT)
+    with pytest.warns(UnmatchedKeys, match=r"2 layers do not fit \(.*patch_embedding\.diff has.*; they are left out"):
+        found = lora_wan.merged((file, 1.0), allow_unmatched=True)
+    expected = lora_wan.merged((saved(tmp_path / "good.safetensors", GOOD), 1.0))
+    assert all((found[name] == expected[name]).all() for name in expected)
+
+
+def test_layers_of_other_shapes_and_keys_of_none_are_left_out_together(lora_wan, tmp_path):
+    odd = {"diffusion_model.blocks.9.ffn.0.lora_down.weight": GOOD[DOWN]}
+    file = saved(tmp_path / "lora.safetensors", GOOD | MISFIT | odd)
+    with pytest.raises(UserError, match=r"1 keys match no layer \(.*blocks\.9.*\) and 2 layers do not fit"):
+        lora_wan.merged((file, 1.0))
+    with pytest.warns(UnmatchedKeys, match=r"1 keys match no layer \(.*blocks\.9.*\) and 2 layers do not fit"):
+        opened, parts = read_lora(file, lora_wan.targets, allow_unmatched=True)
+    assert opened.unmatched == list(odd) and sorted(parts["transformer"]) == ["blocks.mlp.up.kernel"]
+
+
 def test_a_file_of_another_model_is_refused_even_where_keys_may_be_left_out(lora_wan, tmp_path):
     file = saved(
         tmp_path / "x.safetensors", {"unet.down.0.lora_A.weight": GOOD[DOWN], "unet.down.0.lora_B.weight": GOOD[UP]}
     )
-    with pytest.raises(UserError, match="2 keys match no layer"):
+    with pytest.raises(UserError, match="2 keys match no layer.*use another LoRA"):
         lora_wan.merged((file, 1.0), allow_unmatched=True)
 
 
