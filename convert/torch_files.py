@@ -14,19 +14,24 @@ from dit_jax.config import UserError
 
 
 def read_torch(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth`, mapped and without running any code in it."""
+    """The tensors of a `.pth`, without running any code in it: mapped, or in memory for the form of before torch 1.6."""
     try:
         import torch
     except ImportError as error:
         raise UserError(f'{file} can only be read with torch; run: pip install "dit-jax[torch]".') from error
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except Exception as error:  # torch raises a different kind for every sort of damage
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{file} cannot be read as a file of weights ({reason}); download it again.") from error
     if not isinstance(state, Mapping) or not all(_is_entry(key, value, torch) for key, value in state.items()):
         raise UserError(f"{file} should hold a dict of tensors and nothing else; save model.state_dict() again.")
     return {key: _from_torch(key, file, value, torch) for key, value in state.items()}
+
+
+def _is_zip(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
 
 
 def _is_entry(key: Any, value: Any, torch: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -49,6 +50,29 @@ def test_fp8_of_torch_is_widened(tmp_path):
         np.testing.assert_array_equal(array.astype(np.float32), state[key].float().numpy(), err_msg=key)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_file_of_before_torch_1_6_is_read_too(dtype, tmp_path):
+    state = state_of("wan-vae", dtype)
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(state, tmp_path / "new.pth")
+    assert not zipfile.is_zipfile(tmp_path / "old.pth")
+    for name in ("old", "new"):
+        convert(open_checkpoint(tmp_path / f"{name}.pth"), tmp_path / name, "original")
+    file = "Wan2.1_VAE.safetensors"
+    assert (tmp_path / "old" / file).read_bytes() == (tmp_path / "new" / file).read_bytes()
+
+
+@pytest.mark.parametrize("length", [0, 3, 100, -100])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_truncated_file_of_torch_is_one_sentence(zipped, length, tmp_path, capsys):
+    file = tmp_path / "cut.pth"
+    torch.save(state_of("wan-vae", torch.float32), file, _use_new_zipfile_serialization=zipped)
+    file.write_bytes(file.read_bytes()[:length])
+    assert run("to-jax", file, tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"dit-convert: {file} cannot be read as a file of weights") and "download" in error
+
+
 @pytest.mark.parametrize("alone", [True, False], ids=["file", "folder"])
 def test_without_torch_the_error_is_one_sentence(alone, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "in"
@@ -72,10 +96,12 @@ class Spy:
         return (os.mkdir, (str(self.place),))
 
 
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("command", ["inspect", "to-jax", "to-torch"])
-def test_code_in_a_file_of_torch_never_runs(command, tmp_path, capsys):
+def test_code_in_a_file_of_torch_never_runs(command, zipped, tmp_path, capsys):
     file, place = tmp_path / "model.pth", tmp_path / "it-ran"
-    torch.save(state_of("wan-vae", torch.float32) | {"spy": Spy(place)}, file)
+    state = state_of("wan-vae", torch.float32) | {"spy": Spy(place)}
+    torch.save(state, file, _use_new_zipfile_serialization=zipped)
     assert run(command, file, *([] if command == "inspect" else [tmp_path / "out"])) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"dit-convert: {file} cannot be read as a file of weights")
