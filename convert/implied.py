@@ -8,7 +8,7 @@ from typing import Any
 from convert.components import Settings, class_name
 from convert.wan import LOW_NOISE
 
-# The published settings of Wan 2.1 for 480p; at 720p the authors use a shift of 5.
+# The published settings of Wan 2.1 for 480p; at 720p the authors use a shift of 5, between two pictures one of 16.
 _WAN_SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "num_train_timesteps": 1000,
@@ -104,4 +104,6 @@ def _scheduler(settings: Mapping[str, Settings]) -> dict[str, Any]:
         return _FLUX_SCHEDULER | {"use_dynamic_shifting": dev, "shift": 3.0 if dev else 1.0}
     if LOW_NOISE in settings:
         return _WAN_SCHEDULER | {"flow_shift": 5.0 if _takes_image(settings) else 12.0}
+    if transformer.get("pos_embed_seq_len"):
+        return _WAN_SCHEDULER | {"flow_shift": 16.0}
     return _WAN_SCHEDULER | ({"flow_shift": 5.0} if _has_residual_vae(settings) else {})

@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         help="guidance scale; 1 turns guidance off; HIGH,LOW for the two experts of Wan 2.2 (default: the model's)",
     )  # fmt: skip
     add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance against --negative-prompt; 1 is off")
+    add("--shift", type=float, metavar="S", help="constant shift of the noise levels (default: the model's)")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="samples of each prompt; outputs are numbered")
     add("--seeds", type=int, metavar="N", help="samples of each prompt; sample i of every prompt has seed --seed + i")
     add("--solver", metavar="S", help="unipc, euler or renoise (default: the model's)")
@@ -169,6 +170,7 @@ def _request(options: argparse.Namespace, prompts: list[str]):
         steps=options.steps,
         guidance=parse_guidance(options.guidance) if options.guidance else None,
         true_cfg=options.true_cfg,
+        shift=options.shift,
         images_per_prompt=options.seeds or options.images_per_prompt,
         solver=options.solver,
         seed=options.seed,

@@ -9,7 +9,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -217,7 +217,8 @@ class Pipeline(ABC):
 
     def schedule(self, job: Job) -> Schedule:
         """The noise levels of a job."""
-        return SOLVERS[job.solver].schedule(job.steps, self.shift, self.tokens(job.size, job.frames))
+        shift = self.shift if job.shift is None else replace(self.shift, constant=job.shift, dynamic=False)
+        return SOLVERS[job.solver].schedule(job.steps, shift, self.tokens(job.size, job.frames))
 
     def denoise(
         self,

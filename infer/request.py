@@ -54,6 +54,8 @@ class Request:
     guidance           the model's guidance scale: of real guidance (Wan), or of the one that it is told (FLUX dev);
                        (high, low) for the two experts of Wan 2.2, where one number serves both
     true_cfg           FLUX: scale of real guidance against `negative_prompt`
+    shift              constant shift of the noise levels in place of the scheduler's own (of FLUX dev, of its dynamic
+                       one); diffusers' flow_shift
     images_per_prompt  how many samples of each prompt, next to each other
     seed               of the first sample's noise; sample i has seed + i
     latents            starting noise in its place: fp32 [B, T, Y, X, C], in the sampler's normalised units
@@ -69,6 +71,7 @@ class Request:
     steps: int | None = None
     guidance: Guidance | None = None
     true_cfg: float | None = None
+    shift: float | None = None
     images_per_prompt: int = 1
     solver: str | None = None
     seed: int = 0
@@ -89,6 +92,7 @@ class Job:
     guidance: Guidance
     true_cfg: float
     solver: str
+    shift: float | None = None
     images: list[Image.Image] | None = None
     last_images: list[Image.Image] | None = None
     latents: np.ndarray | None = None
@@ -106,6 +110,7 @@ class Job:
             "guidance",
             "true_cfg",
             "solver",
+            "shift",
             "plan",
         )
         return {name: getattr(self, name) for name in told}
@@ -158,6 +163,7 @@ def fill(request: Request, defaults: Defaults) -> Job:
         guidance=_guidance(choice("guidance")),
         true_cfg=choice("true_cfg"),
         solver=_solver(plan, request.solver, defaults.solver),
+        shift=request.shift,
         images=images,
         last_images=last_images,
         latents=request.latents,
@@ -301,6 +307,8 @@ def _check_scales(job: Job, experts: int) -> None:
         for scale in scales:
             if not math.isfinite(scale) or scale < 0:
                 raise UserError(f"{name} is {scale}: expected a number of at least 0 (1 turns guidance off)")
+    if job.shift is not None and not 0 < job.shift < math.inf:
+        raise UserError(f"shift is {job.shift}: expected a number above 0 (1 shifts nothing)")
 
 
 def _check_size(size: tuple[int, int], multiple: int) -> None:

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import shapes
 from convert.checkpoint import open_checkpoint
+from convert.implied import pipeline_configs
 from convert.shapes import SIDECAR
 from convert.transfer import convert
 from dit_jax.config import UserError
@@ -102,6 +103,13 @@ def test_diffusers_opens_a_converted_release(text_pipeline, tmp_path):
     assert scheduler.config.use_flow_sigmas and scheduler.config.flow_shift == 3.0
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline" and set(index) > {"vae", "transformer", "tokenizer", "scheduler"}
+
+
+def test_a_model_that_draws_between_two_pictures_has_the_authors_shift():
+    transformer = {"_class_name": "WanTransformer3DModel", "in_channels": 36, "out_channels": 16}
+    for positions, shift in ((None, 3.0), (514, 16.0)):
+        settings = {"transformer": transformer | {"pos_embed_seq_len": positions}}
+        assert pipeline_configs(settings, ())["scheduler/scheduler_config.json"]["flow_shift"] == shift
 
 
 def test_published_sizes_are_the_constants():

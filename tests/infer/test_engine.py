@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import wait
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -65,6 +66,13 @@ def test_a_sample_does_not_see_its_batch(engine, pipe):
             assert np.abs(one.frames.astype(int) - other.frames).max() <= 1, plan
         if plan != PLANS["sized"]:
             assert [one.batch for one in shared] == [3, 3, 3]
+
+
+def test_another_shift_is_another_batch(engine, pipe):
+    alike, other = ticket(pipe), ticket(pipe, seed=1)
+    shifted = ticket(pipe, seed=2)
+    shifted.job = replace(shifted.job, shift=7.0)
+    assert [one.batch for one in results(engine, [alike, shifted, other])] == [2, 1, 2]
 
 
 def test_a_batch_is_torn_where_its_latents_disagree(pipe):

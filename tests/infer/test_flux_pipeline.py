@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import tiny_flux
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from infer import generate, load_pipeline, media
+from infer.request import Request
 
 PROMPTS, NEGATIVE = ["a red cat runs under the moon", "a blue fish sleeps"], "dog"
 SIZE, STEPS = (96, 64), 4  # 12x8 latent cells, 24 tokens
@@ -76,6 +78,14 @@ def test_several_images_of_a_prompt_are_those_of_the_following_seeds(both):
     assert [told["prompt"] for told in several.metadata] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     alone = pipe(PROMPTS[1], size=SIZE, steps=2, seed=9)
     assert np.abs(alone.frames[0].astype(int) - several.frames[2]).max() <= 1
+
+
+def test_a_given_shift_takes_the_place_of_the_schedulers(both):
+    pipe, _ = both
+    shifted = pipe.prepare(Request(prompt=PROMPTS, size=SIZE, steps=STEPS, shift=2.0))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS))
+    np.testing.assert_allclose(pipe.schedule(shifted).sigmas, scheduler.sigmas.numpy(), rtol=1e-6)
 
 
 def test_defaults_are_of_images(both):

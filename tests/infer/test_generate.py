@@ -35,7 +35,8 @@ def model(text_to_video):
 
 def test_a_video_with_its_metadata(model, tmp_path, capsys):
     out = tmp_path / "deep" / "cat.mp4"
-    assert run(model, "--prompt", PROMPT, "--out", str(out), "--seed", "5", "--guidance", "2", *SMALL, "--json") == 0
+    told = ["--seed", "5", "--guidance", "2", "--shift", "7"]
+    assert run(model, "--prompt", PROMPT, "--out", str(out), *told, *SMALL, "--json") == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out.splitlines()[-1])
     assert set(report) == {"compile_seconds", "run_seconds", "tokens", "steps", "plan", "out"}
@@ -43,6 +44,7 @@ def test_a_video_with_its_metadata(model, tmp_path, capsys):
     assert frames_of(out).shape == (5, 32, 48, 3)
     metadata = media.read_metadata(out)
     assert metadata["seed"] == 5 and metadata["prompt"] == PROMPT and metadata["plan"] == "dense"
+    assert metadata["shift"] == 7
     assert len(metadata["checkpoint"]) >= 8
     assert "denoise" in printed.err or "decode" in printed.err
     assert sorted(path.name for path in out.parent.iterdir()) == ["cat.mp4"], "no latents, no partial files"
@@ -115,6 +117,7 @@ def test_a_failed_decode_loses_nothing(model, tmp_path, monkeypatch):
         (["--prompts", "nowhere.txt", "--out", "x.mp4"], ["nowhere.txt"]),
         (["--from-latents", "nowhere.safetensors", "--out", "x.mp4"], ["nowhere.safetensors"]),
         (["--prompt", PROMPT, "--out", "x.mp4", "--solver", "heun"], ["heun", "unipc"]),
+        (["--prompt", PROMPT, "--out", "x.mp4", "--shift", "-1"], ["shift is -1.0", "above 0"]),
         (["--prompt", PROMPT, "--out", "x.mp4", "--sheet", "x.gif"], ["x.gif", ".png"]),
         (["--prompt", PROMPT, "--out", "x.mp4", "--seed", "4294967296"], ["4294967296", "4294967295"]),
     ],

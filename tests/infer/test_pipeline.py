@@ -1,12 +1,14 @@
 """Whole pipelines against diffusers', from the same starting noise."""
 
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from beside_diffusers import FRAMES, PROMPT, SIZE, by_diffusers, by_ours, relative, starting_noise
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
 
@@ -65,6 +67,21 @@ def test_a_second_call_compiles_nothing(pipe):
     assert again.frames.shape == (1, 5, SIZE[1], SIZE[0], 3)
 
 
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+def test_another_shift_is_that_of_diffusers_and_compiles_nothing(pipe, solver):
+    request = Request(prompt=PROMPT, size=SIZE, frames=5, steps=4, solver=solver)
+    usual = pipe.denoise(pipe.prepare(request))
+    shifted = pipe.prepare(replace(request, shift=7))
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=7.0)
+    if solver == "euler":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    scheduler.set_timesteps(4)
+    np.testing.assert_allclose(pipe.schedule(shifted).sigmas, scheduler.sigmas.numpy(), rtol=1e-6)
+    programs = len(pipe.programs)
+    assert relative(pipe.denoise(shifted), usual) > 0.01 and len(pipe.programs) == programs
+    assert pipe.metadata(shifted)[0]["shift"] == 7
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -74,6 +91,8 @@ def test_a_second_call_compiles_nothing(pipe):
         (dict(steps=0), ["steps is 0"]),
         (dict(solver="heun"), ["heun", "unipc", "euler"]),
         (dict(guidance=float("nan")), ["guidance is nan"]),
+        (dict(shift=0.0), ["shift is 0.0", "above 0"]),
+        (dict(shift=float("inf")), ["shift is inf", "above 0"]),
         (dict(image=Image.new("RGB", (8, 8))), ["text-to-video"]),
         (dict(latents=np.zeros((1, 2, 2, 2, 4), np.float32)), ["(1, 2, 2, 2, 4)", "(1, 3, 4, 6, 4)"]),
         (dict(colour="red"), ["colour"]),
