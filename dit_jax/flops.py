@@ -99,7 +99,7 @@ class StepWork(NamedTuple):
 
 class StepAt(NamedTuple):
     """Which step of how many, from 0; whether it is the first of a stage; by a method's name, what was measured of this
-    step of a run where the arithmetic does not tell it (`Measured`); the timestep; the transformer that the step runs."""
+    step of a run where the arithmetic does not tell it (`Measured`); the timestep; the transformer that it runs."""
 
     step: int
     steps: int
