@@ -24,7 +24,7 @@ from dit_jax.config import UserError
 from dit_jax.methods.method import Part
 from dit_jax.models.flux import FluxConfig
 from dit_jax.models.wan import WanConfig
-from dit_jax.ops.linear import Linear
+from dit_jax.ops.linear import Linear, precision_in
 from dit_jax.ops.timestep import sinusoids
 from dit_jax.parameters import Precision, cast, named_leaves, with_leaves
 
@@ -85,7 +85,8 @@ class LowRank(nnx.Module):
         self.up = nnx.Param(jnp.zeros((blocks, rank, outputs)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.down[...].astype(x.dtype) @ self.up[...].astype(x.dtype)
+        product = functools.partial(jnp.matmul, precision=precision_in(x.dtype))
+        return product(product(x, self.down[...].astype(x.dtype)), self.up[...].astype(x.dtype))
 
 
 class AddedLinear(nnx.Module):
@@ -117,8 +118,9 @@ class ResidualBlock(nnx.Module):
         """What is added [B, T, Y, X, C'] at timesteps t, one or [B]."""
         frames = einops.rearrange(seen_BTYXC.astype(jnp.float32), "b t y x c -> (b t) y x c")
         conv = jax.lax.conv_general_dilated(
-            frames, self.conv[...].astype(jnp.float32), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+            frames, self.conv[...].astype(jnp.float32), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision_in(jnp.float32),
+        )  # fmt: skip
         hidden = (conv + self.conv_bias[...]).reshape(*seen_BTYXC.shape[:-1], -1)
         told_B = self.time(sinusoids(jnp.broadcast_to(t, seen_BTYXC.shape[:1]), TIME_CHANNELS)).astype(jnp.float32)
         scale, shift = jnp.split(told_B[:, None, None, None], 2, axis=-1)

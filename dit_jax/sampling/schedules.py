@@ -45,7 +45,7 @@ class Shift:
     high_tokens: float = 4096
 
     def mu(self, tokens: int) -> float:
-        """Logarithm of the dynamic shift at so many tokens: a line through (low_tokens, low) and (high_tokens, high)."""
+        """Logarithm of a dynamic shift at so many tokens: a line through (low_tokens, low) and (high_tokens, high)."""
         slope = (self.high - self.low) / (self.high_tokens - self.low_tokens)
         return slope * tokens + self.low - slope * self.low_tokens
 
