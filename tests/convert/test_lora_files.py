@@ -217,7 +217,7 @@ def test_a_file_of_another_model_is_refused_even_where_keys_may_be_left_out(lora
     file = saved(
         tmp_path / "x.safetensors", {"unet.down.0.lora_A.weight": GOOD[DOWN], "unet.down.0.lora_B.weight": GOOD[UP]}
     )
-    with pytest.raises(UserError, match="2 keys match no layer.*use another LoRA"):
+    with pytest.raises(UserError, match=r"2 keys match no layer.*use another LoRA"):
         lora_wan.merged((file, 1.0), allow_unmatched=True)
 
 
