@@ -14,7 +14,7 @@ from dit_jax.config import UserError
 
 
 def read_torch(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth`, without running any code in it: mapped, or in memory where it is older than torch 1.6."""
+    """The tensors of a `.pth`, without running any code in it: mapped, or in memory in the form before torch 1.6."""
     try:
         import torch
     except ImportError as error:
