@@ -24,7 +24,7 @@ from dit_jax.config import UserError
 from infer.buckets import Buckets
 from infer.engine_batch import Batch, Decoding, check_memory
 from infer.pipeline import NOT_FINITE, Pipeline
-from infer.tickets import OUTCOMES, CancelledError, QueueFullError, Sample, StoppedError, Ticket
+from infer.tickets import OUTCOMES, CancelledError, Progress, QueueFullError, Sample, StoppedError, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -211,10 +211,12 @@ class Engine:
         for ticket in tickets:
             self._note(ticket, "queue", began - ticket.asked)
         with self._failing(tickets):
+            for ticket in tickets:  # before any work, so that what kills the process is known to have begun
+                if not ticket.over:
+                    ticket.told(Progress(done=0, steps=ticket.job.steps))
             batch = Batch.of(tickets, self.pipelines[tickets[0].model], self.buckets[tickets[0].model])
             self.observe("batch", len(tickets))
             self._spent(tickets, "text", began)
-            batch.tell()
             self._running.append(batch)
 
     def _advance(self, batch: Batch) -> None:

@@ -70,7 +70,7 @@ class Batch:
         wanted = any(ticket.previews and not ticket.over for ticket in self.tickets)
         return Seen(np.asarray(run.carry.latents), run.sigma) if wanted else None
 
-    def tell(self, before: Seen | None = None) -> None:
+    def tell(self, before: Seen | None) -> None:
         """Tells every sample how far it is; with what was before the last segment, also what it may become."""
         run, steps = self.run, self.run.job.steps
         clean = None if before is None or run.finished else _clean(run, before)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import ValidationError
 
 from dit_jax.config import UserError
 from infer import media
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 VIDEO, THUMBNAIL, SHEET, REFERENCE = "video.mp4", "thumbnail.webp", "spritesheet.jpg", "reference.png"
 VARIANTS = {"video": VIDEO, "thumbnail": THUMBNAIL, "spritesheet": SHEET}
 MOST_UNWRITTEN = 8  # jobs that are done but not on the disk; the engine waits for their turn
+MOST_ATTEMPTS = 3  # times that a job may be under way when its server dies
 TYPES = {VIDEO: "video/mp4", THUMBNAIL: "image/webp", SHEET: "image/jpeg"}
 
 
@@ -77,19 +79,29 @@ class VideoJobs:
             if record.kind != "video":
                 self.journal.failed(record.id, "server_error", "the server was restarted")
                 continue
+            if record.attempts >= MOST_ATTEMPTS:
+                self.journal.failed(record.id, "server_error", f"the server died {record.attempts} times while it ran")
+                continue
             try:
                 self._run(record, self._asked_again(record))
-            except UserError as error:
-                self.journal.failed(record.id, "invalid_request_error", str(error))
             except StoppedError:  # then they are the next process's
                 break
+            except Exception as error:
+                logger.warning("%s cannot be made any more", record.id, exc_info=error)
+                self.journal.failed(record.id, *_reason(error))
         return len(records)
 
     def _asked_again(self, record: JobRecord) -> Asked:
         told = {name: value for name, value in record.request.items() if name != "quality"}
         path = self.journal.file(record.id, record.owner, REFERENCE) if REFERENCE in record.inputs else None
         reference = media.open_image(path) if path else None
-        return asked_of(VideoRequest(**told), self.engine.pipelines, self.engine.buckets, reference)
+        try:
+            request = VideoRequest(**told)
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+            raise UserError(f"this server no longer takes what it took before ({what}); ask for it again") from error
+        return asked_of(request, self.engine.pipelines, self.engine.buckets, reference)
 
     def _run(self, record: JobRecord, asked: Asked) -> None:
         ticket = Ticket(model=asked.model, job=asked.job, told=partial(self._told, record.id))
@@ -125,7 +137,9 @@ class VideoJobs:
                 files = _files(sample, fps)
                 told = {"timings": sample.seconds, "batch": sample.batch, "notes": list(sample.notes)}
                 self._writer.submit(self.journal.completed, id, told, files).result()
-            elif not isinstance(error, StoppedError):  # which the next process runs again
+            elif isinstance(error, StoppedError):  # the next process runs it
+                self._writer.submit(self.journal.put_back, id).result()
+            else:
                 self._writer.submit(self.journal.failed, id, *_reason(error)).result()
         except Exception as error:
             logger.exception("the result of %s could not be kept", id)

@@ -121,6 +121,14 @@ def test_progress_and_previews(engine, pipe):
     assert set(sample.seconds) == {"queue", "text", "denoise", "decode"}
 
 
+def test_a_sample_is_told_of_its_turn_before_any_work_is_done(engine, pipe, monkeypatch):
+    pipe.texts.clear()
+    events, encode = [], pipe.encode_text
+    monkeypatch.setattr(pipe, "encode_text", lambda prompts: events.append("text") or encode(prompts))
+    results(engine, [ticket(pipe, told=lambda progress: events.append(progress.done))])
+    assert events == [0, "text", "text", 4, 8]
+
+
 def test_a_preview_nears_the_result(engine, pipe):
     seen = []
     sample = results(engine, [ticket(pipe, told=seen.append, previews=True)])[0]
