@@ -126,14 +126,16 @@ class VideoJobs:
                 _wake(live)
 
     def _ended(self, id: str, fps: int, result) -> None:
-        self._room.acquire()
+        if result.exception() is None:
+            self._room.acquire()
         self._media.submit(self._record, id, fps, result)
 
     def _record(self, id: str, fps: int, result) -> None:
         """Writes down how a job ended."""
+        error = result.exception()
         try:
-            sample, error = (None, result.exception()) if result.exception() else (result.result(), None)
-            if sample is not None:
+            if error is None:
+                sample = result.result()
                 files = _files(sample, fps)
                 told = {"timings": sample.seconds, "batch": sample.batch, "notes": list(sample.notes)}
                 self._writer.submit(self.journal.completed, id, told, files).result()
@@ -147,7 +149,8 @@ class VideoJobs:
             with contextlib.suppress(Exception):  # the next sweep tries again
                 self.retry()
         finally:
-            self._room.release()
+            if error is None:
+                self._room.release()
             with self._turn:
                 live = self._live.pop(id, None)
                 if live is not None:
@@ -228,9 +231,13 @@ class VideoJobs:
                 live.listeners.append(listener)
                 live.ticket.previews |= previews
         try:
-            while (video := await asyncio.to_thread(self.get, id, owner)) is not None:
+            while True:
+                goes_on = live is not None and self._live.get(id) is live  # asked first: it may end while it is read
+                video = await asyncio.to_thread(self.get, id, owner)
+                if video is None:
+                    return
                 yield video, None if live is None else live.progress
-                if video.status in ("completed", "failed") or self._live.get(id) is not live or live is None:
+                if video.status in ("completed", "failed") or not goes_on:
                     return  # it has ended, or the engine has stopped and it is the next server's
                 await woken.wait()
                 woken.clear()

@@ -1,5 +1,8 @@
 """Jobs of videos without any model: what a server that starts makes of those of the last one, and how they are told."""
 
+import asyncio
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -96,3 +99,38 @@ def test_a_stop_in_order_is_no_attempt(opened):
         jobs.engine.stop(0)
         jobs.close()
     assert jobs.journal.get(id, "").status == "queued" and jobs.journal.get(id, "").attempts == 0
+
+
+def test_only_what_is_made_waits_for_room(opened):
+    jobs = opened()
+    id = accept(jobs)
+    jobs.resume()
+    jobs._room = threading.Semaphore(0)
+    cancelling = threading.Thread(target=jobs._live[id].ticket.cancel, daemon=True)
+    cancelling.start()
+    cancelling.join(10)
+    assert not cancelling.is_alive()
+    jobs.close()
+    assert jobs.get(id, "").error["code"] == "cancelled" and not jobs._room.acquire(blocking=False)
+
+
+def test_events_tell_of_an_end_that_comes_while_the_job_is_read(opened, monkeypatch):
+    jobs = opened()
+    id = accept(jobs)
+    jobs.resume()
+    read = jobs.get
+
+    def slowly(*whose):
+        video = read(*whose)
+        if id in jobs._live:
+            jobs._live[id].ticket.cancel()
+            while id in jobs._live:
+                time.sleep(0.01)
+        return video
+
+    monkeypatch.setattr(jobs, "get", slowly)
+
+    async def statuses():
+        return [video.status async for video, _ in jobs.events(id, "", previews=False)]
+
+    assert asyncio.run(statuses()) == ["queued", "failed"]
