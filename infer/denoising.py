@@ -144,10 +144,18 @@ class Denoising:
     def final(self) -> np.ndarray:
         """Final latents [B, T, Y, X, C], fp32 in the sampler's normalised units."""
         with self.pipe.on_mesh():
-            held = self._entered().held
-            latents = np.array(fetched(self.carry.latents))
-        if held is not None:
-            latents[:, : held.shape[1]] = fetched(held)
+            return self.with_held(fetched(self.carry.latents))
+
+    @property
+    def held(self) -> jax.Array | None:
+        """First latent frames [B, T', Y, X, C] that are known from the start, or None; the carry has noise there."""
+        return (self._here or self._entered()).held
+
+    def with_held(self, latents: np.ndarray) -> np.ndarray:
+        """A copy of latents [B, T, Y, X, C] of the run with the held frames in their place."""
+        latents = np.array(latents)
+        if self.held is not None:
+            latents[:, : self.held.shape[1]] = fetched(self.held)
         return latents
 
     def _entered(self) -> Entered:
