@@ -1,8 +1,10 @@
 """Plans in pipelines: the plain result at their identity, the solver and steps that they need, experts in turn."""
 
+import gc
 import json
 import warnings
 
+import jax
 import numpy as np
 import pytest
 from beside_diffusers import PROMPT, SIZE
@@ -94,3 +96,26 @@ def test_experts_hand_over_with_a_full_step(text_experts):
     np.testing.assert_array_equal(same.latents, plain.latents)
     result = experts(PROMPT, size=SIZE, frames=5, solver="euler", guidance=(3.0, 2.0), plan=HALF)
     assert np.isfinite(result.latents).all()
+
+
+@pytest.mark.parametrize("how", ["denoise", "compile"])
+def test_two_stages_never_hold_their_states_at_once(text_experts, how):
+    experts = load_pipeline(text_experts[0])
+    job = experts.prepare(Request(prompt=PROMPT, size=SIZE, frames=5, solver="euler", plan=HALF, seed=1))
+    run, states, held, before = experts.programs.run, [], [], []
+
+    def watched(name, function, *arguments, **options):
+        if name[0] == "init":
+            held.append(sum(states[0] == (array.shape, array.dtype) for array in jax.live_arrays()) if states else 0)
+            before.append(jax.tree.map(np.asarray, arguments[-1]))
+        result = run(name, function, *arguments, **options)
+        if name[0] == "init":
+            states.append((result.cache.k.shape, result.cache.k.dtype))
+        return result
+
+    experts.programs.run = watched
+    gc.collect()
+    getattr(experts, how)(job)
+    assert len(states) == 2 and states[0] == states[1] and held == [0, 0]
+    assert before[0] is None and before[1]._fields == ("change", "order")
+    assert how == "compile" or before[1].change.any()
