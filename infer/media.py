@@ -123,9 +123,9 @@ def with_comment(kind: str, metadata: dict[str, Any]) -> dict[str, Any]:
     if kind == "gif":
         return {"comment": comment.encode()}
     exif, kept = Image.Exif(), dict(metadata)
-    while len(text := _utf8(kept)) > MOST_JPEG_EXIF and kind == "jpeg":
+    while len(shown := _utf8(kept)) > MOST_JPEG_EXIF and kind == "jpeg":
         del kept[max(kept, key=lambda name: (name == "negative_prompt", name == "prompt", len(str(kept[name]))))]
-    exif[ExifTags.Base.ImageDescription] = text
+    exif[ExifTags.Base.ImageDescription] = shown
     return {"exif": exif}
 
 
