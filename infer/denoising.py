@@ -15,7 +15,7 @@ import numpy as np
 from dit_jax.config import UserError
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
-from dit_jax.sampling.sampler import Carry, Guided, noise, sample
+from dit_jax.sampling.sampler import Carry, Guided, handed_over, noise, sample
 from dit_jax.sampling.schedules import Schedule
 from dit_jax.sampling.solvers import SOLVERS
 from dit_jax.sharding import batch_shardings, fetched
@@ -88,8 +88,10 @@ class Denoising:
                 self._choose(stage, variants)
             self.carry = self._segment(self.pipe.programs.run, variants.denoiser, self.carry, self._pinned)
             self.done += self.segment_steps
-            if self._watch is not None and self.done == stage.stop:
-                self._watch.finished(stage.component, self.carry.denoiser)
+            if self.done == stage.stop:
+                if self._watch is not None:
+                    self._watch.finished(stage.component, self.carry.denoiser)
+                self.carry = self.carry._replace(denoiser=self._left_by(variants.denoiser, self.carry.denoiser))
 
     def agreeing(self) -> list[list[int]]:
         """Rows of the samples that want the same of the next segment, group by group."""
@@ -138,16 +140,24 @@ class Denoising:
                 variants = self._enter(stage).variants
                 variants.compile_choice(self.carry.latents)
                 for denoiser in variants.all:
-                    state = self._compile(denoiser, before)
-                before = None if self._plan.chooser else state
+                    left = self._compile(denoiser, before)
+                before = left
 
     def final(self) -> np.ndarray:
         """Final latents [B, T, Y, X, C], fp32 in the sampler's normalised units."""
         with self.pipe.on_mesh():
-            held = self._entered().held
-            latents = np.array(fetched(self.carry.latents))
-        if held is not None:
-            latents[:, : held.shape[1]] = fetched(held)
+            return self.with_held(fetched(self.carry.latents))
+
+    @property
+    def held(self) -> jax.Array | None:
+        """First latent frames [B, T', Y, X, C] that are known from the start, or None; the carry has noise there."""
+        return (self._here or self._entered()).held
+
+    def with_held(self, latents: np.ndarray) -> np.ndarray:
+        """A copy of latents [B, T, Y, X, C] of the run with the held frames in their place."""
+        latents = np.array(latents)
+        if self.held is not None:
+            latents[:, : self.held.shape[1]] = fetched(self.held)
         return latents
 
     def _entered(self) -> Entered:
@@ -184,17 +194,21 @@ class Denoising:
     def _choose(self, stage: Stage, variants: Variants) -> None:
         if not variants.choose(self.done, self.carry.latents):
             return
-        if self._watch is not None and self.done > stage.first:
-            self._watch.finished(stage.component, self.carry.denoiser)
-        # What a variant keeps is of its own shape: the next begins anew.
-        before = None if self._plan.chooser else self.carry.denoiser
-        self.carry, self._pinned = _started(self.pipe, variants.denoiser, self.carry, before)
+        if self.done > stage.first:
+            if self._watch is not None:
+                self._watch.finished(stage.component, self.carry.denoiser)
+            self.carry = self.carry._replace(denoiser=None)
+        self.carry, self._pinned = _started(self.pipe, variants.denoiser, self.carry, self.carry.denoiser)
+
+    def _left_by(self, denoiser: Any, state: Any) -> Any:
+        """What a stage leaves to the next; of variants nothing, as what each keeps is of its own shape."""
+        return None if self._plan.chooser else handed_over(denoiser, state)
 
     def _compile(self, denoiser: Any, before: Any = None) -> Any:
-        """Compiles a denoiser's segment, and the start of its state behind another's; returns that state."""
+        """Compiles a denoiser's segment, and the start of its state behind another's; returns what it leaves itself."""
         carry, pinned = _started(self.pipe, denoiser, self.carry, before)
         self._segment(self.pipe.programs.compiled, denoiser, carry, pinned)
-        return carry.denoiser
+        return self._left_by(denoiser, carry.denoiser)
 
     def _segment(self, use: Callable, denoiser: Any, carry: Carry, pinned: Any) -> Any:
         solver, count = self._solver, self.segment_steps
@@ -227,7 +241,7 @@ def _abstract(function: Callable, *arguments: Any) -> Any:
 
 def _started(pipe: Pipeline, denoiser: Any, carry: Carry, before: Any) -> tuple[Carry, Any]:
     """The carry of a denoiser's first step, and how its arrays are split over the mesh: outputs are pinned to that,
-    or the next segment compiles again. `before` is the state of the denoiser before it, or None."""
+    or the next segment compiles again. `before` is what the denoiser before it has left, or None."""
     if pipe.mesh is not None:
         latents, solver = (jax.device_put(part, batch_shardings(part, pipe.mesh)) for part in carry[:2])
         carry = Carry(latents, solver, None)

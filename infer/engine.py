@@ -24,7 +24,7 @@ from dit_jax.config import UserError
 from infer.buckets import Buckets
 from infer.engine_batch import Batch, Decoding, check_memory
 from infer.pipeline import NOT_FINITE, Pipeline
-from infer.tickets import OUTCOMES, CancelledError, QueueFullError, Sample, StoppedError, Ticket
+from infer.tickets import OUTCOMES, CancelledError, Progress, QueueFullError, Sample, StoppedError, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Engine:
         observe: Callable[[str, float], None] = lambda name, value: None,
     ):
         self.pipelines, self.buckets, self.options, self.observe = pipelines, buckets, options, observe
-        self._changed = threading.Condition(threading.RLock())
+        self._changed, self._giving_up = threading.Condition(threading.RLock()), threading.Lock()
         self._waiting: deque[Ticket] = deque()
         self._running: deque[Batch] = deque()
         self._finished: deque[Batch] = deque()
@@ -111,6 +111,8 @@ class Engine:
             ticket.result.add_done_callback(partial(self._over, ticket))
 
     def _over(self, ticket: Ticket, result: Future[Sample]) -> None:
+        with self._changed, contextlib.suppress(ValueError):
+            self._waiting.remove(ticket)
         kind = CancelledError if result.cancelled() else type(result.exception())
         self.observe(OUTCOMES.get(kind, "failed"), 1)
         for stage, seconds in dict(ticket.seconds).items():
@@ -133,13 +135,15 @@ class Engine:
         Returns whether all was finished. What had not begun ends at once. A second call does not wait longer than the
         first would.
         """
-        with self._changed:
-            if not self._stopping:
-                for ticket in self._waiting:
-                    ticket.end(StoppedError("the server is stopping"))
-                self._waiting.clear()
-            self._deadline = min(self._deadline, time.monotonic() + patience)
-            self._changed.notify_all()
+        with self._giving_up:
+            with self._changed:
+                waiting = [] if self._stopping else list(self._waiting)
+                self._deadline = min(self._deadline, time.monotonic() + patience)
+                if waiting:
+                    self._waiting.clear()
+                self._changed.notify_all()
+            for ticket in waiting:  # whoever is told may take his time: not under the lock that the engine needs
+                ticket.end(StoppedError("the server is stopping"))
         if self._thread.is_alive():
             self._thread.join(max(0.0, self._deadline - time.monotonic()))
         with self._changed:
@@ -211,10 +215,12 @@ class Engine:
         for ticket in tickets:
             self._note(ticket, "queue", began - ticket.asked)
         with self._failing(tickets):
+            for ticket in tickets:  # before any work, so that what kills the process is known to have begun
+                if not ticket.over:
+                    ticket.told(Progress(done=0, steps=ticket.job.steps))
             batch = Batch.of(tickets, self.pipelines[tickets[0].model], self.buckets[tickets[0].model])
             self.observe("batch", len(tickets))
             self._spent(tickets, "text", began)
-            batch.tell()
             self._running.append(batch)
 
     def _advance(self, batch: Batch) -> None:
@@ -333,4 +339,5 @@ class Engine:
         with self._changed:
             for ticket in reversed(tickets):
                 ticket.alone = True
-                self._waiting.appendleft(ticket)
+                if not ticket.over:
+                    self._waiting.appendleft(ticket)

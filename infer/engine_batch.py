@@ -70,13 +70,13 @@ class Batch:
         wanted = any(ticket.previews and not ticket.over for ticket in self.tickets)
         return Seen(np.asarray(run.carry.latents), run.sigma) if wanted else None
 
-    def tell(self, before: Seen | None = None) -> None:
+    def tell(self, before: Seen | None) -> None:
         """Tells every sample how far it is; with what was before the last segment, also what it may become."""
         run, steps = self.run, self.run.job.steps
-        clean = None if before is None or run.finished else _clean(run, before)
+        clean = None if before is None or run.finished else _telling(run, _clean(run, before))
         for row, ticket in enumerate(self.tickets):
             if not ticket.over:
-                shown = run.pipe.preview(clean[row, 0]) if ticket.previews and clean is not None else None
+                shown = run.pipe.preview(clean[row]) if ticket.previews and clean is not None else None
                 ticket.told(Progress(done=run.done, steps=steps, preview=shown))
 
 
@@ -124,3 +124,9 @@ def _clean(run: Denoising, before: Seen) -> np.ndarray:
         return np.asarray(run.carry.solver.clean)
     after = np.asarray(run.carry.latents)
     return after - run.sigma * (after - before.latents) / (run.sigma - before.sigma)
+
+
+def _telling(run: Denoising, clean: np.ndarray) -> np.ndarray:
+    """The latent frames [B, Y, X, C] that say most of these [B, T, Y, X, C]: the first that is not held, if any."""
+    held = 0 if run.held is None else run.held.shape[1]
+    return run.with_held(clean)[:, min(held, clean.shape[1] - 1)]

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import io
-import json
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -179,6 +178,6 @@ def encoded(frame: np.ndarray, request: ImageRequest, sample: Sample | None = No
     quality = 95 if request.output_compression is None else request.output_compression
     options: dict[str, Any] = {} if kind == "png" else {"quality": quality}
     if sample is not None:
-        options |= with_comment(kind, json.dumps(sample.metadata, sort_keys=True))
+        options |= with_comment(kind, sample.metadata)
     Image.fromarray(frame).save(file, kind.upper(), **options)
     return file.getvalue()

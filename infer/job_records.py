@@ -15,13 +15,15 @@ Status = Literal["queued", "in_progress", "completed", "failed"]
 ID = re.compile(r"(?:image|video)_[0-9a-f]{32}")
 FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}\.[a-z0-9]{1,8}")
 
-APPLICATION, VERSION = 0x6469746A, 1  # "ditj", and the number of this schema
-SCHEMA = """
+APPLICATION, VERSION = 0x6469746A, 2  # "ditj", and the number of this schema
+ATTEMPTS = "attempts INTEGER NOT NULL DEFAULT 0"
+SCHEMA = f"""
 CREATE TABLE jobs (
     place INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, model TEXT NOT NULL, owner TEXT NOT NULL, request TEXT NOT NULL,
     inputs TEXT NOT NULL, status TEXT NOT NULL, created REAL NOT NULL, started REAL, ended REAL, expires REAL,
-    error TEXT NOT NULL, result TEXT NOT NULL, files TEXT NOT NULL, size INTEGER NOT NULL
+    error TEXT NOT NULL, result TEXT NOT NULL, files TEXT NOT NULL, size INTEGER NOT NULL,
+    {ATTEMPTS}
 );
 CREATE INDEX owners ON jobs (owner, kind, place);
 """
@@ -37,6 +39,7 @@ class JobRecord:
     error    {"code", "message"} of a failed job
     result   what is known of a completed one besides its files
     files    names of its results
+    attempts  how often it was begun and neither ended nor put back
     """
 
     id: str
@@ -53,6 +56,7 @@ class JobRecord:
     error: dict[str, str] | None = None
     result: dict[str, Any] | None = None
     files: tuple[str, ...] = ()
+    attempts: int = 0
 
 
 COLUMNS = tuple(field.name for field in fields(JobRecord))
@@ -60,22 +64,25 @@ IN_JSON = {"request", "inputs", "error", "result", "files"}
 
 
 def open_database(file: Path) -> sqlite3.Connection:
-    """The database, made where there is none; ValueError or sqlite3.Error for one that is foreign or damaged."""
+    """The database, made where there is none, brought up to this version where it is of the one before; ValueError or
+    sqlite3.Error for one that is foreign or damaged."""
     database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
     try:
         names = ("application_id", "user_version")
         signature = tuple(database.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
         empty = database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
-        if not empty and signature != (APPLICATION, VERSION):
+        if not empty and signature not in ((APPLICATION, VERSION), (APPLICATION, VERSION - 1)):
             raise ValueError("it belongs to another program or version")
         (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise ValueError(" ".join(found.split()))
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
+        signed = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION};"
         if empty:
-            signed = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION};"
             database.executescript(f"BEGIN; {signed} {SCHEMA} COMMIT;")
+        elif signature[1] < VERSION:
+            database.executescript(f"BEGIN; {signed} ALTER TABLE jobs ADD COLUMN {ATTEMPTS}; COMMIT;")
     except BaseException:
         database.close()
         raise
@@ -104,6 +111,7 @@ def _record(values: dict[str, Any]) -> JobRecord:
         and record.kind in get_args(Kind)
         and record.status in get_args(Status)
         and isinstance(record.request, dict)
+        and isinstance(record.attempts, int)
         and all(FILE_NAME.fullmatch(name) for name in record.inputs + record.files)
     )
     if not sound:

@@ -96,8 +96,16 @@ class Journal:
     def started(self, id: str) -> bool:
         """A queued job runs; False where it is not queued any more."""
         with self._turn:
-            change = "status = 'in_progress', started = ? WHERE id = ? AND status = 'queued'"
+            change = "status = 'in_progress', started = ?, attempts = attempts + 1 WHERE id = ? AND status = 'queued'"
             return self._changed(change, self._clock(), id)
+
+    def put_back(self, id: str) -> bool:
+        """A job that runs is queued again, as if it had never begun; False where it does not run."""
+        with self._turn:
+            change = (
+                "status = 'queued', started = NULL, attempts = attempts - 1 WHERE id = ? AND status = 'in_progress'"
+            )
+            return self._changed(change, id)
 
     def completed(self, id: str, result: dict[str, Any], files: Mapping[str, bytes]) -> bool:
         """A job is done and its files can be had; False, and nothing is kept, where it has ended or was deleted."""

@@ -23,6 +23,8 @@ VIDEO_CODECS = {".mp4": "libx264", ".mov": "libx264", ".webm": "libvpx-vp9"}
 IMAGE_TYPES = (".png",)
 AVX2 = "MMX2,SSE2Fast,SSSE3,SSE4.2,AVX,FMA3,BMI2,AVX2"  # as x264 names what it may use
 ANIMATIONS = (".gif", ".webp")
+IN_EXIF = (".webp", ".jpg", ".jpeg")  # where the comment is UTF-8
+MOST_JPEG_EXIF = 65_000  # bytes of a comment: with what is around it a JPEG's segment takes 65,533
 
 
 def check_output(path: Path | str, frames: int | None = None) -> None:
@@ -62,12 +64,11 @@ def save(path: Path | str, frames: np.ndarray, fps: int, metadata: dict[str, Any
     path.parent.mkdir(parents=True, exist_ok=True)
     # Short, however long the name: a file system takes 255 bytes.
     partial = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}.partial{path.suffix}")
-    comment = json.dumps(metadata, sort_keys=True)
     try:
         if path.suffix.lower() in VIDEO_CODECS:
-            _save_video(partial, frames, fps, comment)
+            _save_video(partial, frames, fps, json.dumps(metadata, sort_keys=True))
         else:
-            _save_images(partial, frames, fps, comment)
+            _save_images(partial, frames, fps, metadata)
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -101,9 +102,9 @@ def _has_avx512() -> bool:
     return file.exists() and " avx512f " in file.read_text()
 
 
-def _save_images(path: Path, frames: np.ndarray, fps: int, comment: str) -> None:
+def _save_images(path: Path, frames: np.ndarray, fps: int, metadata: dict[str, Any]) -> None:
     images = [Image.fromarray(frame) for frame in frames]
-    options = with_comment(path.suffix.lower().removeprefix("."), comment)
+    options = with_comment(path.suffix.lower().removeprefix("."), metadata)
     if path.suffix.lower() in ANIMATIONS:
         options |= {"save_all": True, "append_images": images[1:], "duration": round(1000 / fps), "loop": 0}
     if path.suffix.lower() == ".webp":
@@ -111,23 +112,32 @@ def _save_images(path: Path, frames: np.ndarray, fps: int, comment: str) -> None
     images[0].save(path, **options)
 
 
-def with_comment(kind: str, comment: str) -> dict[str, Any]:
-    """What tells Pillow to put a comment into a png, gif, webp or jpeg."""
+def with_comment(kind: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What tells Pillow to put metadata into the comment of a png, gif, webp or jpeg, of which the last may hold less:
+    the negative prompt is left out first, then the prompt, then whatever is longest."""
+    comment = json.dumps(metadata, sort_keys=True)
     if kind == "png":
         text = PngInfo()
         text.add_text("Comment", comment)
         return {"pnginfo": text}
     if kind == "gif":
         return {"comment": comment.encode()}
-    exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = comment
+    exif, kept = Image.Exif(), dict(metadata)
+    while len(shown := _utf8(kept)) > MOST_JPEG_EXIF and kind == "jpeg":
+        del kept[max(kept, key=lambda name: (name == "negative_prompt", name == "prompt", len(str(kept[name]))))]
+    exif[ExifTags.Base.ImageDescription] = shown
     return {"exif": exif}
 
 
+def _utf8(metadata: dict[str, Any]) -> bytes:
+    """JSON that takes a third of the bytes of escaped emoji; halves of characters stay escaped."""
+    return json.dumps(metadata, sort_keys=True, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
 def read_metadata(path: Path | str) -> dict[str, Any]:
-    """The metadata that `save` put into a file."""
+    """The metadata that `save` or the server put into a file."""
     path = Path(path)
-    if path.suffix.lower() in (*IMAGE_TYPES, *ANIMATIONS):
+    if path.suffix.lower() in (*IMAGE_TYPES, *ANIMATIONS, *IN_EXIF):
         with Image.open(path) as image:
             return json.loads(_image_comment(image))
     with av.open(str(path)) as container:
@@ -136,8 +146,8 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
 
 
 def _image_comment(image: Image.Image) -> str | bytes:
-    if image.format == "WEBP":
-        return image.getexif()[ExifTags.Base.ImageDescription]
+    if image.format in ("WEBP", "JPEG"):
+        return image.getexif()[ExifTags.Base.ImageDescription].encode("latin-1")  # as which Pillow reads it
     return image.info["comment" if image.format == "GIF" else "Comment"]
 
 

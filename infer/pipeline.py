@@ -128,7 +128,7 @@ class Pipeline(ABC):
         Merging starts from the checkpoint's own weights, which are read again where a LoRA had been added: nothing
         drifts, no second copy is kept, and nothing compiles again. An expert that is not on the devices gets them when
         it is read. Raises UserError, with the models as they were, for a LoRA that cannot be read or does not fit;
-        `allow_unmatched` makes keys that match no layer a warning.
+        `allow_unmatched` makes keys that match no layer, or that do not fit theirs, a warning.
         """
         models = self.lora_models()
         targets = {name: Target.of(self.checkpoint.component(name)) for name in models}

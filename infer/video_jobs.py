@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import ValidationError
 
 from dit_jax.config import UserError
 from infer import media
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 VIDEO, THUMBNAIL, SHEET, REFERENCE = "video.mp4", "thumbnail.webp", "spritesheet.jpg", "reference.png"
 VARIANTS = {"video": VIDEO, "thumbnail": THUMBNAIL, "spritesheet": SHEET}
 MOST_UNWRITTEN = 8  # jobs that are done but not on the disk; the engine waits for their turn
+MOST_ATTEMPTS = 3  # times that a job may be under way when its server dies
 TYPES = {VIDEO: "video/mp4", THUMBNAIL: "image/webp", SHEET: "image/jpeg"}
 
 
@@ -77,19 +79,29 @@ class VideoJobs:
             if record.kind != "video":
                 self.journal.failed(record.id, "server_error", "the server was restarted")
                 continue
+            if record.attempts >= MOST_ATTEMPTS:
+                self.journal.failed(record.id, "server_error", f"the server died {record.attempts} times while it ran")
+                continue
             try:
                 self._run(record, self._asked_again(record))
-            except UserError as error:
-                self.journal.failed(record.id, "invalid_request_error", str(error))
             except StoppedError:  # then they are the next process's
                 break
+            except Exception as error:
+                logger.warning("%s cannot be made any more", record.id, exc_info=error)
+                self.journal.failed(record.id, *_reason(error))
         return len(records)
 
     def _asked_again(self, record: JobRecord) -> Asked:
         told = {name: value for name, value in record.request.items() if name != "quality"}
         path = self.journal.file(record.id, record.owner, REFERENCE) if REFERENCE in record.inputs else None
         reference = media.open_image(path) if path else None
-        return asked_of(VideoRequest(**told), self.engine.pipelines, self.engine.buckets, reference)
+        try:
+            request = VideoRequest(**told)
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+            raise UserError(f"this server no longer takes what it took before ({what}); ask for it again") from error
+        return asked_of(request, self.engine.pipelines, self.engine.buckets, reference)
 
     def _run(self, record: JobRecord, asked: Asked) -> None:
         ticket = Ticket(model=asked.model, job=asked.job, told=partial(self._told, record.id))
@@ -114,18 +126,22 @@ class VideoJobs:
                 _wake(live)
 
     def _ended(self, id: str, fps: int, result) -> None:
-        self._room.acquire()
+        if result.exception() is None:
+            self._room.acquire()
         self._media.submit(self._record, id, fps, result)
 
     def _record(self, id: str, fps: int, result) -> None:
         """Writes down how a job ended."""
+        error = result.exception()
         try:
-            sample, error = (None, result.exception()) if result.exception() else (result.result(), None)
-            if sample is not None:
+            if error is None:
+                sample = result.result()
                 files = _files(sample, fps)
                 told = {"timings": sample.seconds, "batch": sample.batch, "notes": list(sample.notes)}
                 self._writer.submit(self.journal.completed, id, told, files).result()
-            elif not isinstance(error, StoppedError):  # which the next process runs again
+            elif isinstance(error, StoppedError):  # the next process runs it
+                self._writer.submit(self.journal.put_back, id).result()
+            else:
                 self._writer.submit(self.journal.failed, id, *_reason(error)).result()
         except Exception as error:
             logger.exception("the result of %s could not be kept", id)
@@ -133,7 +149,8 @@ class VideoJobs:
             with contextlib.suppress(Exception):  # the next sweep tries again
                 self.retry()
         finally:
-            self._room.release()
+            if error is None:
+                self._room.release()
             with self._turn:
                 live = self._live.pop(id, None)
                 if live is not None:
@@ -214,9 +231,13 @@ class VideoJobs:
                 live.listeners.append(listener)
                 live.ticket.previews |= previews
         try:
-            while (video := await asyncio.to_thread(self.get, id, owner)) is not None:
+            while True:
+                goes_on = live is not None and self._live.get(id) is live  # asked first: it may end while it is read
+                video = await asyncio.to_thread(self.get, id, owner)
+                if video is None:
+                    return
                 yield video, None if live is None else live.progress
-                if video.status in ("completed", "failed") or self._live.get(id) is not live or live is None:
+                if video.status in ("completed", "failed") or not goes_on:
                     return  # it has ended, or the engine has stopped and it is the next server's
                 await woken.wait()
                 woken.clear()

@@ -50,6 +50,13 @@ class KeysValues(NamedTuple):
     v: jax.Array
 
 
+class HsaRanks(NamedTuple):
+    """What a stage leaves to the next: `change` and `order` of its `HsaState`."""
+
+    change: jax.Array
+    order: jax.Array
+
+
 class HsaState(NamedTuple):
     """What a step leaves to the next.
 
@@ -135,7 +142,7 @@ class HsaDenoiser:
     shards: int
     dynamic: bool
 
-    def init(self, latents, before: HsaState | None = None):
+    def init(self, latents, before: HsaRanks | None = None):
         tokens = jax.eval_shape(self.guided.tokens, latents)
         batch, count = tokens.rows.shape[:2]
         model, branches = self.guided.model, self.guided.branches
@@ -151,6 +158,9 @@ class HsaDenoiser:
             cache=KeysValues(*(pinned(jnp.zeros((sum(model.stacks), *shape), dtype)) for _ in range(2))),
             begun=jnp.zeros((), bool),
         )
+
+    def handed(self, state: HsaState) -> HsaRanks:
+        return HsaRanks(state.change, state.order)
 
     def __call__(self, latents, state: HsaState, step):
         tokens = self.guided.tokens(self.finish(latents))

@@ -27,6 +27,7 @@ from dit_jax.models.network import Aux, Conditioning, Route
 from dit_jax.ops.linear import Linear
 from dit_jax.ops.timestep import sinusoids
 from dit_jax.parameters import named_leaves, with_leaves
+from dit_jax.sampling.sampler import handed_over
 from dit_jax.sampling.schedules import TRAIN_STEPS
 from dit_jax.sampling.solvers import Step
 
@@ -221,6 +222,9 @@ class RecordedRouting:
         shape = (self.steps, len(latents), sum(self.steering.stacks))
         gates = jnp.zeros(shape, jnp.float32) if before is None else before.gates
         return RecordedState(self.denoiser.init(latents, None if before is None else before.state), gates)
+
+    def handed(self, state: RecordedState) -> RecordedState:
+        return RecordedState(handed_over(self.denoiser, state.state), state.gates)
 
     def __call__(self, latents, state: RecordedState, step):
         gates = self.steering.gates(self.finish(latents), step, self.denoiser.conditioning)

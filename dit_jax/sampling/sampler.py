@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +33,26 @@ from dit_jax.sampling.solvers import Solver, Step
 class Denoiser(Protocol):
     """What the sampler integrates: velocity of latents at a step, with a state of its own.
 
-    `init` makes the state; `before` is that of the stage before, where there was one. `finish` is run on the last
-    latents.
+    `init` makes the state; `before` is what the denoiser of the stage before handed over (`Handing`), or None. `finish`
+    is run on the last latents.
     """
 
     def init(self, latents: jax.Array, before: Any = None) -> Any: ...
     def __call__(self, latents: jax.Array, state: Any, step: Step) -> tuple[jax.Array, Any]: ...
     def finish(self, latents: jax.Array) -> jax.Array: ...
+
+
+@runtime_checkable
+class Handing(Protocol):
+    """A denoiser that the next stage's begins from: `handed(state)` is what that needs of its last state, the rest of
+    which is gone before the next is made."""
+
+    def handed(self, state: Any) -> Any: ...
+
+
+def handed_over(denoiser: Denoiser, state: Any) -> Any:
+    """What a denoiser leaves to the next stage's: most, nothing."""
+    return denoiser.handed(state) if isinstance(denoiser, Handing) else None
 
 
 class Carry(NamedTuple):

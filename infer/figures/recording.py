@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.methods.method import Run
+from dit_jax.sampling.sampler import handed_over
 from infer import calibrate
 from infer.pipeline import Pipeline
 
@@ -50,6 +51,9 @@ class Observed:
         state = self.denoiser.init(latents, None if before is None else before.state)
         nothing = jax.tree.map(lambda of: jnp.zeros((self.steps, *of.shape), of.dtype), self.look(state))
         return ObservedState(state, nothing if before is None else before.seen)
+
+    def handed(self, state: ObservedState) -> ObservedState:
+        return ObservedState(handed_over(self.denoiser, state.state), state.seen)
 
     def __call__(self, latents, state: ObservedState, step):
         velocity, after = self.denoiser(latents, state.state, step)

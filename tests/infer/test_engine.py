@@ -129,6 +129,14 @@ def test_progress_and_previews(engine, pipe):
     assert set(sample.seconds) == {"queue", "text", "denoise", "decode"}
 
 
+def test_a_sample_is_told_of_its_turn_before_any_work_is_done(engine, pipe, monkeypatch):
+    pipe.texts.clear()
+    events, encode = [], pipe.encode_text
+    monkeypatch.setattr(pipe, "encode_text", lambda prompts: events.append("text") or encode(prompts))
+    results(engine, [ticket(pipe, told=lambda progress: events.append(progress.done))])
+    assert events == [0, "text", "text", 4, 8]
+
+
 def test_a_preview_nears_the_result(engine, pipe):
     seen = []
     sample = results(engine, [ticket(pipe, told=seen.append, previews=True)])[0]
@@ -277,6 +285,39 @@ def test_no_more_wait_than_may(pipe, buckets):
     assert made.waiting == 2
     with pytest.raises(UserError, match="3 samples were asked for: expected at most 2"):
         made.submit([ticket(pipe) for _ in range(3)])
+
+
+def test_what_is_given_up_while_it_waits_is_forgotten():
+    made = Engine({}, {})
+    tickets = [Ticket(model="tiny", job=None) for _ in range(3)]
+    made.submit(tickets)
+    assert tickets[0].cancel() and tickets[1].result.cancel()
+    assert list(made._waiting) == [tickets[2]]
+
+
+def test_what_is_given_up_is_not_tried_again():
+    made = Engine({}, {})
+    tickets = [Ticket(model="tiny", job=None) for _ in range(2)]
+    made.submit(tickets)
+    made._waiting.clear()  # they run
+    tickets[0].cancel()
+    made._failed(tickets, RuntimeError("both are lost"))
+    assert list(made._waiting) == [tickets[1]]
+
+
+def test_what_hears_of_a_stop_may_take_its_time():
+    made, seen = Engine({}, {}), []
+    one = Ticket(model="tiny", job=None)
+    made.submit([one])
+
+    def slow(_):
+        asking = threading.Thread(target=lambda: seen.append(made.waiting), daemon=True)
+        asking.start()
+        asking.join(5)
+
+    one.result.add_done_callback(slow)
+    made.stop(0)
+    assert seen == [0]
 
 
 def test_stopping_finishes_what_runs_and_hands_back_the_rest(pipe, buckets):

@@ -4,6 +4,8 @@ import os
 import random
 import sqlite3
 import threading
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,7 +117,7 @@ def test_a_restart_keeps_all_and_queues_what_ran(opened):
     finished = done(journal)
     assert journal.started(second.id) and journal.started(first.id)
     journal = opened()
-    assert journal.unfinished() == [first, second, third]
+    assert journal.unfinished() == [replace(first, attempts=1), replace(second, attempts=1), third]
     assert journal.file(first.id, ME, "reference.png").read_bytes() == b"a picture"
     assert journal.file(finished, ME, "video.mp4").read_bytes() == b"film"
 
@@ -287,6 +289,28 @@ def test_a_full_disk_takes_nothing_on(opened, monkeypatch):
             journal.completed(record.id, {}, {"video.mp4": b"film"})
     assert journal.unfinished() == [record] and [path.name for path in journal._jobs.iterdir()] == [record.id]
     assert journal.completed(record.id, {}, {"video.mp4": b"film"})
+
+
+def test_what_is_put_back_was_never_begun(opened):
+    journal = opened()
+    record = accept(journal)
+    assert not journal.put_back(record.id)
+    assert journal.started(record.id) and journal.get(record.id, ME).attempts == 1
+    assert journal.put_back(record.id) and journal.get(record.id, ME) == record
+    ended = done(journal)
+    assert not journal.put_back(ended) and journal.get(ended, ME).status == "completed"
+
+
+def test_a_journal_of_the_version_before_is_taken_over(opened, tmp_path):
+    journal = opened()
+    record, ended = accept(journal, inputs=PICTURE), done(journal)
+    journal.close()
+    with closing(sqlite3.connect(tmp_path / "jobs" / "journal.sqlite")) as database:
+        database.executescript("ALTER TABLE jobs DROP COLUMN attempts; PRAGMA user_version = 1;")
+    for _ in range(2):
+        journal = opened()
+        assert journal.unfinished() == [record] and lying(journal, ended) == {"video.mp4": b"film"}
+    assert journal.started(record.id) and journal.get(record.id, ME).attempts == 1
 
 
 def refused(folder, *words):

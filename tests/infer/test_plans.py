@@ -1,8 +1,10 @@
 """Plans in pipelines: the plain result at their identity, the solver and steps that they need, experts in turn."""
 
+import gc
 import json
 import warnings
 
+import jax
 import numpy as np
 import pytest
 from beside_diffusers import PROMPT, SIZE
@@ -106,3 +108,26 @@ def test_what_a_plan_costs_is_of_each_expert_by_its_own_ratios(text_experts, tmp
         return experts.cost(experts.prepare(request)).flops
 
     assert flops("alike.json", 0.5) < flops("milder.json", 0.1)
+
+
+@pytest.mark.parametrize("how", ["denoise", "compile"])
+def test_two_stages_never_hold_their_states_at_once(text_experts, how):
+    experts = load_pipeline(text_experts[0])
+    job = experts.prepare(Request(prompt=PROMPT, size=SIZE, frames=5, solver="euler", plan=HALF, seed=1))
+    run, states, held, before = experts.programs.run, [], [], []
+
+    def watched(name, function, *arguments, **options):
+        if name[0] == "init":
+            held.append(sum(states[0] == (array.shape, array.dtype) for array in jax.live_arrays()) if states else 0)
+            before.append(jax.tree.map(np.asarray, arguments[-1]))
+        result = run(name, function, *arguments, **options)
+        if name[0] == "init":
+            states.append((result.cache.k.shape, result.cache.k.dtype))
+        return result
+
+    experts.programs.run = watched
+    gc.collect()
+    getattr(experts, how)(job)
+    assert len(states) == 2 and states[0] == states[1] and held == [0, 0]
+    assert before[0] is None and before[1]._fields == ("change", "order")
+    assert how == "compile" or before[1].change.any()

@@ -14,6 +14,14 @@ import av
 import httpx
 import pytest
 
+# A job that a server dies of thrice is given up: here each of twenty kills may find the same one under way.
+PATIENT = """
+import logging, sys
+logging.basicConfig(level=logging.INFO)
+import infer.serve, infer.video_jobs
+infer.video_jobs.MOST_ATTEMPTS = 99
+sys.exit(infer.serve.main())
+"""
 BUCKETS = {
     "tiny-t2v": {
         "shapes": ["48x32x9"],
@@ -33,7 +41,7 @@ class Served:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.command = [
-            sys.executable, "-m", "infer.serve", "--model", str(model), "--buckets", str(folder / "buckets.json"),
+            sys.executable, "-c", PATIENT, "--model", str(model), "--buckets", str(folder / "buckets.json"),
             "--data", str(folder / "data"), "--port", str(port),
         ]  # fmt: skip
         self.log = folder / "log"

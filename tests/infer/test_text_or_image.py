@@ -7,6 +7,10 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
 from infer import load_pipeline
+from infer.buckets import Frame, ModelBuckets
+from infer.engine_batch import Batch
+from infer.request import Request
+from infer.tickets import Ticket
 
 SIZE = (96, 64)  # 6x4 latent cells of 16x16 pixels
 IMAGE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8))
@@ -47,3 +51,19 @@ def test_the_first_frame_stays_and_the_rest_follows_it(pipe):
 
 def test_defaults_are_the_authors(pipe):
     assert (pipe.defaults.size, pipe.defaults.frames, pipe.defaults.fps) == ((1280, 704), 121, 24)
+
+
+@pytest.mark.parametrize(("image", "frames", "shown"), [(None, 9, 0), (IMAGE, 9, 1), (IMAGE, 1, 0)])
+def test_previews_show_a_frame_that_is_being_made(pipe, monkeypatch, image, frames, shown):
+    seen = []
+    monkeypatch.setattr(type(pipe), "preview", lambda _, latents: seen.append(latents))
+    job = pipe.prepare(Request(prompt=PROMPT, image=image, size=SIZE, frames=frames, steps=8, seed=1))
+    buckets = ModelBuckets(shapes=(Frame(*SIZE, frames),), offers={}, batches=(1,))
+    batch = Batch.of([Ticket(model="tiny", job=job, previews=True)], pipe, buckets)
+    before = batch.seen()
+    batch.run.advance()
+    batch.tell(before)
+    clean = np.asarray(batch.run.carry.solver.clean)
+    if image is not None:
+        clean = np.concatenate([batch.run.final()[:, :1], clean[:, 1:]], axis=1)
+    np.testing.assert_array_equal(seen, [clean[0, shown]])
