@@ -66,7 +66,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH[:STRENGTH]",
         help="merge a LoRA (strength 1); repeatable; transformer_2=PATH is for the low-noise expert",
     )
-    add("--allow-unmatched", action="store_true", help="leave out what of a LoRA matches no layer or does not fit it, with a warning")
+    add(
+        "--allow-unmatched",
+        action="store_true",
+        help="leave out what of a LoRA matches no layer or fits none, with a warning",
+    )
     image_options(options)
     add("--size", metavar="WxH", help="pixels, such as 832x480 (default: the model's)")
     add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
