@@ -140,12 +140,13 @@ class VideoJobs:
                 told = {"timings": sample.seconds, "batch": sample.batch, "notes": list(sample.notes)}
                 self._writer.submit(self.journal.completed, id, told, files).result()
             elif isinstance(error, StoppedError):  # the next process runs it
-                self._writer.submit(self.journal.put_back, id).result()
+                with contextlib.suppress(Exception):  # or it has one attempt fewer
+                    self._writer.submit(self.journal.put_back, id).result()
             else:
                 self._writer.submit(self.journal.failed, id, *_reason(error)).result()
-        except Exception as error:
+        except Exception as fault:
             logger.exception("the result of %s could not be kept", id)
-            self._unwritten[id] = f"the result could not be kept: {error}"
+            self._unwritten[id] = f"the result could not be kept: {fault}"
             with contextlib.suppress(Exception):  # the next sweep tries again
                 self.retry()
         finally:
