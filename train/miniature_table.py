@@ -96,7 +96,7 @@ def _student(study: Study, reports: _Reports, bench: _Reports, name: str) -> dic
     if name in bench:
         timed, teacher = bench[name], bench["teacher"]
         told |= {"seconds": timed["seconds"], "speedup": timed["measured_speedup"]}
-        told["step_time"] = timed["seconds"] / timed["steps"] / (teacher["seconds"] / teacher["steps"])
+        told["step_time"] = teacher["steps"] / timed["steps"] / timed["measured_speedup"]
     return told | {"against_teacher": differences(reports[name], reports["teacher"]) if name != "teacher" else None}
 
 
