@@ -42,7 +42,7 @@ from dit_jax.parameters import with_leaves
 
 CheckpointLayout = Literal["diffusers", "native", "original"]
 _DEMOS = Path(__file__).parents[1] / "dit_jax" / "demo"
-_STUDENTS = ("demo-flux-four-steps", "demo-flux-pare", "demo-flux-pare-four-steps")
+_STUDENTS = ("demo-flux-four-steps", "demo-flux-pare", "demo-flux-pare-four-steps", "demo-flux-ddit")
 SHIPPED = {name: _DEMOS / name for name in ("demo-wan", "demo-flux", *_STUDENTS)}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _OTHER_WEIGHTS = (".bin", ".bin.index.json", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
