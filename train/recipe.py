@@ -233,7 +233,7 @@ def model_flops(config: RecipeConfig, recipe: Recipe, mesh: Mesh, batch: Mapping
     what is only computed again for gradients left out, as in the usual meaning of MFU."""
     training = made(replace(config, remat="none"), recipe, Source(config.model, mesh, planned=True))
     rows = rows_of(config, training)
-    step = TrainStep(training.trained, training.plan, mesh, training.frozen, rows)
+    step = TrainStep(training.trained, training.plan, mesh, training.frozen)
 
     def shape(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *np.shape(array)[1:]), np.asarray(array).dtype)

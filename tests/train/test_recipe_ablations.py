@@ -38,7 +38,7 @@ def traced(recipe, config):
     source = source_of("wan2.1-t2v-1.3b")
     training = recipe.training(config, source)
     step = TrainStep(training.trained, training.plan, source.mesh, training.frozen)
-    step.trace(abstract_batch(config, source.config, config.batch), None if training.turn is None else 0)
+    step.trace(abstract_batch(config, source.config, config.batch), training.first_turn)
     return training
 
 
