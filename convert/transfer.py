@@ -103,7 +103,7 @@ def staged(destination: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises UserError when the destination exists and may not be replaced.
     """
-    _refuse_existing(destination, overwrite)
+    refuse_existing(destination, overwrite)
     destination = destination.absolute()
     partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}")
     replaced = destination.with_name(f"{destination.name}.old-{os.getpid()}")
@@ -133,7 +133,8 @@ def _swap(partial: Path, destination: Path, replaced: Path) -> None:
         shutil.rmtree(replaced)
 
 
-def _refuse_existing(destination: Path, overwrite: bool) -> None:
+def refuse_existing(destination: Path, overwrite: bool) -> None:
+    """Raises UserError for a destination that exists and may not be replaced, being no checkpoint or not to be."""
     if not destination.exists() and not destination.is_symlink():
         return
     if not overwrite:

@@ -178,6 +178,7 @@ def request_of(options: argparse.Namespace) -> Request:
         size=parse_size(options.size) if options.size else None,
         frames=options.frames,
         steps=options.steps,
+        shift=options.shift,
         solver=options.solver,
         seed=options.seed,
         **given_images(options),
@@ -219,6 +220,7 @@ def parser() -> argparse.ArgumentParser:
         add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
         usual = kind.steps or "the model's"
         add("--steps", type=int, default=kind.steps, metavar="N", help=f"denoising steps (default: {usual})")
+        add("--shift", type=float, metavar="S", help="constant shift of the noise levels (default: the model's)")
         add("--solver", metavar="S", help="unipc, euler or renoise (default: the model's)")
         add("--seed", type=int, default=0, metavar="N", help="of the first prompt's noise; prompt i has N + i")
         add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")

@@ -56,8 +56,12 @@ def parser() -> argparse.ArgumentParser:
     add("--shape", metavar="WxHxFRAMES", help="pixels and frames (default: the model's)")
     add("--plans", default=DENSE, metavar="LIST", help="plans joined by commas; dense is always there, and first")
     add("--steps", type=int, metavar="N", help="denoising steps of plans without their own (default: the model's)")
-    add("--guidance", metavar="G", help="guidance scale; 1 turns guidance off (default: the model's)")
+    add(
+        "--guidance", metavar="G",
+        help="guidance scale; 1 turns guidance off; HIGH,LOW for the two experts of Wan 2.2 (default: the model's)",
+    )  # fmt: skip
     add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance (default: the model's)")
+    add("--shift", type=float, metavar="S", help="constant shift of the noise levels (default: the model's)")
     add("--solver", metavar="S", help="unipc, euler or renoise (default: what the plans need, or the model's)")
     add("--rounds", type=int, default=3, metavar="R", help="warm runs of each plan, by turns (default 3)")
     add("--prompts", metavar="FILE", help="a file with one prompt a line (default: one prompt)")
@@ -203,6 +207,7 @@ def _job_maker(
                 steps=options.steps if entry.steps is None else entry.steps,
                 guidance=guidance,
                 true_cfg=options.true_cfg,
+                shift=options.shift,
                 solver=solver,
                 seed=seed,
                 plan=entry.plan,
@@ -240,6 +245,7 @@ def _setting(dense: PlanJobs, options: argparse.Namespace) -> dict[str, Any]:
         "tokens": pipe.tokens(job.size, job.frames),
         "guidance": job.guidance,
         "true_cfg": job.true_cfg,
+        "shift": job.shift,
         "solver": job.solver,
         "rounds": options.rounds,
         "samples": options.samples * options.seeds if options.suite else len(dense.jobs),

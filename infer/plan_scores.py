@@ -25,7 +25,7 @@ def plan_scores(
 ) -> Iterator[dict[str, Any]]:
     """A row a plan: scores, `psnr` and `ssim` to the first plan's samples, and `margins` of all of them.
 
-    options  of the command: suite, samples, seeds, guidance, true_cfg and keep
+    options  of the command: suite, samples, seeds, guidance, true_cfg, shift and keep
     """
     with tempfile.TemporaryDirectory() as unkept:
         folder, dense = options.keep or unkept, None
@@ -51,6 +51,8 @@ def _words(plan: PlanJobs, folder: str, options: argparse.Namespace) -> argparse
         words += ["--guidance", options.guidance]
     if options.true_cfg:
         words += ["--true-cfg", str(options.true_cfg)]
+    if options.shift is not None:
+        words += ["--shift", str(options.shift)]
     return evaluate.parser().parse_args(words)
 
 

@@ -98,15 +98,19 @@ class Checkpoints:
             raise self._unwritten(error) from error
 
     def restore(self, state: TrainState, key: jax.Array) -> tuple[TrainState, int, jax.Array]:
-        """(state, batches read, key) of the newest checkpoint, placed as `state` is; what was given if there is none.
+        """(state, batches read, key) of the newest checkpoint, placed as `state` is, whose arrays are deleted to make
+        room for it; what was given if there is none.
 
-        UserError where it was made by a run of other weights.
+        UserError where it was made by another recipe, or by a run of other weights.
         """
         newest = self.manager.latest_step()
         if newest is None:
             return state, 0, key
+        self._same_recipe(newest)
         wanted = {**jax.tree.map(_abstract, _as_tree(state)), "position": np.zeros((), int), "key": _key_data(key)}
         self._same_weights(wanted, self.manager.item_metadata(newest)[STATE].tree)
+        for leaf in jax.tree.leaves(state._replace(sound=None)):
+            leaf.delete()
         tree = self.manager.restore(newest, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(wanted)}))[STATE]
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
         optimiser = [tree["optimiser"][jax.tree_util.keystr(path)] for path in paths]
@@ -116,8 +120,7 @@ class Checkpoints:
 
     def options(self, taken: int) -> dict[str, Any]:
         """The options of the run that wrote the checkpoint of this step."""
-        about = self.manager.restore(taken, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
-        return dict(about["options"])
+        return dict(self._about(taken)["options"])
 
     def close(self) -> None:
         """Waits for what is being written; UserError where it could not be."""
@@ -127,6 +130,17 @@ class Checkpoints:
             raise self._unwritten(error) from error
         finally:
             self.manager.close()
+
+    def _about(self, taken: int) -> Mapping[str, Any]:
+        return self.manager.restore(taken, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
+
+    def _same_recipe(self, taken: int) -> None:
+        found, wanted = self._about(taken).get("recipe"), self.about.get("recipe")
+        if found != wanted:
+            raise UserError(
+                f"the checkpoints in {self.folder} are of the recipe {found}, expected {wanted}; give another folder "
+                "with --set out="
+            )
 
     def _same_weights(self, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         for part in ("params", "ema", "optimiser"):

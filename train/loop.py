@@ -96,15 +96,15 @@ def train(
     step: StepFunction,
     batch_at: Callable[[int], Any],
     hooks: tuple[Hook, ...] = (),
-    flops: float | None = None,
+    flops: Callable[[Any], float] | None = None,
     facts: Mapping[str, float] | None = None,
     closing: Callable[[TrainState, int], dict[str, float]] | None = None,
 ) -> Outcome:
     """Trains until `config.steps`, going on from the newest checkpoint under `config.out` if there is one.
 
     `batch_at(i)` is the host batch of step i and depends on nothing else, so that the data position is a number. A
-    resumed run repeats the uninterrupted one bit for bit. `flops` are those of a step, for the log, which begins with
-    the `facts`, as step 0, and ends with what `closing(state, steps_taken)` finds when all is saved.
+    resumed run repeats the uninterrupted one bit for bit. `flops` are those of a step on a batch, for the log, which
+    begins with the `facts`, as step 0, and ends with what `closing(state, steps_taken)` finds when all is saved.
     Raises TrainingDivergedError naming the step, the terms that are not finite and the file that its batch is kept in;
     the state before that step is saved. Raises UserError for an interval that is not positive, and for a score `best`
     that nothing gives.
@@ -170,9 +170,9 @@ def _warn_of_changes(config: RunConfig, before: Mapping[str, Any], first: int) -
 class _Run:
     """Bookkeeping of one run: metrics are read one step late, so that the device never waits for the host."""
 
-    def __init__(self, config: RunConfig, out: Path, saved: Checkpoints, flops: float | None):
-        self.config, self.out, self.saved = config, out, saved
-        self.journal = Journal(out, config.steps, tensorboard=config.tensorboard, flops=flops)
+    def __init__(self, config: RunConfig, out: Path, saved: Checkpoints, flops: Callable[[Any], float] | None):
+        self.config, self.out, self.saved, self.flops = config, out, saved, flops
+        self.journal = Journal(out, config.steps, tensorboard=config.tensorboard)
         self.phases = Phases()
         self.pending: tuple[int, dict[str, jax.Array], Any, jax.Array] | None = None
 
@@ -218,7 +218,7 @@ class _Run:
         self.pending = None
         with self.phases("compute"):
             values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        self.phases.step()
+        self.phases.step(self.flops(batch) if self.flops else 0.0)
         scalars = {name: value for name, value in values.items() if not isinstance(value, list)}
         broken = {name: value for name, value in scalars.items() if not math.isfinite(value)}
         if any(name.endswith(("loss", "gradient_norm")) for name in broken):
@@ -226,8 +226,7 @@ class _Run:
         main = "loss" if "loss" in values else next(name for name in values if name.endswith("_loss"))
         smooth = self.journal.smooth(values[main])
         if (position + 1) % self.config.log_every == 0:
-            told = self.journal.speed(self.phases.taken())
-            self.journal.write(position + 1, {**values, "smooth_loss": smooth, **told})
+            self.journal.write(position + 1, {**values, "smooth_loss": smooth, **self.phases.taken()})
 
     def hooked(self, hook: Hook, state: TrainState, taken: int) -> dict[str, float]:
         """Runs a hook, once the step before it is known to be sound; its scores."""

@@ -40,7 +40,7 @@ class Source:
 
     model    folder, hub id, shipped model, or a preset such as wan2.1-t2v-14b where nothing is to be run
     mesh     that its weights are read onto
-    pruned   shares of heads and neurons that a preset lacks
+    pruned   shares of heads and neurons that it lacks, where its sizes are enough
     planned  whether its sizes are enough, to compile for a pod
     """
 
@@ -84,9 +84,11 @@ class Source:
     @cached_property
     def component(self) -> Component:
         """What its transformer is."""
-        if self.is_preset:
-            return transformer_component(pruned_config(PRESETS[self.model], *self.pruned))
-        return self.checkpoint.component(HIGH_NOISE)
+        own = PRESETS[self.model] if self.is_preset else self.checkpoint.component(HIGH_NOISE)
+        if isinstance(own, Component) and not any(self.pruned):
+            return own
+        whole = own.config if isinstance(own, Component) else own
+        return transformer_component(pruned_config(whole, *self.pruned))
 
     @property
     def config(self) -> Config:
@@ -168,3 +170,20 @@ class Source:
         if part is None or self.abstract:
             return abstract_adapters(self.config, settings), settings
         return jax.tree.map(jnp.asarray, adapters_from(self.config, part)), settings
+
+
+def check_student(student: Source, source: Source, alike: tuple[str, ...] = ()) -> None:
+    """UserError unless the student takes what the model takes, and has these sizes (`alike`) in common with it."""
+    ours, theirs = student.config, source.config
+    kinds = [type(config).__name__.removesuffix("Config") for config in (ours, theirs)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{student.model} is no student of {source.model}: expected a {kinds[1]}, found a {kinds[0]}; choose "
+            "another student"
+        )
+    for name in ("in_channels", "out_channels", "patch", "text_width", *alike):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise UserError(
+                f"{student.model} is no student of {source.model}: its {name} is {getattr(ours, name)}, expected "
+                f"{getattr(theirs, name)}; choose another student"
+            )

@@ -48,9 +48,21 @@ def adam(learning_rate: optax.ScalarOrSchedule, clip: float = 1.0):
 
 
 def cosine(peak: float, steps: int, warmup: int) -> optax.Schedule:
-    """Linear warm-up to `peak`, then half a cosine down to 0 at the last step."""
+    """Linear warm-up to `peak` (0: it begins there), then half a cosine down to 0 at the last step."""
     warmup = min(warmup, steps // 2)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, warmup), max(steps, 2))
+    if not warmup:
+        return optax.cosine_decay_schedule(peak, steps)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
+
+
+def constant(peak: float, warmup: int) -> optax.Schedule:
+    """Linear warm-up to `peak` (0: it begins there), which stays."""
+    return optax.warmup_constant_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
+
+
+def clipped(norm: float) -> optax.GradientTransformation:
+    """Clips gradients to a global norm; 0 leaves them as they are."""
+    return optax.clip_by_global_norm(norm) if norm else optax.identity()
 
 
 def adamw(
@@ -60,8 +72,14 @@ def adamw(
     weight_decay: float = 0.0,
     clip: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) after clipping to a global norm."""
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(rate, *betas, weight_decay=weight_decay))
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) behind `clipped`."""
+    return optax.chain(clipped(clip), optax.adamw(rate, *betas, weight_decay=weight_decay))
+
+
+def prodigy(rate: optax.Schedule, *, weight_decay: float = 0.0, clip: float = 1.0) -> optax.GradientTransformation:
+    """Prodigy (Mishchenko and Defazio, arXiv 2306.06101) behind `clipped`; a `rate` with a peak of about 1 multiplies
+    what it finds itself, for which the warm-up does not count."""
+    return optax.chain(clipped(clip), optax.contrib.prodigy(rate, weight_decay=weight_decay, safeguard_warmup=True))
 
 
 def by_module(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:

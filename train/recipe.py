@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from convert.checkpoint import Checkpoint, CheckpointLayout
 from convert.leaves import Leaf
 from convert.progress import progress_bar
-from convert.transfer import convert, refuse_overlap
+from convert.transfer import convert, refuse_existing, refuse_overlap
 from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.flops import Config
@@ -56,6 +56,8 @@ class RecipeConfig(RunConfig):
     model          what is learnt from: a pipeline's folder, a hub id, a shipped model; for dit-plan also a preset
     data           folder that dit-encode made of this model
     batch          rows of one update, of all hosts; in so many `microbatches`, one after the other
+    warmup         steps in which rates grow to their peak; optimizer steps, as all of a schedule
+    clip           norm that gradients are clipped to; 0 leaves them as they are
     remat          what of a block is kept for its gradient (dit_jax/models/remat.py)
     dtype          that the transformers compute in; the weights that are trained are fp32
     shift          of random noise levels towards noise, which lie between `lowest_level` and `highest_level` (σ from 0
@@ -67,11 +69,15 @@ class RecipeConfig(RunConfig):
                    `scored` prompts of the model's suite, with `sample_plan`
     export         folder that the result is written to
     size, frames   pixels WxH and frames, for dit-plan without data
+
+    `LEAST` are the options that have a least value.
     """
 
     FREE: ClassVar[frozenset[str]] = RunConfig.FREE | {
         "variant", "remat", "sample_every", "prompts", "scored", "sample_plan", "export", "size", "frames"
     }  # fmt: skip
+
+    LEAST: ClassVar[Mapping[str, int]] = {"batch": 1, "microbatches": 1, "warmup": 0, "clip": 0}
 
     variant: str = "full"
     model: str = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
@@ -101,9 +107,9 @@ class RecipeConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch", "microbatches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: expected 1 or more")
+        for name, least in self.LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: expected {least} or more")
         if not 0 <= self.lowest_level < self.highest_level <= 1:
             raise UserError(
                 f"noise levels are from {self.lowest_level:g} to {self.highest_level:g}: expected 0 <= lowest_level < "
@@ -214,10 +220,12 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
             "both above 0, since samples are what is scored"
         )
     ready = prepared(config, recipe)
+    if config.export:
+        _check_export(Path(config.export), ready.training)
     if config.sample_every:
         hooks += (Hook(config.sample_every, _samples(config, ready)),)
     closing = ready.training.closing and partial(ready.training.closing, ready)
-    flops = model_flops(config, recipe, ready.mesh, ready.batch_at(0))
+    flops = _FlopsByShape(partial(model_flops, config, recipe, ready.mesh))
     outcome = train(config, ready.state, ready.driven, ready.batch_at, hooks, flops, ready.training.facts, closing)
     if config.export and not outcome.stopped:
         try:
@@ -242,6 +250,20 @@ def model_flops(config: RecipeConfig, recipe: Recipe, mesh: Mesh, batch: Mapping
     turns = [None] if training.turn is None else range(len(training.plan.updates))
     traced = [step.trace({**arrays, **training.extra}, turn) for turn in turns]
     return float(np.mean([matmul_flops(each.jaxpr, training.trips) for each in traced]))
+
+
+@dataclass(frozen=True)
+class _FlopsByShape:
+    """FLOPs of a step on a batch, whose shapes are traced once each."""
+
+    of: Callable[[Mapping[str, Any]], float]
+    known: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+    def __call__(self, batch: Mapping[str, Any]) -> float:
+        shape = np.shape(batch["latents"])
+        if shape not in self.known:
+            self.known[shape] = self.of(batch)
+        return self.known[shape]
 
 
 def made(config: RecipeConfig, recipe: Recipe, source: Source) -> Training:
@@ -346,13 +368,18 @@ def abstract_batch(config: RecipeConfig, model: Config, rows: int) -> dict[str, 
     return batch
 
 
+def _check_export(destination: Path, training: Training) -> None:
+    """UserError for a destination that would be refused in the end."""
+    refuse_overlap(training.target.checkpoint.place, destination)
+    refuse_existing(destination, overwrite=True)
+
+
 def export(config: RecipeConfig, training: Training) -> None:
     """Writes the running mean of the newest checkpoint's weights to `config.export`: in the target's checkpoint, or as
     `training.write` does."""
     modules = of_modules(load_ema(config.out))
     target, destination = training.target.checkpoint, Path(config.export)
     if training.write is not None:
-        refuse_overlap(target.place, destination)
         training.write(modules, destination)
         return
     with progress_bar(unit="tensor", desc=config.export) as bar:

@@ -20,14 +20,14 @@ SMOOTHING = 0.95
 
 
 class Phases:
-    """Seconds spent in each phase of a loop since it was last asked, and how many steps ended since then.
+    """Seconds spent in each phase of a loop since it was last asked, how many steps ended since then and their FLOPs.
 
     The clock starts behind the first step, which waits for what is restored and compiled.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.steps = 0
+        self.steps, self.flops = 0, 0.0
         self.since: float | None = None
 
     @contextmanager
@@ -38,22 +38,28 @@ class Phases:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def step(self) -> None:
-        """A step has ended."""
+    def step(self, flops: float = 0.0) -> None:
+        """A step of so many FLOPs has ended."""
         if self.since is None:
             self.seconds, self.since = {}, time.perf_counter()
         else:
             self.steps += 1
+            self.flops += flops
 
     def taken(self) -> dict[str, float]:
-        """Seconds a step, in all (`seconds_per_step`) and by phase (`seconds_of_data`), and starts anew; nothing where
-        none was timed."""
+        """Seconds a step, in all (`seconds_per_step`) and by phase (`seconds_of_data`), the FLOP/s that they make where
+        FLOPs are known, with the share of the devices' peak (`mfu`) where that is; and starts anew. Nothing where no
+        step was timed."""
         if self.since is None or not self.steps:
             return {}
         now, steps = time.perf_counter(), self.steps
         told = {"seconds_per_step": (now - self.since) / steps}
         told |= {f"seconds_of_{name}": seconds / steps for name, seconds in self.seconds.items()}
-        self.seconds, self.steps, self.since = {}, 0, now
+        if self.flops:
+            told["flops_per_second"] = self.flops / (now - self.since)
+            if peak := PEAK_FLOPS.get(jax.devices()[0].device_kind):
+                told["mfu"] = told["flops_per_second"] / (peak * jax.device_count())
+        self.seconds, self.steps, self.flops, self.since = {}, 0, 0.0, now
         return told
 
 
@@ -61,14 +67,13 @@ class Journal:
     """Writes what happens in a run of `steps` to `out`/metrics.jsonl, TensorBoard and the terminal.
 
     Of several processes the first alone writes.
-    flops  of a step on all devices, for the share of their peak that it reaches (`mfu`, where the peak is known)
     """
 
-    def __init__(self, out: Path, steps: int, *, tensorboard: bool = False, flops: float | None = None):
+    def __init__(self, out: Path, steps: int, *, tensorboard: bool = False):
         self.writes = jax.process_index() == 0
         self.log = open(out / "metrics.jsonl", "a") if self.writes else None  # noqa: SIM115
         self.board = _board(out) if tensorboard and self.writes else None
-        self.flops, self.loss = flops, math.nan
+        self.loss = math.nan
         self.bar = progress_bar(
             total=steps, desc=out.name, dynamic_ncols=True, mininterval=5.0, disable=not self.writes
         )
@@ -82,15 +87,6 @@ class Journal:
         self.loss = loss if math.isnan(self.loss) else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
         self.bar.set_postfix(loss=f"{self.loss:.4g}", refresh=False)
         return self.loss
-
-    def speed(self, told: Mapping[str, float]) -> dict[str, float]:
-        """Seconds of a step, if it was timed, with the FLOP/s that they make, and the share of the devices' peak."""
-        if self.flops is None or not told:
-            return dict(told)
-        reached = self.flops / told["seconds_per_step"]
-        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        share = {} if peak is None else {"mfu": reached / (peak * jax.device_count())}
-        return {**told, "flops_per_second": reached, **share}
 
     def write(self, taken: int, values: Mapping[str, float | list[float]]) -> None:
         """A line: the step, the time and these values to six digits, a list where there is one for every block.

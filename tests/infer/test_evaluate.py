@@ -1,6 +1,7 @@
 """`dit-eval`: what it prints, what it asks of the model, and how it refuses. The model here draws real clips itself."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from drawer import Drawer
@@ -94,6 +95,14 @@ def test_more_samples_of_one_seed_begin_with_those_that_are_there(monkeypatch, c
     assert [settings["seed"] for _, settings in more.calls] == [3, 4]
     _run(monkeypatch, capsys, seeds, "--samples", "3", "--seeds", "2", *words)
     assert len(seeds.calls) == 6, "the second seed of the first prompt is another sample than the fourth prompt"
+
+
+def test_shift_and_the_guidance_of_two_experts_reach_every_generation(monkeypatch, capsys):
+    pipe = Drawer()
+    pipe.defaults = replace(Drawer.defaults, guidance=(3.0, 4.0))
+    report = _run(monkeypatch, capsys, pipe, "--samples", "2", "--shift", "7", "--guidance", "3.5,2")
+    assert report["settings"]["shift"] == 7 and report["settings"]["guidance"] == [3.5, 2]
+    assert [(settings["shift"], settings["guidance"]) for _, settings in pipe.calls] == [(7, (3.5, 2))] * 2
 
 
 def test_a_plan_reaches_every_generation(monkeypatch, capsys):

@@ -41,6 +41,12 @@ def test_every_plan_is_scored_and_compared_with_the_first():
     assert first["direction"] == second["ceiling"]["direction"] == 1
 
 
+def test_what_all_plans_are_told_is_told_to_their_samples():
+    drawer = Drawer()
+    [_] = plan_scores({"dense": _plan(drawer)}, _options("--shift", "7", "--guidance", "2.5"), print)
+    assert {(settings["shift"], settings["guidance"]) for _, settings in drawer.calls} == {(7, 2.5)}
+
+
 def test_samples_that_were_kept_are_not_made_again(tmp_path):
     words = ("--keep", str(tmp_path))
     first = list(plan_scores({"dense": _plan(Drawer())}, _options(*words), print))

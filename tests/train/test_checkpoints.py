@@ -13,7 +13,7 @@ import pytest
 from test_loop import Line, batch_at, noisy_squares
 
 from dit_jax.config import UserError
-from train.checkpoints import code_version, load_ema, newest_step
+from train.checkpoints import Checkpoints, Kept, code_version, load_ema, newest_step
 from train.loop import Hook, RunConfig, train
 from train.optimizers import adam, muon
 from train.placement import training_mesh
@@ -117,6 +117,26 @@ def test_checkpoints_of_another_optimiser_are_told_and_left_alone(tmp_path):
     with pytest.raises(UserError, match="are of another run: its optimiser differ in"):
         run(tmp_path, 4, optimizer=muon(0.1, 0.1))
     np.testing.assert_array_equal(load_ema(tmp_path)["kernel"], before["kernel"])
+
+
+def test_checkpoints_of_another_recipe_are_told_and_left_alone(tmp_path):
+    run(tmp_path, 2)
+    file = tmp_path / "checkpoints" / "2" / "about" / "metadata"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps(about | {"recipe": "recipe_finetune"}))
+    with pytest.raises(UserError, match="are of the recipe recipe_finetune, expected train.loop; give another folder"):
+        run(tmp_path, 4)
+    assert steps_of(tmp_path) == [1, 2]
+
+
+def test_a_state_makes_room_for_the_one_that_is_read(tmp_path):
+    run(tmp_path, 2)
+    step = TrainStep(Line(), alone(noisy_squares, adam(0.05)), training_mesh())
+    given = step.init(Line())
+    saved = Checkpoints(tmp_path, Kept(), {"recipe": "train.loop"})
+    restored, position, _ = saved.restore(given, jax.random.key(0))
+    assert position == 2 and not any(leaf.is_deleted() for leaf in jax.tree.leaves(restored))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((given.params, given.opt_state, given.ema)))
 
 
 def test_a_full_disk_is_told_and_leaves_the_last_checkpoint_whole(tmp_path):

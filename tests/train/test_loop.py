@@ -189,7 +189,7 @@ def test_the_share_of_the_peak_is_logged_where_the_peak_is_known(tmp_path, monke
     monkeypatch.setattr(watch, "PEAK_FLOPS", {jax.devices()[0].device_kind: 1e9})
     config = RunConfig(out=str(tmp_path), steps=2, log_every=1)
     step = TrainStep(Line(), alone(noisy_squares, adam(0.05)), training_mesh())
-    train(config, step.init(Line()), step, batch_at, flops=5e5)
+    train(config, step.init(Line()), step, batch_at, flops=lambda batch: 5e5)
     first, *others = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert "seconds_per_step" not in first and len(others) == 1, "the first step is compiled"
     for line in others:
@@ -211,7 +211,7 @@ def test_the_speed_is_that_of_the_steps_since_the_last_line_without_the_first_of
     hook = Hook(7, lambda state, taken: setattr(clock, "now", clock.now + 8.0))
     (tmp_path / "metrics.jsonl").unlink()
     config = RunConfig(out=str(tmp_path), steps=14, log_every=4, save_every=100)
-    train(config, step.init(Line()), slow, batch_at, (hook,), flops=6.0)
+    train(config, step.init(Line()), slow, batch_at, (hook,), flops=lambda batch: 6.0)
     lines = {line["step"]: line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())}
     assert "seconds_per_step" not in lines[4] and "seconds_of_compute" not in lines[4]
     assert (lines[8]["seconds_per_step"], lines[8]["seconds_of_hooks"]) == (4.0, 2.0)

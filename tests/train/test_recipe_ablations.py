@@ -133,8 +133,26 @@ def test_every_size_comes_up_as_often_and_its_rate_ends_at_nothing():
 
 def test_prodigy_is_told_a_factor_and_not_a_rate():
     with pytest.raises(UserError, match=r"learning_rate is 0.0001 with optimizer prodigy.* set learning_rate=1"):
-        ddit.training(ddit.Config(optimizer="prodigy"), source_of())
-    assert ddit.training(ddit.Config(optimizer="prodigy", learning_rate=1), source_of()).plan.updates
+        ddit.training(ddit.Config(optimizer="prodigy", learning_rate=1e-4), source_of())
+    assert ddit.training(ddit.Config(optimizer="prodigy"), source_of()).plan.updates
+
+
+def test_adapters_of_flux_are_trained_by_prodigy_and_those_of_wan_by_adamw():
+    weights = {"x": np.ones(1, np.float32)}
+    for model, expected in (("flux.1-dev", True), ("wan2.1-t2v-1.3b", False)):
+        update, *_ = ddit.training(ddit.Config(), source_of(model)).plan.updates
+        assert ("Prodigy" in str(update.optimizer.init(weights))) == expected
+
+
+def test_a_folder_of_a_whole_model_is_planned_with_the_student_that_it_would_have():
+    planned = Source("demo-wan", training_mesh("fsdp=1"), planned=True)
+    student = pare_stage1.training(pare_stage1.Config(), planned).target.config
+    assert (student.heads, student.mlp_width) == (6, 352) != (planned.config.heads, planned.config.mlp_width)
+
+
+def test_all_blocks_are_compared_where_none_are_drawn():
+    source = source_of("wan2.1-t2v-1.3b")
+    assert pare_stage1.Config(sampled_blocks=0).settings(source).sampled_blocks == 30
 
 
 @pytest.mark.parametrize("recipe", [pare_stage1, pare_stage2])

@@ -10,7 +10,7 @@ from flax import nnx
 from dit_jax.config import UserError
 from dit_jax.models.wan import Wan, WanConfig
 from dit_jax.parameters import with_leaves
-from train.optimizers import adam, by_module, cosine, matrix_axes, muon, schedule
+from train.optimizers import adam, by_module, clipped, constant, cosine, matrix_axes, muon, schedule
 from train.placement import longest_axis, rows_sharding, training_mesh, update_sharding, weight_shardings
 from train.step import Plan, TrainState, TrainStep, Update, alone, params_of
 
@@ -291,6 +291,18 @@ def test_a_step_that_is_not_finite_changes_nothing_nor_does_any_after_it(batch):
     assert np.isnan(metrics["loss"]) and not state.sound
     for left, right in zip(jax.tree.leaves(before[:4]), jax.tree.leaves(state[:4]), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def test_rates_that_do_not_warm_up_begin_at_their_peak():
+    assert cosine(1.0, 100, warmup=0)(0) == cosine(1.0, 1, warmup=20)(0) == constant(1.0, warmup=0)(0) == 1
+    assert [float(constant(1.0, warmup=4)(step)) for step in (0, 2, 4, 50)] == [0, 0.5, 1, 1]
+
+
+def test_gradients_are_clipped_where_there_is_a_norm():
+    weights, gradient = {"x": np.zeros(2, np.float32)}, {"x": np.array([3, 4], np.float32)}
+    for norm, expected in ((1.0, [0.6, 0.8]), (0.0, [3, 4])):
+        optimizer = clipped(norm)
+        np.testing.assert_allclose(optimizer.update(gradient, optimizer.init(weights))[0]["x"], expected, rtol=1e-6)
 
 
 def test_the_cosine_warms_up_and_ends_at_nothing():

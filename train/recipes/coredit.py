@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -76,6 +76,8 @@ class Config(RecipeConfig):
     sampled_blocks  of how many blocks attention outputs are compared (0: of all, as in the paper)
     attention       weight of that comparison, beside those of velocities
     """
+
+    LEAST: ClassVar[Mapping[str, int]] = {**RecipeConfig.LEAST, "sampled_blocks": 0}
 
     out: str = "runs/coredit"
     steps: int = 10000

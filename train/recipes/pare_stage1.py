@@ -12,15 +12,16 @@ of the teacher's 80.5 % (1,000 prompts; docs/distillation.md).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from dit_jax.config import UserError
 from dit_jax.models.wan import WanConfig
 from train import recipe
 from train.loop import Outcome
-from train.models import Source
+from train.models import Source, check_student
 from train.pare_loss import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, PareSettings, PareWeights, pare
 from train.recipe import DEMO, RecipeConfig, Training, with_student
 from train.step import Plan, Update
@@ -35,9 +36,11 @@ class Config(RecipeConfig):
     """Options of the recipe.
 
     student         the pruned model
-    sampled_blocks  of how many blocks, others at every step, the outputs are compared
+    sampled_blocks  of how many blocks, others at every step, the outputs are compared (0: of all)
     features        weight of that comparison, beside those of velocities
     """
+
+    LEAST: ClassVar[Mapping[str, int]] = {**RecipeConfig.LEAST, "sampled_blocks": 0}
 
     out: str = "runs/pare-stage1"
     student: str = ""
@@ -48,7 +51,7 @@ class Config(RecipeConfig):
     def settings(self, source: Source) -> PareSettings:
         """Of the losses, for this model."""
         weights = replace(weights_for(source.config), features=self.features)
-        return PareSettings(flow=self.flow, sampled_blocks=self.sampled_blocks, weights=weights)
+        return PareSettings(flow=self.flow, sampled_blocks=self.sampled_blocks or sum(source.stacks), weights=weights)
 
 
 def weights_for(config: Any) -> PareWeights:
@@ -77,17 +80,11 @@ def training(config: Config, source: Source) -> Training:
 
 
 def student_of(name: str, source: Source) -> Source:
-    """The student by its folder, or of a preset the pruned preset; UserError where it is no student of the model."""
+    """The student by its folder, or where sizes are enough the pruned model; UserError for one that is none."""
     if not name and not source.abstract:
         raise UserError("there is no student: expected --set student=DIR; make one with `dit-prune`")
-    student = Source(name or source.model, source.mesh, pruned=PRUNED, planned=source.planned)
-    ours, theirs = student.config, source.config
-    for field in ("width", "in_channels", "out_channels", "patch", "text_width"):
-        if getattr(ours, field) != getattr(theirs, field):
-            raise UserError(
-                f"{name} is no student of {source.model}: its {field} is {getattr(ours, field)}, expected "
-                f"{getattr(theirs, field)}; prune that model"
-            )
+    student = Source(name or source.model, source.mesh, pruned=(0.0, 0.0) if name else PRUNED, planned=source.planned)
+    check_student(student, source, ("width",))
     if student.stacks != source.stacks:
         raise UserError(
             f"{name} is no student of {source.model}: it has {student.stacks} blocks, expected {source.stacks}; prune "

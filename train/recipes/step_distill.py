@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,8 @@ from infer.random_pipeline import TEXT_TOKENS
 from infer.side_files import DEFAULTS_FILE, SCHEDULER_FILE, read_settings
 from train import recipe
 from train.loop import Outcome
-from train.models import Source
-from train.optimizers import adamw
+from train.models import Source, check_student
+from train.optimizers import adamw, constant
 from train.recipe import RecipeConfig, Training, is_guided, with_files, with_transformer
 from train.step import LossFunction, Plan, Update
 from train.step_distill_loss import StepDistillSettings, fake_score, step_distill
@@ -62,6 +62,8 @@ class Config(RecipeConfig):
     teacher_scale  guidance of the real score; None: 3, or 1 of a model that is told its guidance (FLUX.1 dev)
     """
 
+    LEAST: ClassVar[Mapping[str, int]] = {**RecipeConfig.LEAST, "fake_turns": 1}
+
     out: str = "runs/step-distill"
     student: str = ""
     steps: int = 3000
@@ -72,6 +74,7 @@ class Config(RecipeConfig):
     ema_decay: float = 0.99
     shift: float = 5.0
     caption_dropout: float = 0.0
+    warmup: int = 0
     least: int | None = None
     most: int | None = None
 
@@ -88,11 +91,15 @@ class Config(RecipeConfig):
 
 def training(config: Config, source: Source) -> Training:
     """Student (with its router) and fake score, by turns."""
-    if config.fake_turns < 1:
-        raise UserError(f"fake_turns is {config.fake_turns}: expected 1 or more; set fake_turns=5")
     if config.teacher_scale is None and is_guided(source.config):
         config = replace(config, teacher_scale=1.0)
     student = Source(config.student, source.mesh, planned=source.planned) if config.student else source
+    check_student(student, source)
+    if ROUTER not in student.parts and not (config.least is None and config.most is None):
+        raise UserError(
+            f"{student.model} has no router, found least={config.least} and most={config.most}: expected a student "
+            "whose blocks are routed; leave them out, or give one that pare_stage2 made"
+        )
     trained: dict[str, Any] = {"student": student.transformer(), "fake": source.transformer()}
     moved, settings = ["student"], config.settings
     settings = replace(settings, routing=settings.routing.told(student.parts))
@@ -101,7 +108,7 @@ def training(config: Config, source: Source) -> Training:
         moved.append(ROUTER)
 
     def optimizer(rate: float):
-        return adamw(rate, betas=BETAS, weight_decay=config.weight_decay, clip=config.clip)
+        return adamw(constant(rate, config.warmup), betas=BETAS, weight_decay=config.weight_decay, clip=config.clip)
 
     updates = (
         Update(
