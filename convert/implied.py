@@ -8,7 +8,7 @@ from typing import Any
 from convert.components import Settings, class_name
 from convert.wan import LOW_NOISE
 
-# The published settings of Wan 2.1 for 480p; at 720p the authors use a shift of 5, between two pictures one of 16.
+# As in diffusers' folders of Wan 2.1; its authors use a shift of 5 for text to video and at 720p.
 _WAN_SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "num_train_timesteps": 1000,

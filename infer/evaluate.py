@@ -39,8 +39,7 @@ demo-wan) and digits (pictures, for demo-flux). Scores:
   ceiling                    all of these for real samples (drawn with other handwritten digits than those in frechet)
   against                    with --against: by how much each share of the prompts is above that report's, sample by
                              sample, with its 95 % interval
-The classifier and the real samples use digits that the model was not trained on. The classifier is trained on the first
-run, in about a minute, and kept in ~/.cache/dit-jax.
+The classifier, which ships, and the real samples use digits that the model was not trained on.
 
 examples:
   dit-eval --model demo-wan --suite moving-digits --json

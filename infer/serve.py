@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--buckets", default="demo", metavar="FILE",
-        help="what is compiled and served: a JSON file, or a preset by name (default demo: all of the shipped models)",
+        help="what is compiled and served: a JSON file, or a preset by name (default demo: of demo-wan and demo-flux)",
     )  # fmt: skip
     add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1); any other needs --api-key-file")
     add("--port", type=int, default=8000, help="port to listen at (default 8000; 0 takes a free one)")
@@ -72,10 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """Runs until SIGTERM or SIGINT."""
-    import uvicorn
-
     began = time.perf_counter()
     _check(options)
+    _check_installed()
+    import uvicorn
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     listening = _listening(options)
     server, warm = _server(options)
@@ -134,6 +136,13 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} is {getattr(options, name)}: expected a whole number from 1; leave it out")
     if options.per_minute is not None and options.per_minute < 1:
         raise UserError(f"--per-minute is {options.per_minute}: expected a whole number from 1; leave it out")
+
+
+def _check_installed() -> None:
+    """UserError without the `serve` extra."""
+    for name in ("uvicorn", "fastapi", "python_multipart", "prometheus_client"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f'a server needs {name}, which is not installed: pip install "dit-jax[serve]"')
 
 
 def _is_loopback(host: str) -> bool:

@@ -188,4 +188,4 @@ def test_libtpu_knows_the_flags(job):
 def test_the_image_holds_what_the_command_needs():
     lines = (PODS / "Dockerfile").read_text().splitlines()
     install = next(line for line in lines if "pip install" in line)
-    assert any("[tpu,train]" in word for word in shlex.split(install))
+    assert any("[tpu,train,serve]" in word for word in shlex.split(install))

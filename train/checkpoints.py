@@ -109,7 +109,7 @@ class Checkpoints:
         self._same_recipe(newest)
         wanted = {**jax.tree.map(_abstract, _as_tree(state)), "position": np.zeros((), int), "key": _key_data(key)}
         self._same_weights(wanted, self.manager.item_metadata(newest)[STATE].tree)
-        for leaf in jax.tree.leaves(state._replace(sound=None)):
+        for leaf in jax.tree.leaves((state.step, state.params, state.opt_state, state.ema)):
             leaf.delete()
         tree = self.manager.restore(newest, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(wanted)}))[STATE]
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import errno
 import importlib.util
+import inspect
 import sys
 import types
 import typing
@@ -101,8 +102,12 @@ def load_recipe(name: str) -> types.ModuleType:
 
 
 def describe(recipe: types.ModuleType) -> str:
-    """A recipe's docstring and its options with their types and defaults."""
-    lines = [(recipe.__doc__ or "").strip(), "", "options (--set name=value):"]
+    """A recipe's docstring and its options: what they are, their types and defaults."""
+    lines = [(recipe.__doc__ or "").strip(), ""]
+    for each in recipe.Config.__mro__[:-1]:
+        if not (each.__doc__ or "").startswith(f"{each.__name__}("):  # as dataclasses have where they say nothing
+            lines += [inspect.cleandoc(each.__doc__ or ""), ""]
+    lines.append("options (--set name=value):")
     hints = typing.get_type_hints(recipe.Config)
     for field in dataclasses.fields(recipe.Config):
         kind = getattr(hints[field.name], "__name__", None) or str(hints[field.name])

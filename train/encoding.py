@@ -20,13 +20,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from convert.progress import progress_bar
 from dit_jax.config import UserError
 from train.buckets import Bucket
 from train.captions_file import Caption
+from train.data_libraries import grain
 from train.encoders import Encoders, encoder_hashes
 from train.media_files import IMAGES, VIDEOS, Clip, UnusableError, media_in, place_of, read_picture, read_video
 from train.shards import (

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-import grain
 import numpy as np
 
 from dit_jax.config import UserError
 from train.buckets import Bucket
+from train.data_libraries import grain
 from train.shards import Example, Shards
 
 _ORDER, _DROPPED = 0, 1  # what random numbers are for, so that no two uses share them

@@ -37,10 +37,9 @@ class RunConfig:
                  another than 0, and 1 to 3 mean other things
     mesh         devices by axis, `data=2,fsdp=4`; empty: all of them on fsdp
     tensorboard  whether to write event files besides metrics.jsonl
-
-    `FREE` are the options that change nothing of what is learnt.
     """
 
+    # What changes nothing of what is learnt.
     FREE: ClassVar[frozenset[str]] = frozenset(
         {"out", "log_every", "save_every", "keep", "keep_best", "best", "stopped_code", "mesh", "tensorboard"}
     )

@@ -35,7 +35,6 @@ from infer.tpu_memory import plan_cell, programs
 from infer.tpu_programs import Case, config_of, trace
 from train.cli import configure, load_recipe
 from train.models import Source
-from train.recipe import abstract_batch, made, rows_of
 from train.step import TrainStep
 
 NETWORK = 25e9  # bytes/s of a chip between slices: 200 Gbit/s a host of four chips, and twice as much where it is good
@@ -159,7 +158,9 @@ def _sent(text: str, devices: int, slices: int) -> dict[str, float]:
 
 
 def of_recipe(name: str, settings: list[str], target: Target) -> Report:
-    """The report of a recipe's training step."""
+    """The report of a recipe's training step; UserError without the `train` extra."""
+    from train.recipe import abstract_batch, made, rows_of
+
     recipe = load_recipe(name)
     if not hasattr(recipe, "training"):
         raise UserError(

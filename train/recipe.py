@@ -69,15 +69,13 @@ class RecipeConfig(RunConfig):
                    `scored` prompts of the model's suite, with `sample_plan`
     export         folder that the result is written to
     size, frames   pixels WxH and frames, for dit-plan without data
-
-    `LEAST` are the options that have a least value.
     """
 
     FREE: ClassVar[frozenset[str]] = RunConfig.FREE | {
         "variant", "remat", "sample_every", "prompts", "scored", "sample_plan", "export", "size", "frames"
     }  # fmt: skip
 
-    LEAST: ClassVar[Mapping[str, int]] = {"batch": 1, "microbatches": 1, "warmup": 0, "clip": 0}
+    LEAST: ClassVar[Mapping[str, int]] = {"batch": 1, "microbatches": 1, "warmup": 0, "clip": 0}  # that options have
 
     variant: str = "full"
     model: str = "Wan-AI/Wan2.1-T2V-14B-Diffusers"

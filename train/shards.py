@@ -26,14 +26,7 @@ from safetensors.numpy import save as bytes_of
 from convert.progress import progress_bar
 from dit_jax.config import UserError
 from train.buckets import Bucket
-
-try:
-    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-    from grain.sources import ArrayRecordDataSource
-except ImportError as missing:
-    raise UserError(
-        f'training data need {missing.name}, which is not installed: pip install "dit-jax[train]"'
-    ) from missing
+from train.data_libraries import ArrayRecordDataSource, ArrayRecordReader, ArrayRecordWriter
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -206,6 +206,11 @@ class Ddit:
         """UserError for a model without adapters of these sizes."""
         known = scales_of(parts[self.name].settings) if self.name in parts else ()
         missing = [size_name(scale) for scale in self.variants if scale > 1 and scale not in known]
+        if missing and known and self.by_latents:
+            raise UserError(
+                f"ddit chooses among patches of {written_sizes(self.sizes)}, and this model has adapters for "
+                f"{written_sizes(known)} alone: say ddit:sizes={written_sizes(known)}"
+            )
         if missing:
             raise UserError(
                 f"ddit needs adapters for patches of {' and '.join(missing)}, which this model has not: attach "

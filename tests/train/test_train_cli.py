@@ -1,6 +1,7 @@
 """`dit-train`: options from a recipe's dataclass, and bad input told in a sentence with exit code 2."""
 
 import dataclasses
+import sys
 
 import pytest
 
@@ -14,8 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Shared:
+    """What all have.
+
+    out  where it goes
+    """
+
     out: str = "x"
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Shared):
     steps: int = 3
     rate: float = 0.5
     quick: bool = False
@@ -67,6 +76,16 @@ def test_help_lists_every_option(recipe, capsys):
     assert shown.startswith("A recipe for a test.")
     for name in ("out", "steps", "rate", "quick", "limit"):
         assert f"\n  {name} " in shown
+    assert "What all have.\n\nout  where it goes\n" in shown and "Config(" not in shown
+
+
+@pytest.mark.parametrize("missing", ["grain", "array_record"])
+def test_without_what_reads_data_the_extra_is_named(missing, monkeypatch, capsys):
+    for module in ("train.data_libraries", "train.loader", "train.recipe", "train.shards"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert cli.main(["finetune", "--help"]) == 2
+    assert f"training data need {missing}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["demo_vae", "demo_text", "demo_wan"])

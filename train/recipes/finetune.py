@@ -1,6 +1,6 @@
 """Trains a transformer further on data of one's own, by flow matching (Lipman et al., arXiv 2210.02747).
 
-    dit-encode --model demo-wan --videos clips --captions clips/captions.jsonl --out data
+    dit-encode --model demo-wan --videos clips --captions clips/metadata.jsonl --out data
     dit-train finetune --set model=demo-wan --set data=data --set variant=demo --set export=tuned
     dit-generate --model tuned --prompt "a red 7 moving left" --out out.mp4
 

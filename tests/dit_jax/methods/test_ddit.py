@@ -370,6 +370,10 @@ def test_a_model_without_adapters_is_refused():
     only_2p = part_of({}, AdapterSettings(scales=(2,)))
     plan.check((3,), {"ddit": only_2p})
     with pytest.raises(UserError, match="patches of 4p, which"):
+        parse_plan("ddit:4p@0-1").check((3,), {"ddit": only_2p})
+    with pytest.raises(
+        UserError, match="patches of 2p/4p, and this model has adapters for 2p alone: say ddit:sizes=2p"
+    ):
         parse_plan("ddit").check((3,), {"ddit": only_2p})
     parse_plan("ddit:sizes=2p").check((3,), {"ddit": only_2p})
 
