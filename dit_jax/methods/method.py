@@ -163,6 +163,14 @@ class Words:
         text = self.options.pop(name, None)
         return usual if text is None else self.as_number(name, text, low=low, high=high)
 
+    def whole(self, name: str, usual: int, *, low: int, high: int) -> int:
+        """An option that is a whole number in [low, high]."""
+        text = self.options.pop(name, None)
+        value = usual if text is None else self.as_number(name, text, low=low, high=high)
+        if value != int(value):
+            raise self.error(f"expected {name} to be a whole number, found {text!r}", "change it")
+        return int(value)
+
     def as_number(self, name: str, text: str, *, low: float, high: float) -> float:
         """`text` as a number in [low, high]."""
         try:
