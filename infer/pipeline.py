@@ -27,6 +27,7 @@ from dit_jax.lora import Lora, merged_leaf, of_leaf
 from dit_jax.methods.method import Measured, Part, RunRecord
 from dit_jax.methods.plan import parse_plan
 from dit_jax.models.network import grid
+from dit_jax.models.wan import WanConfig
 from dit_jax.parameters import with_leaves
 from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
@@ -35,7 +36,7 @@ from infer.denoising import Denoising, Watch
 from infer.loras import Held, LoraChoice, read_choice, replace_leaves
 from infer.placement import picture_sharding
 from infer.programs import Programs
-from infer.request import Defaults, Job, Limits, Request, check, fill
+from infer.request import Defaults, Job, Limits, Request, Scales, check, fill
 from infer.result import Result
 from infer.segments import Stage
 from infer.side_files import read_defaults
@@ -182,6 +183,7 @@ class Pipeline(ABC):
             space=self.vae.config.space_factor * self.transformer_config.patch[1],
             time=self.vae.config.time_factor,
             video=self.defaults.video,
+            scales=scales_of(self.transformer_config),
         )
 
     def latents_shape(self, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
@@ -205,7 +207,7 @@ class Pipeline(ABC):
 
     def prepare(self, request: Request) -> Job:
         """The request with the model's defaults in it; UserError if the model cannot serve it."""
-        job = fill(request, self.defaults)
+        job = fill(request, self.defaults, self.limits.scales)
         check(job, self.limits)
         plan = parse_plan(job.plan)
         if plan.chooser:
@@ -341,6 +343,13 @@ class Pipeline(ABC):
         """How the VAE's latents and videos [B, T, Y, X, C] are split."""
         _, rows, columns, _ = self.latents_shape(job.size, job.frames)
         return None if self.mesh is None else picture_sharding(self.mesh, len(job.prompts), rows, columns)
+
+
+def scales_of(config: Any) -> Scales:
+    """Which guidance scales a transformer of this config has."""
+    if isinstance(config, WanConfig):
+        return "guidance"
+    return "both" if config.guidance else "true_cfg"
 
 
 def _names(loras: Sequence[tuple[Lora, float]]) -> frozenset[str]:

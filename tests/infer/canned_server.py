@@ -47,12 +47,11 @@ class DrawnPipeline:
     name: str
     defaults: Defaults
     limits: Limits
-    transformer_config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(guidance=False))
     programs: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(loaded_count=0))
     texts: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(hits=0))
 
     def prepare(self, request: Request) -> Job:
-        job = fill(request, self.defaults)
+        job = fill(request, self.defaults, self.limits.scales)
         check(job, self.limits)
         return job
 
@@ -62,7 +61,9 @@ def pipelines() -> dict[str, DrawnPipeline]:
     image = Defaults(size=(128, 128), frames=1, steps=20, true_cfg=3.0, video=False)
     return {
         "demo-wan": DrawnPipeline(name="demo-wan", defaults=video, limits=Limits(space=16, time=4)),
-        "demo-flux": DrawnPipeline(name="demo-flux", defaults=image, limits=Limits(space=16, time=1, video=False)),
+        "demo-flux": DrawnPipeline(
+            name="demo-flux", defaults=image, limits=Limits(space=16, time=1, video=False, scales="true_cfg")
+        ),
     }
 
 
