@@ -14,7 +14,6 @@ import numpy as np
 
 from dit_jax.config import UserError
 from dit_jax.methods.method import Run
-from dit_jax.methods.plan import parse_plan
 from dit_jax.sampling.sampler import Carry, Guided, handed_over, noise, sample
 from dit_jax.sampling.schedules import Schedule
 from dit_jax.sampling.solvers import SOLVERS
@@ -55,7 +54,7 @@ class Denoising:
 
     def __init__(self, pipe: Pipeline, job: Job, *, watch: Watch | None = None, chosen: Chosen | None = None):
         self.pipe, self.job, self.done = pipe, job, 0
-        self._plan, self._solver, self._watch, self._chosen = parse_plan(job.plan), SOLVERS[job.solver], watch, chosen
+        self._plan, self._solver, self._watch, self._chosen = job.plan, SOLVERS[job.solver], watch, chosen
         breaks = self._plan.chooser.breaks(job.steps) if self._plan.chooser else ()
         with pipe.on_mesh():
             schedule = pipe.schedule(job)

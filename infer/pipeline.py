@@ -25,7 +25,6 @@ from dit_jax.config import UserError
 from dit_jax.flops import Cost, Shape, plan_cost, step_cost
 from dit_jax.lora import Lora, merged_leaf, of_leaf
 from dit_jax.methods.method import Measured, Part, RunRecord
-from dit_jax.methods.plan import parse_plan
 from dit_jax.models.network import grid
 from dit_jax.models.wan import WanConfig
 from dit_jax.parameters import with_leaves
@@ -209,12 +208,11 @@ class Pipeline(ABC):
         """The request with the model's defaults in it; UserError if the model cannot serve it."""
         job = fill(request, self.defaults, self.limits.scales)
         check(job, self.limits)
-        plan = parse_plan(job.plan)
-        if plan.chooser:
-            plan.chooser.breaks(job.steps)
+        if job.plan.chooser:
+            job.plan.chooser.breaks(job.steps)
         for name, parts in self.parts.items():
             model: Any = self.checkpoint.component(name).abstract
-            plan.check(model.stacks, parts)
+            job.plan.check(model.stacks, parts)
         return job
 
     def schedule(self, job: Job) -> Schedule:
@@ -235,8 +233,8 @@ class Pipeline(ABC):
         chosen  is told which variant each step ran with, where the plan chooses among some (patch sizes), sample by
                 sample
         """
-        plan = parse_plan(job.plan)
-        if plan.chooser and plan.chooser.by_latents and len(job.prompts) > 1:
+        chooser = job.plan.chooser
+        if chooser and chooser.by_latents and len(job.prompts) > 1:
             return self._one_by_one(job, progress, watch, chosen)
         run = Denoising(self, job, watch=watch, chosen=chosen)
         while not run.finished:
@@ -271,7 +269,7 @@ class Pipeline(ABC):
             stages = self.stages(job, schedule)
             shape = Shape.of(stages[0].denoiser(), (len(job.prompts), *self.latents_shape(job.size, job.frames)))
         components = {stage.first: stage.component for stage in stages}
-        methods = parse_plan(job.plan).told(self.parts[stages[0].component]).methods
+        methods = job.plan.told(self.parts[stages[0].component]).methods
         measured = {m.name: m.measured(record) for m in methods if isinstance(m, Measured)} if record else {}
         return plan_cost(
             self.transformer_config, shape, methods, job.steps,

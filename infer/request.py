@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -102,7 +102,7 @@ class Job:
     images: list[Image.Image] | None = None
     last_images: list[Image.Image] | None = None
     latents: np.ndarray | None = None
-    plan: str = DENSE
+    plan: Plan = field(default_factory=Plan)
 
     def describe(self) -> dict[str, Any]:
         """The job without images and latents, as JSON can hold it."""
@@ -117,9 +117,8 @@ class Job:
             "true_cfg",
             "solver",
             "shift",
-            "plan",
         )
-        return {name: getattr(self, name) for name in told}
+        return {name: getattr(self, name) for name in told} | {"plan": str(self.plan)}
 
     def single(self, index: int) -> Job:
         """The job of one of its samples."""
@@ -153,7 +152,7 @@ def fill(request: Request, defaults: Defaults, scales: Scales) -> Job:
         raise UserError(f"images_per_prompt is {copies}: expected a whole number of at least 1")
     images, last_images = (_images(given, len(prompts), copies) for given in (request.image, request.last_image))
     prompts = [prompt for prompt in prompts for _ in range(copies)]
-    plan = parse_plan(str(request.plan))
+    plan = request.plan if isinstance(request.plan, Plan) else parse_plan(request.plan)
     guidance, true_cfg = _scales(request, defaults, scales)
 
     def choice(name: str) -> Any:
@@ -174,7 +173,7 @@ def fill(request: Request, defaults: Defaults, scales: Scales) -> Job:
         images=images,
         last_images=last_images,
         latents=request.latents,
-        plan=str(plan),
+        plan=plan,
     )
 
 
@@ -283,10 +282,10 @@ def check(job: Job, limits: Limits) -> None:
         raise UserError(f"unknown solver {job.solver!r}: expected one of {', '.join(SOLVERS)}")
     if not isinstance(job.steps, int) or job.steps < 1:
         raise UserError(f"steps is {job.steps}: expected a whole number of at least 1")
-    plan = parse_plan(job.plan)
+    plan = job.plan
     if plan.steps and job.steps != plan.steps:
         raise UserError(
-            f"plan {job.plan} is for {plan.steps} steps, found {job.steps}: leave the steps out or change the plan"
+            f"plan {plan} is for {plan.steps} steps, found {job.steps}: leave the steps out or change the plan"
         )
     _check_scales(job, limits.experts)
     _check_size(job.size, limits.space)

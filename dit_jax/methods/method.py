@@ -45,7 +45,7 @@ class RunRecord(NamedTuple):
     """What a run has shown.
 
     steps     of the sampler
-    states    the last state of each denoiser that ran, in order
+    states    the last state of each denoiser that ran, in order, with None in place of its arrays
     variants  of every step, where latents choose them
     """
 

@@ -12,6 +12,7 @@ from beside_diffusers import FRAMES, SIZE
 from test_patch_schedules import random_part
 
 from dit_jax.config import UserError
+from dit_jax.methods.plan import parse_plan
 from infer.buckets import Frame, ModelBuckets, Offer
 from infer.denoising import Denoising
 from infer.engine import Engine, EngineOptions
@@ -34,7 +35,7 @@ def pipe(text_to_video):
 
 @pytest.fixture(scope="module")
 def buckets():
-    offers = {name: Offer(plan=plan, steps=STEPS) for name, plan in PLANS.items()}
+    offers = {name: Offer(plan=parse_plan(plan), steps=STEPS) for name, plan in PLANS.items()}
     return {"tiny": ModelBuckets(shapes=(Frame(*SIZE, FRAMES),), offers=offers, batches=(1, 2, 4))}
 
 
