@@ -138,14 +138,11 @@ def content_features(content: Content, seen_BTYXC: jax.Array, conditioning: Cond
 def _check_content(config: RouterConfig, told: Conditioning, channels: int) -> None:
     """UserError where a model does not tell its router what this one was made for."""
     of_told = {"pooled": told.pooled, "image": told.image}.get(config.content)
-    features = {"latents": 2 * channels + 1, "none": 0}.get(config.content)
-    if of_told is not None:
-        features = of_told.shape[-1]
+    features = 2 * channels + 1 if config.content == "latents" else 0 if of_told is None else of_told.shape[-1]
     if features != config.features:
-        found = "none" if features is None else features
         raise UserError(
-            f"the router is told {config.features} features of {config.content}, found {found} in this model: expected "
-            "its own router; attach one with `dit-adapt --add router`"
+            f"the router is told {config.features} features of {config.content}, found {features} in this model: "
+            "expected its own router; attach one with `dit-adapt --add router`"
         )
 
 

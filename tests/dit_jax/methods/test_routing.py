@@ -231,7 +231,7 @@ def test_a_model_that_does_not_fit_is_refused(text, blocks, change, told):
 
 @pytest.mark.parametrize(
     ("content", "features", "found"),
-    [("image", 20, "none"), ("pooled", 8, "none"), ("latents", 33, "9"), ("none", 1, "0")],
+    [("image", 20, "0"), ("pooled", 8, "0"), ("latents", 33, "9"), ("none", 1, "0")],
 )
 def test_a_router_of_another_models_content_is_refused(content, features, found):
     part = new_router(RouterConfig(content=content, features=features, blocks=6, hidden=16, time_frequencies=8))
