@@ -98,12 +98,12 @@ class StepWork(NamedTuple):
 
 
 class StepAt(NamedTuple):
-    """Which step of how many, from 0; whether it is the first of a stage; by a method's name, what was measured of this
-    step of a run where the arithmetic does not tell it (`Measured`); the timestep; the transformer that it runs."""
+    """Which step of how many, from 0; the first step of its stage; by a method's name, what was measured of this step
+    of a run where the arithmetic does not tell it (`Measured`); the timestep; the transformer that it runs."""
 
     step: int
     steps: int
-    begins: bool
+    first: int
     measured: Mapping[str, float]
     t: float = 0.0
     component: str = FIRST
@@ -188,11 +188,12 @@ def plan_cost(
     of_step    `step_cost`, or `attention_cost`
     """
     total, dense, known = Cost(), dense_work(config, shape), {}
-    begins, component = stages or {0: FIRST}, FIRST
+    begun, first, component = stages or {0: FIRST}, 0, FIRST
     for index, t in enumerate(np.linspace(1000, 0, steps, endpoint=False) if timesteps is None else timesteps):
         known_of_step = {name: of_steps[index] for name, of_steps in (measured or {}).items()}
-        component = begins.get(index, component)
-        work, at = dense, StepAt(index, steps, index in begins, known_of_step, float(t), component)
+        if index in begun:
+            first, component = index, begun[index]
+        work, at = dense, StepAt(index, steps, first, known_of_step, float(t), component)
         for method in methods:
             work = method.step_work(work, at)
         if work not in known:

@@ -6,7 +6,6 @@ import secrets
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from PIL import Image
 
@@ -48,9 +47,6 @@ def asked_of(
     offered.check(shape)
     count = (request.n or 1) if isinstance(request, ImageRequest) else 1
     seed = secrets.randbelow(SEEDS - count + 1) if request.seed is None else request.seed
-    # FLUX dev is told its guidance; what is told none has real guidance.
-    scale = "guidance" if videos or pipe.transformer_config.guidance else "true_cfg"
-    told: dict[str, Any] = {scale: request.guidance_scale}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a plan that needs Euler gets it
         job = pipe.prepare(
@@ -64,7 +60,7 @@ def asked_of(
                 images_per_prompt=count,
                 seed=seed,
                 plan=offer.plan,
-                **told,
+                guidance=request.guidance_scale,
             )
         )
         _check_guidance(pipe, job)
@@ -101,7 +97,7 @@ def _shape(request: ImageRequest | VideoRequest, pipe: Pipeline, offered: ModelB
 
 def _check_guidance(pipe: Pipeline, job: Job) -> None:
     """Guidance takes a second branch, so programs have it or not."""
-    usual = fill(Request(prompt="x", steps=job.steps, plan=job.plan), pipe.defaults)
+    usual = fill(Request(prompt="x", steps=job.steps, plan=job.plan), pipe.defaults, pipe.limits.scales)
     scale, compiled = (max(one.guidance_scales) if pipe.defaults.video else one.true_cfg for one in (job, usual))
     if (scale > 1) != (compiled > 1):
         raise UserError(

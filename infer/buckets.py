@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from dit_jax.config import UserError
-from dit_jax.methods.plan import JOINT, parse_plan
+from dit_jax.methods.plan import JOINT, Plan, parse_plan
 from infer.pipeline import Pipeline
 from infer.request import Job, Request, parse_size
 
@@ -46,7 +46,7 @@ class Frame:
 class Offer:
     """A plan that is served, with its number of steps."""
 
-    plan: str
+    plan: Plan
     steps: int
 
 
@@ -100,7 +100,7 @@ class ModelBuckets:
         """What a request asks for: a plan, or a quality, or neither; UserError for what is not served."""
         if plan is not None:
             wanted = JOINT.join(word.strip() for word in plan.split(JOINT))  # not parsed: a plan may name a file
-            found = [offer for offer in self.offers.values() if offer.plan == wanted]
+            found = [offer for offer in self.offers.values() if str(offer.plan) == wanted]
         elif quality in (None, "auto"):
             found = [next(iter(self.offers.values()))]
         else:
@@ -154,7 +154,7 @@ def _of_model(path: Path, name: str, told: Any) -> ModelBuckets:
     try:
         shapes = tuple(_shape(text) for text in told["shapes"])
         offers = {
-            str(quality): Offer(plan=str(parse_plan(offer["plan"])), steps=int(offer["steps"]))
+            str(quality): Offer(plan=parse_plan(offer["plan"]), steps=int(offer["steps"]))
             for quality, offer in told["plans"].items()
         }
         batches = tuple(sorted(int(batch) for batch in told.get("batches", [1])))

@@ -6,6 +6,7 @@ Shapes: B samples, T Y X latent grid, C latent channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -14,7 +15,6 @@ import numpy as np
 
 from dit_jax.config import UserError
 from dit_jax.methods.method import Run
-from dit_jax.methods.plan import parse_plan
 from dit_jax.sampling.sampler import Carry, Guided, handed_over, noise, sample
 from dit_jax.sampling.schedules import Schedule
 from dit_jax.sampling.solvers import SOLVERS
@@ -50,16 +50,25 @@ class Denoising:
 
     watch   looks into every stage's denoiser
     chosen  is told which variant each step ran with, where the plan chooses among some (patch sizes)
+    stages  of the job, where a run that it goes on from has made them
     Where latents choose, samples may disagree (`agreeing`): `of` some is a run of theirs that goes on from here.
     """
 
-    def __init__(self, pipe: Pipeline, job: Job, *, watch: Watch | None = None, chosen: Chosen | None = None):
+    def __init__(
+        self,
+        pipe: Pipeline,
+        job: Job,
+        *,
+        watch: Watch | None = None,
+        chosen: Chosen | None = None,
+        stages: list[Stage] | None = None,
+    ):
         self.pipe, self.job, self.done = pipe, job, 0
-        self._plan, self._solver, self._watch, self._chosen = parse_plan(job.plan), SOLVERS[job.solver], watch, chosen
+        self._plan, self._solver, self._watch, self._chosen = job.plan, SOLVERS[job.solver], watch, chosen
         breaks = self._plan.chooser.breaks(job.steps) if self._plan.chooser else ()
         with pipe.on_mesh():
             schedule = pipe.schedule(job)
-            self._stages = pipe.stages(job, schedule)
+            self._stages = pipe.stages(job, schedule) if stages is None else stages
             spans = cut(self._stages, breaks)
             self.segment_steps = segment_length(spans)
             self._starts = {span.first for span in spans}
@@ -104,10 +113,7 @@ class Denoising:
 
     def of(self, rows: Sequence[int]) -> Denoising:
         """A run of some of its samples, some of them several times, that goes on from here."""
-        run = Denoising(
-            self.pipe, joined([self.job.single(row) for row in rows]), watch=self._watch, chosen=self._chosen
-        )
-        run.done = self.done
+        run = self._begun(rows, watch=self._watch, chosen=self._chosen)
         with self.pipe.on_mesh():
             mine, its = self._entered().variants, run._entered().variants
             its.of(rows, mine)
@@ -118,9 +124,18 @@ class Denoising:
                 run.carry = run.carry._replace(denoiser=self._state_of(rows, run.carry.denoiser))
         return run
 
+    def _begun(self, rows: Sequence[int], **told: Any) -> Denoising:
+        """A run of these samples at this step, that is told what this one is, and has neither latents nor state yet."""
+        job = joined([self.job.single(row) for row in rows])
+        count = len(self.job.prompts)
+        stages = [replace(one, denoiser=partial(_of_rows, self.pipe, one, rows, count)) for one in self._stages]
+        run = Denoising(self.pipe, job, stages=stages, **told)
+        run.done = self.done
+        return run
+
     def _state_of(self, rows: Sequence[int], like: Any) -> Any:
         """The denoiser's state of these samples, placed as `like` is, a state of as many."""
-        lone = Denoising(self.pipe, self.job.single(0))
+        lone = self._begun([0])
         denoiser = lone._entered().variants.of_variant(self._entered().variants.current)
         of_lone = _abstract(_init, denoiser, lone.carry.latents, None)
 
@@ -225,6 +240,17 @@ def _segment(solver: Any, count: int, denoiser: Guided, carry: Carry, schedule: 
 
 def _init(denoiser: Any, latents: jax.Array, before: Any) -> Any:
     return denoiser.init(latents, before)
+
+
+def _of_rows(pipe: Pipeline, stage: Stage, rows: Sequence[int], count: int) -> Guided:
+    """The plain denoiser of a stage for these of its `count` samples."""
+    guided = stage.denoiser()
+
+    def taken(leaf: jax.Array) -> jax.Array:
+        return pipe.rows(rows_of(leaf, rows, of_each=len(leaf) // count))
+
+    conditioning, extra, held = jax.tree.map(taken, (guided.conditioning, guided.extra, guided.held))
+    return replace(guided, conditioning=conditioning, extra=extra, held=held)
 
 
 def _run_if_any(pipe: Pipeline, name: Any, function: Callable, *arguments: Any) -> Any:

@@ -184,7 +184,8 @@ def _settings(pipe, suite: Suite, options: argparse.Namespace) -> dict[str, Any]
     with warnings_in_lines():
         job = pipe.prepare(asked)
     shift = {} if job.shift is None else {"shift": job.shift}
-    return {name: getattr(job, name) for name in TOLD} | shift | {"seed": job.seeds[0]}
+    told = job.describe()
+    return {name: told[name] for name in TOLD} | shift | {"seed": job.seeds[0]}
 
 
 def _batch() -> int:

@@ -226,7 +226,7 @@ def _report(pipe, job, began: float, outputs: list[Path]) -> dict[str, Any]:
         "run_seconds": round(time.perf_counter() - began - pipe.programs.seconds, 3),
         "tokens": pipe.tokens(job.size, job.frames),
         "steps": job.steps,
-        "plan": job.plan,
+        "plan": str(job.plan),
         "out": [str(path) for path in outputs],
     }
 

@@ -61,7 +61,7 @@ class ImageRequests:
         made = [await run(self._media, self._picture, request, sample, owner, base) for sample in samples]
         return Pictures(
             created=int(time.time()), data=made, output_format=_kind(request), quality=asked.quality,
-            size=asked.size, plan=asked.job.plan, usage=_usage(), timings=samples[0].seconds,
+            size=asked.size, plan=str(asked.job.plan), usage=_usage(), timings=samples[0].seconds,
             notes=list(samples[0].notes) or None,
         )  # fmt: skip
 
@@ -107,7 +107,7 @@ class ImageRequests:
         sample = ticket.result.result()
         return common | {
             "type": "image_generation.completed", "b64_json": await self._base64(sample.frames[0], request, sample),
-            "usage": _usage(), "seed": sample.metadata["seed"], "plan": asked.job.plan, "timings": sample.seconds,
+            "usage": _usage(), "seed": sample.metadata["seed"], "plan": str(asked.job.plan), "timings": sample.seconds,
             "notes": list(sample.notes),
         }  # fmt: skip
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dit_jax.config import UserError
+from dit_jax.methods.plan import Plan
 from infer.request import Job
 
 SUFFIX = ".latents.safetensors"
@@ -39,7 +40,8 @@ def read(path: Path, checkpoint: str, loras: Loras) -> tuple[np.ndarray, Job]:
     try:
         with safe_open(path, framework="np") as file:
             latents, details = file.get_tensor("latents"), file.metadata() or {}
-            job, source = Job(**json.loads(details["job"])), details["checkpoint"]
+            told, source = json.loads(details["job"]), details["checkpoint"]
+            job = Job(**told | {"plan": Plan(text=told["plan"])})  # its methods have run: their files may be gone
             merged = json.loads(details.get("loras", "[]"))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(

@@ -25,8 +25,8 @@ from dit_jax.config import UserError
 from dit_jax.flops import Cost, Shape, plan_cost, step_cost
 from dit_jax.lora import Lora, merged_leaf, of_leaf
 from dit_jax.methods.method import Measured, Part, RunRecord
-from dit_jax.methods.plan import parse_plan
 from dit_jax.models.network import grid
+from dit_jax.models.wan import WanConfig
 from dit_jax.parameters import with_leaves
 from dit_jax.sampling.schedules import Schedule, Shift
 from dit_jax.sampling.solvers import SOLVERS
@@ -35,7 +35,7 @@ from infer.denoising import Denoising, Watch
 from infer.loras import Held, LoraChoice, read_choice, replace_leaves
 from infer.placement import picture_sharding
 from infer.programs import Programs
-from infer.request import Defaults, Job, Limits, Request, check, fill
+from infer.request import Defaults, Job, Limits, Request, Scales, check, fill
 from infer.result import Result
 from infer.segments import Stage
 from infer.side_files import read_defaults
@@ -182,6 +182,7 @@ class Pipeline(ABC):
             space=self.vae.config.space_factor * self.transformer_config.patch[1],
             time=self.vae.config.time_factor,
             video=self.defaults.video,
+            scales=scales_of(self.transformer_config),
         )
 
     def latents_shape(self, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
@@ -205,14 +206,13 @@ class Pipeline(ABC):
 
     def prepare(self, request: Request) -> Job:
         """The request with the model's defaults in it; UserError if the model cannot serve it."""
-        job = fill(request, self.defaults)
+        job = fill(request, self.defaults, self.limits.scales)
         check(job, self.limits)
-        plan = parse_plan(job.plan)
-        if plan.chooser:
-            plan.chooser.breaks(job.steps)
+        if job.plan.chooser:
+            job.plan.chooser.breaks(job.steps)
         for name, parts in self.parts.items():
             model: Any = self.checkpoint.component(name).abstract
-            plan.check(model.stacks, parts)
+            job.plan.check(model.stacks, parts)
         return job
 
     def schedule(self, job: Job) -> Schedule:
@@ -233,8 +233,8 @@ class Pipeline(ABC):
         chosen  is told which variant each step ran with, where the plan chooses among some (patch sizes), sample by
                 sample
         """
-        plan = parse_plan(job.plan)
-        if plan.chooser and plan.chooser.by_latents and len(job.prompts) > 1:
+        chooser = job.plan.chooser
+        if chooser and chooser.by_latents and len(job.prompts) > 1:
             return self._one_by_one(job, progress, watch, chosen)
         run = Denoising(self, job, watch=watch, chosen=chosen)
         while not run.finished:
@@ -269,7 +269,7 @@ class Pipeline(ABC):
             stages = self.stages(job, schedule)
             shape = Shape.of(stages[0].denoiser(), (len(job.prompts), *self.latents_shape(job.size, job.frames)))
         components = {stage.first: stage.component for stage in stages}
-        methods = parse_plan(job.plan).told(self.parts[stages[0].component]).methods
+        methods = job.plan.told(self.parts[stages[0].component]).methods
         measured = {m.name: m.measured(record) for m in methods if isinstance(m, Measured)} if record else {}
         return plan_cost(
             self.transformer_config, shape, methods, job.steps,
@@ -341,6 +341,13 @@ class Pipeline(ABC):
         """How the VAE's latents and videos [B, T, Y, X, C] are split."""
         _, rows, columns, _ = self.latents_shape(job.size, job.frames)
         return None if self.mesh is None else picture_sharding(self.mesh, len(job.prompts), rows, columns)
+
+
+def scales_of(config: Any) -> Scales:
+    """Which guidance scales a transformer of this config has."""
+    if isinstance(config, WanConfig):
+        return "guidance"
+    return "both" if config.guidance else "true_cfg"
 
 
 def _names(loras: Sequence[tuple[Lora, float]]) -> frozenset[str]:

@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs the parsed command; returns the rows of `--json`."""
-    entries = parse_entries(options.plans)
+    with warnings_in_lines():
+        entries = parse_entries(options.plans)
     _check(entries, options)
     plans = _plans(entries, options)
 

@@ -40,7 +40,8 @@ class Recorder:
         return denoiser
 
     def finished(self, component: str, state: Any) -> None:
-        self.record.states.append(state)
+        """Keeps the state's single numbers, on the host: its arrays may fill the device."""
+        self.record.states.append(jax.tree.map(lambda leaf: None if leaf.ndim else np.asarray(leaf), state))
 
     def chosen(self, step: int, variant: int, value: np.ndarray | None) -> None:
         self.record.variants.append(variant)

@@ -46,7 +46,7 @@ def _words(plan: PlanJobs, folder: str, options: argparse.Namespace) -> argparse
     job = plan.jobs[0]
     words = ["--model", plan.pipe.name, "--suite", options.suite, "--keep", folder]
     words += ["--samples", str(options.samples), "--seeds", str(options.seeds)]
-    words += ["--steps", str(job.steps), "--solver", job.solver, "--plan", job.plan]
+    words += ["--steps", str(job.steps), "--solver", job.solver, "--plan", str(job.plan)]
     if options.guidance:
         words += ["--guidance", options.guidance]
     if options.true_cfg:

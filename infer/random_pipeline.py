@@ -33,7 +33,7 @@ from dit_jax.sampling.schedules import Schedule, Shift
 from infer.adapt import KINDS
 from infer.attention_only import AttentionFlux, AttentionWan
 from infer.flux_pipeline import USUAL as FLUX_USUAL
-from infer.pipeline import Pipeline
+from infer.pipeline import Pipeline, scales_of
 from infer.programs import Programs
 from infer.request import Defaults, Job, Limits
 from infer.segments import Stage
@@ -110,7 +110,8 @@ class RandomPipeline(Pipeline):
 
     @property
     def limits(self) -> Limits:
-        return Limits(space=self._space * self.transformer_config.patch[1], time=4, video=self.defaults.video)
+        config = self.transformer_config
+        return Limits(space=self._space * config.patch[1], time=4, video=self.defaults.video, scales=scales_of(config))
 
     def stages(self, job: Job, schedule: Schedule) -> list[Stage]:
         return [Stage(first=0, stop=job.steps, denoiser=lambda: self._denoiser(job))]

@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,15 +21,18 @@ SEEDS = 2**32  # a threefry key keeps no more of a seed
 
 Given = Literal["never", "optional", "always"]
 Guidance = float | tuple[float, float]  # one scale, or those of the (high, low) noise expert
+Scales = Literal["guidance", "both", "true_cfg"]
+"""Which scales a model has: `guidance` alone, which is real guidance (Wan); one that it is told and `true_cfg` of real
+guidance (FLUX dev); or `true_cfg` alone, of which `guidance` is another name (FLUX schnell)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
     """What a model is run with unless the request says otherwise; `generation_defaults.json` in the model's folder.
 
-    guidance  the scale that the model is told or, if it is told none, of real guidance; a model of two experts may have
-              two, (high, low)
-    true_cfg  scale of real guidance for a model that is told a guidance scale or none at all; 1 turns it off
+    guidance  scale of real guidance (Wan), or the one that the model is told (FLUX dev); a model of two experts may
+              have two, (high, low)
+    true_cfg  scale of real guidance of FLUX; 1 turns it off
     video     whether it makes videos
     grammar   a name of GRAMMARS that prompts keep to, so that a word outside it deserves a warning
     """
@@ -51,8 +54,8 @@ class Request:
 
     size               (width, height) in pixels
     image, last_image  the first and last frame, for an image-to-video model: one for each prompt, or one for all
-    guidance           the model's guidance scale: of real guidance (Wan), or of the one that it is told (FLUX dev);
-                       (high, low) for the two experts of Wan 2.2, where one number serves both
+    guidance           the model's guidance scale: the one that it is told (FLUX dev) or, if it is told none, of real
+                       guidance; (high, low) for the two experts of Wan 2.2, where one number serves both
     true_cfg           FLUX: scale of real guidance against `negative_prompt`
     shift              constant shift of the noise levels in place of the scheduler's own (of FLUX dev, of its dynamic
                        one); diffusers' flow_shift
@@ -81,7 +84,10 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Samples with every choice made: each has a prompt, a negative prompt, a seed, first and last image or none."""
+    """Samples with every choice made: each has a prompt, a negative prompt, a seed, first and last image or none.
+
+    guidance, true_cfg  the same number for a model that has `true_cfg` alone
+    """
 
     prompts: list[str]
     negative_prompts: list[str]
@@ -96,7 +102,7 @@ class Job:
     images: list[Image.Image] | None = None
     last_images: list[Image.Image] | None = None
     latents: np.ndarray | None = None
-    plan: str = DENSE
+    plan: Plan = field(default_factory=Plan)
 
     def describe(self) -> dict[str, Any]:
         """The job without images and latents, as JSON can hold it."""
@@ -111,9 +117,8 @@ class Job:
             "true_cfg",
             "solver",
             "shift",
-            "plan",
         )
-        return {name: getattr(self, name) for name in told}
+        return {name: getattr(self, name) for name in told} | {"plan": str(self.plan)}
 
     def single(self, index: int) -> Job:
         """The job of one of its samples."""
@@ -139,15 +144,16 @@ class Job:
         return self.guidance if isinstance(self.guidance, tuple) else (self.guidance, self.guidance)
 
 
-def fill(request: Request, defaults: Defaults) -> Job:
-    """The request with its open choices taken from the model's defaults."""
+def fill(request: Request, defaults: Defaults, scales: Scales) -> Job:
+    """The request with its open choices taken from the defaults of a model with these scales."""
     prompts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
     copies = request.images_per_prompt
     if not isinstance(copies, int) or copies < 1:
         raise UserError(f"images_per_prompt is {copies}: expected a whole number of at least 1")
     images, last_images = (_images(given, len(prompts), copies) for given in (request.image, request.last_image))
     prompts = [prompt for prompt in prompts for _ in range(copies)]
-    plan = parse_plan(str(request.plan))
+    plan = request.plan if isinstance(request.plan, Plan) else parse_plan(request.plan)
+    guidance, true_cfg = _scales(request, defaults, scales)
 
     def choice(name: str) -> Any:
         asked = getattr(request, name)
@@ -160,14 +166,14 @@ def fill(request: Request, defaults: Defaults) -> Job:
         size=choice("size"),
         frames=choice("frames"),
         steps=plan.steps if plan.steps and request.steps is None else choice("steps"),
-        guidance=_guidance(choice("guidance")),
-        true_cfg=choice("true_cfg"),
+        guidance=guidance,
+        true_cfg=true_cfg,
         solver=_solver(plan, request.solver, defaults.solver),
         shift=request.shift,
         images=images,
         last_images=last_images,
         latents=request.latents,
-        plan=str(plan),
+        plan=plan,
     )
 
 
@@ -215,6 +221,27 @@ def _images(given: Image.Image | list[Image.Image] | None, prompts: int, copies:
     return [image for image in images for _ in range(copies)]
 
 
+def _scales(request: Request, defaults: Defaults, scales: Scales) -> tuple[Guidance, float]:
+    """(guidance, true_cfg) of a model that has these."""
+    asked = None if request.guidance is None else _guidance(request.guidance)
+    guidance = defaults.guidance if asked is None else asked
+    true_cfg = defaults.true_cfg if request.true_cfg is None else request.true_cfg
+    if scales == "guidance" and request.true_cfg not in (None, 1):
+        raise UserError(
+            f"true_cfg is {request.true_cfg}: expected guidance in its place, which is real guidance in this model; "
+            "say guidance"
+        )
+    if scales != "true_cfg" or isinstance(asked, tuple):
+        return guidance, true_cfg
+    if asked is not None and request.true_cfg not in (None, asked):
+        raise UserError(
+            f"guidance is {asked} and true_cfg {request.true_cfg}: expected one of them, since both are the scale of "
+            "real guidance in this model, which is told none; leave one out"
+        )
+    real = true_cfg if asked is None else asked
+    return real, real
+
+
 def _guidance(asked: Any) -> Guidance:
     if isinstance(asked, int | float):
         return asked
@@ -233,6 +260,7 @@ class Limits:
     last_image  likewise a last frame
     experts     how many transformers take turns, and so may have a guidance scale of their own
     video       whether it makes videos
+    scales      which guidance scales it has
     """
 
     space: int
@@ -241,6 +269,7 @@ class Limits:
     last_image: Given = "never"
     experts: int = 1
     video: bool = True
+    scales: Scales = "guidance"
 
 
 def check(job: Job, limits: Limits) -> None:
@@ -253,10 +282,10 @@ def check(job: Job, limits: Limits) -> None:
         raise UserError(f"unknown solver {job.solver!r}: expected one of {', '.join(SOLVERS)}")
     if not isinstance(job.steps, int) or job.steps < 1:
         raise UserError(f"steps is {job.steps}: expected a whole number of at least 1")
-    plan = parse_plan(job.plan)
+    plan = job.plan
     if plan.steps and job.steps != plan.steps:
         raise UserError(
-            f"plan {job.plan} is for {plan.steps} steps, found {job.steps}: leave the steps out or change the plan"
+            f"plan {plan} is for {plan.steps} steps, found {job.steps}: leave the steps out or change the plan"
         )
     _check_scales(job, limits.experts)
     _check_size(job.size, limits.space)
@@ -303,7 +332,7 @@ def _check_scales(job: Job, experts: int) -> None:
             f"guidance is {job.guidance}: expected one number for a model of one transformer; two are for the experts "
             "of Wan 2.2"
         )
-    for name, scales in (("guidance", job.guidance_scales), ("true_cfg", (job.true_cfg,))):
+    for name, scales in (("true_cfg", (job.true_cfg,)), ("guidance", job.guidance_scales)):
         for scale in scales:
             if not math.isfinite(scale) or scale < 0:
                 raise UserError(f"{name} is {scale}: expected a number of at least 0 (1 turns guidance off)")

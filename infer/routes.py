@@ -87,7 +87,7 @@ def described(server: Server, name: str) -> dict[str, Any]:
         "sizes": sorted({f"{shape.width}x{shape.height}" for shape in buckets.shapes}),
         "shapes": [str(shape) for shape in buckets.shapes],
         "default_shape": str(buckets.usual(pipe)),
-        "qualities": {quality: {"plan": one.plan, "steps": one.steps} for quality, one in buckets.offers.items()},
+        "qualities": {quality: {"plan": str(one.plan), "steps": one.steps} for quality, one in buckets.offers.items()},
     }
 
 

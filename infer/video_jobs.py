@@ -263,7 +263,7 @@ def _settled(request: VideoRequest, asked: Asked) -> dict[str, Any]:
         "frames": job.frames,
         "fps": asked.fps,
         "seed": job.seeds[0],
-        "plan": job.plan,
+        "plan": str(job.plan),
         "num_inference_steps": job.steps,
         "quality": asked.quality,
     }

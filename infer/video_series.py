@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from convert.progress import progress_bar
 from dit_jax.config import UserError
-from dit_jax.methods.plan import DENSE, parse_plan
+from dit_jax.methods.plan import Plan
 from infer import media
 from infer.request import Job
 
@@ -84,8 +84,8 @@ def _is_whole(path: Path) -> bool:
     return place == size > 0
 
 
-def _settings(plan: str) -> dict[str, str]:
+def _settings(plan: Plan) -> dict[str, str]:
     """What a plan's words leave open: they may name files."""
-    if plan == DENSE:
+    if not plan.methods:
         return {}
-    return {"plan_settings": hashlib.sha256(repr(parse_plan(plan).methods).encode()).hexdigest()[:16]}
+    return {"plan_settings": hashlib.sha256(repr(plan.methods).encode()).hexdigest()[:16]}

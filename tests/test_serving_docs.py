@@ -7,6 +7,7 @@ from pathlib import Path
 import kubernetes_validate
 import yaml
 
+from dit_jax.methods.plan import parse_plan
 from dit_jax.sharding import parse_mesh
 from infer.buckets import read_buckets
 from infer.serve import parser
@@ -38,4 +39,6 @@ def test_the_buckets_that_are_shown_can_be_read(tmp_path):
     assert shown is not None
     (tmp_path / "buckets.json").write_text(shown[1])
     (name,) = json.loads(shown[1])
-    assert read_buckets(str(tmp_path / "buckets.json"), [name])[name].offer("standard", None, None).plan == "hsa:50"
+    assert read_buckets(str(tmp_path / "buckets.json"), [name])[name].offer("standard", None, None).plan == parse_plan(
+        "hsa:50"
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -214,19 +215,23 @@ class Coredit:
         tokens = grid(latents_shape, patch)
         return Lattice(grid=tokens, cells=cell_sizes(tokens), stride=self.stride, sub_cell=self.sub_cell)
 
+    def late_steps(self, steps: int) -> int:
+        """How many steps of so many are the last ones: `late_share` of them, rounded down."""
+        return int(Fraction(self.late_share).limit_denominator(10_000) * steps)
+
     def skipped(self, lattice: Lattice, blocks: int, steps: int) -> np.ndarray:
         """Tokens that each block of each transformer skips at each step [E, S, G]."""
         every = [np.broadcast_to(ratios, blocks) for ratios in (self.ratios, *dict(self.experts).values())]
         rounded = bucketed(tuple(np.concatenate(every).tolist()), self.buckets)
         early = np.reshape(rounded, (len(every), 1, blocks))
-        late = np.arange(steps)[:, None] >= steps - int(self.late_share * steps)
+        late = np.arange(steps)[:, None] >= steps - self.late_steps(steps)
         wanted = np.rint(np.where(late, self.late * early, early) * lattice.tokens)
         # So much of a small lattice may be protected that less is left than the ratio asks for.
         return np.minimum(wanted, lattice.most_skipped).astype(np.int64)
 
     def step_work(self, work: StepWork, at: StepAt) -> StepWork:
         """Self-attention, its projections included, is of the tokens that are kept."""
-        late = at.step >= at.steps - int(self.late_share * at.steps)
+        late = at.step >= at.steps - self.late_steps(at.steps)
         ratios = dict(self.experts).get(at.component, self.ratios)
         kept = 1 - np.broadcast_to(ratios, len(work.blocks)) * (self.late if late else 1)
         return work._replace(
@@ -279,11 +284,11 @@ def parse_coredit(words: Words) -> Coredit:
         **told._asdict(),
         late=words.number("late", usual.late, low=0, high=1),
         late_share=words.number("late_share", usual.late_share, low=0, high=1),
-        buckets=int(words.number("buckets", usual.buckets, low=1, high=32)),
+        buckets=words.whole("buckets", usual.buckets, low=1, high=32),
         select=select,
         rebuild=words.choice("rebuild", usual.rebuild, get_args(Rebuilding)),
         branches=words.choice("branches", usual.branches, get_args(Branches)),
-        seed=int(words.number("seed", usual.seed, low=0, high=MOST_SEED)),
+        seed=words.whole("seed", usual.seed, low=0, high=MOST_SEED),
     )
     words.finish()
     return coredit

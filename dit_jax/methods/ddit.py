@@ -113,18 +113,25 @@ class PatchScheduler:
 
     def __call__(self, history: History, latents: jax.Array) -> tuple[History, jax.Array, jax.Array]:
         """(history, index among base size and scales [B], the sizes' quantiles [B, Q], infinite until as many latents
-        have been seen as the difference is of)."""
+        have been seen as the difference is of, and where no frame moves)."""
         last = jnp.concatenate([history.latents[:, 1:], latents[:, None]], axis=1)
         history = History(last, history.seen + 1)
         moved = difference(last, self.order)[:, self.held :]
-        time, rows, columns = self.patch
-        values = [
-            jnp.quantile(deviations(moved, (time, rows * scale, columns * scale)), self.quantile, axis=1)
-            for scale in self.scales
-        ]
-        values_BQ = jnp.where(history.seen[:, None] <= self.order, jnp.inf, jnp.stack(values, axis=1))
+        values_BQ = jnp.where(history.seen[:, None] <= self.order, jnp.inf, self._quantiles(moved))
         below = values_BQ < self.threshold
         return history, jnp.max(below * jnp.arange(1, len(self.scales) + 1), axis=1), values_BQ
+
+    def _quantiles(self, moved_BTYXC: jax.Array) -> jax.Array:
+        """Of each size's patches [B, Q]."""
+        batch, frames = moved_BTYXC.shape[:2]
+        if not frames:
+            return jnp.full((batch, len(self.scales)), jnp.inf)
+        time, rows, columns = self.patch
+        values = [
+            jnp.quantile(deviations(moved_BTYXC, (time, rows * scale, columns * scale)), self.quantile, axis=1)
+            for scale in self.scales
+        ]
+        return jnp.stack(values, axis=1)
 
 
 class Span(NamedTuple):

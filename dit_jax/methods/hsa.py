@@ -290,7 +290,7 @@ class Hsa:
 
     def step_work(self, work: StepWork, at: StepAt) -> StepWork:
         """A step works on the tokens that are due, which attend all."""
-        if at.begins:
+        if at.step == at.first:
             return work
         share = self.share_of_full(at.step)
         due = work.in_blocks(lambda block: block._replace(tokens=share * block.tokens, projected=share * block.tokens))
@@ -354,7 +354,7 @@ def parse_hsa(words: Words) -> Hsa:
         usual,
         window=words.number("window", usual.window, low=0, high=1),
         ranking=words.choice("ranking", usual.ranking, RANKINGS),
-        seed=int(words.number("seed", usual.seed, low=0, high=2**31)),
+        seed=words.whole("seed", usual.seed, low=0, high=2**31),
     )
     words.finish()
     if hsa.ranking == "dynamic" and len(hsa.shares) > 1 and hsa.margin < 2:
@@ -370,7 +370,7 @@ def _of_groups(words: Words, text: str) -> Hsa:
         found = f"expected groups as percent@steps, found {text!r}"
         raise words.error(found, "write groups=25@40/25@20/50@10") from None
     shares, budgets = zip(*pairs, strict=True)
-    if abs(sum(shares) - 100) > 1e-6 or min(shares) <= 0:
+    if not abs(sum(shares) - 100) <= 1e-6 or min(shares) <= 0:  # NaN is neither more nor less
         raise words.error(f"expected positive percentages that add up to 100, found {shares}", "change them")
     if min(budgets) < 1 or any(large % small for large, small in itertools.pairwise(budgets)):
         raise words.error(f"expected budgets that each divide the one before, found {budgets}", "write 40, 20, 10")

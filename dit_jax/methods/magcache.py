@@ -121,7 +121,7 @@ class MagCache:
 
     def step_work(self, work: StepWork, at: StepAt) -> StepWork:
         """A step that reuses the residual runs no block."""
-        runs = at.begins or not self.reuses()[at.step]
+        runs = not self.reuses(at.first)[at.step]
         return work.in_blocks(lambda block: block._replace(share=block.share * runs))
 
     def kept_bytes(self, config: Config, shape: Shape) -> int:
@@ -173,13 +173,11 @@ def parse_magcache(words: Words) -> MagCache:
     if words.first is None:
         raise words.error("expected a threshold, found none", "write magcache:0.1:ratios=FILE.json")
     threshold = words.as_number("threshold", words.first, low=0, high=math.inf)
-    most = words.number("k", MOST_IN_A_ROW, low=0, high=math.inf)
+    most = words.whole("k", MOST_IN_A_ROW, low=0, high=1000)
     retention = words.number("retention", RETENTION, low=0, high=1)
     file = words.option("ratios")
     words.finish()
-    if most != int(most):
-        raise words.error(f"expected k to be a whole number of steps, found {most:g}", "change it")
     if file is None:
         found = "expected ratios=FILE.json, found none"
         raise words.error(found, "measure them with `dit-calibrate magcache`")
-    return MagCache(threshold=threshold, ratios=read_ratios(Path(file)), most_in_a_row=int(most), retention=retention)
+    return MagCache(threshold=threshold, ratios=read_ratios(Path(file)), most_in_a_row=most, retention=retention)

@@ -45,7 +45,7 @@ class RunRecord(NamedTuple):
     """What a run has shown.
 
     steps     of the sampler
-    states    the last state of each denoiser that ran, in order
+    states    the last state of each denoiser that ran, in order, with None in place of its arrays
     variants  of every step, where latents choose them
     """
 
@@ -162,6 +162,14 @@ class Words:
         """An option that is a number in [low, high]; `first` names the word without a name."""
         text = self.options.pop(name, None)
         return usual if text is None else self.as_number(name, text, low=low, high=high)
+
+    def whole(self, name: str, usual: int, *, low: int, high: int) -> int:
+        """An option that is a whole number in [low, high]."""
+        text = self.options.pop(name, None)
+        value = usual if text is None else self.as_number(name, text, low=low, high=high)
+        if value != int(value):
+            raise self.error(f"expected {name} to be a whole number, found {text!r}", "change it")
+        return int(value)
 
     def as_number(self, name: str, text: str, *, low: float, high: float) -> float:
         """`text` as a number in [low, high]."""

@@ -54,10 +54,33 @@ FEW_STEPS = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """Methods of a run in the order in which they are applied; none is the plain model."""
+    """Methods of a run in the order in which they are applied; none is the plain model.
+
+    text  what the plan is called wherever it is told; `parse_plan` makes both of it
+    UserError for methods that refuse each other or are for other numbers of steps, and for methods without a text.
+    """
 
     methods: tuple[Method, ...] = ()
     text: str = DENSE
+
+    def __post_init__(self):
+        names = {method.name for method in self.methods}
+        if names and self.text == DENSE:
+            raise UserError(
+                f"a plan of {', '.join(sorted(names))} is called {DENSE}: expected the words that say what it does; "
+                "make it with parse_plan"
+            )
+        for pair, remedy in REFUSED.items():
+            if pair <= names:
+                one, other = sorted(pair)
+                raise UserError(f"{one} and {other} cannot share a plan: {remedy}")
+        counted = [method for method in self.methods if method.steps]
+        for method in counted:
+            if method.steps != self.steps:
+                raise UserError(
+                    f"{counted[0].name} is for {self.steps} steps and {method.name} for {method.steps}: expected files "
+                    "of one number of steps; calibrate one of them again"
+                )
 
     def __str__(self) -> str:
         return self.text
@@ -113,8 +136,4 @@ def parse_plan(text: str) -> Plan:
         if words.name in methods:
             raise UserError(f"plan {text!r} names {words.name} twice: expected each method once; remove one")
         methods[words.name] = METHODS[words.name](words)
-    for pair, remedy in REFUSED.items():
-        if pair <= set(methods):
-            one, other = sorted(pair)
-            raise UserError(f"{one} and {other} cannot share a plan: {remedy}")
     return Plan(tuple(methods[name] for name in METHODS if name in methods), JOINT.join(parts))

@@ -135,6 +135,17 @@ def content_features(content: Content, seen_BTYXC: jax.Array, conditioning: Cond
     return jnp.concatenate([seen_BTYXC.mean(space), seen_BTYXC.std(space), change[:, None]], axis=-1)
 
 
+def _check_content(config: RouterConfig, told: Conditioning, channels: int) -> None:
+    """UserError where a model does not tell its router what this one was made for."""
+    of_told = {"pooled": told.pooled, "image": told.image}.get(config.content)
+    features = 2 * channels + 1 if config.content == "latents" else 0 if of_told is None else of_told.shape[-1]
+    if features != config.features:
+        raise UserError(
+            f"the router is told {config.features} features of {config.content}, found {features} in this model: "
+            "expected its own router; attach one with `dit-adapt --add router`"
+        )
+
+
 def budget(t: Any, least: Any, most: Any) -> Any:
     """K(t) = K_min + (K_max − K_min)·t/T blocks, rounded to the nearest whole number."""
     return jnp.round(least + (most - least) * t / TRAIN_STEPS)
@@ -300,6 +311,7 @@ class Routing:
         router: Router | RandomRouter = RandomRouter(seed=jnp.uint32(self.seed), blocks=sum(stacks))
         if self.choose == "router":
             router = read_router(run.parts, sum(stacks))
+            _check_content(router.config, denoiser.conditioning, run.latents_shape[-1])
         steering = RoutingSteering(
             router=router,
             least=jnp.float32(least),
@@ -322,7 +334,7 @@ def parse_routing(words: Words) -> Routing:
     choose = words.choice("choose", usual.choose, get_args(Choice))
     if choose != "random" and "seed" in words.options:
         raise words.error("found seed=, which only choose=random reads", "remove it, or add choose=random")
-    seed = int(words.number("seed", usual.seed, low=0, high=MOST_SEED))
+    seed = words.whole("seed", usual.seed, low=0, high=MOST_SEED)
     words.finish()
     least, most = (None if text is None else int(text) for text in given.values())
     return Routing(least=least, most=most, choose=choose, seed=seed)

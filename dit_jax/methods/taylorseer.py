@@ -169,7 +169,7 @@ class TaylorSeer:
 
     def step_work(self, work: StepWork, at: StepAt) -> StepWork:
         """A step that predicts the branches' outputs runs none of them."""
-        runs = at.begins or bool(self.timeline(at.steps).full[at.step])
+        runs = bool(self.timeline(at.steps, at.first).full[at.step])
         return work.in_blocks(lambda block: block._replace(share=block.share * runs))
 
     def kept_bytes(self, config: Config, shape: Shape) -> int:
@@ -189,9 +189,7 @@ def parse_taylorseer(words: Words) -> TaylorSeer:
     """`taylorseer`, `taylorseer:n=4:order=1`."""
     if words.first is not None:
         raise words.error(f"found {words.first!r}, which taylorseer does not know", "write taylorseer:n=4:order=1")
-    interval = words.number("n", TaylorSeer.interval, low=1, high=1000)
-    order = words.number("order", TaylorSeer.order, low=0, high=4)
+    interval = words.whole("n", TaylorSeer.interval, low=1, high=1000)
+    order = words.whole("order", TaylorSeer.order, low=0, high=4)
     words.finish()
-    if interval != int(interval) or order != int(order):
-        raise words.error(f"expected whole numbers, found n={interval:g} and order={order:g}", "change them")
-    return TaylorSeer(interval=int(interval), order=int(order))
+    return TaylorSeer(interval=interval, order=order)

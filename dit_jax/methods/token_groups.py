@@ -58,7 +58,7 @@ def fixed_ranking(
 
     uniform      tokens of a group are spread evenly over the lattice (by a Kronecker sequence)
     random       by `seed`, the same for every sample
-    first-frame  tokens of the first latent frame, then the others at random
+    first-frame  tokens of the first latent frame, then the others, both at random
     dynamic      raster order: what is in force until the ranking is known
     """
     if ranking == "dynamic":
@@ -67,6 +67,6 @@ def fixed_ranking(
     if ranking == "uniform":
         keys = (positions_N3 @ np.asarray(SPREAD)) % 1
     if ranking == "first-frame":
-        keys = np.where(positions_N3[:, 0] == 0, -1, keys)
+        keys = np.where(positions_N3[:, 0] == 0, keys - 1, keys)
     keys = np.where(held_N, -2, keys)
     return np.argsort(np.where(valid_N, keys, 2), kind="stable")

@@ -21,7 +21,6 @@ from dit_jax.methods.coherence import Lattice, kept, protected
 from dit_jax.methods.coredit import Coherent, Coredit
 from dit_jax.methods.coredit_ratios import bucketed
 from dit_jax.methods.method import Run
-from dit_jax.methods.plan import parse_plan
 from dit_jax.models.network import State
 from dit_jax.sampling.sampler import Guided
 from infer.figures import style
@@ -142,7 +141,7 @@ def measured(
         file, report = calibrated(pipe, "coredit", prompts, Path(folder), told)
         job = pipe.prepare(Request(prompt=prompts[0], plan=f"coredit:{file}", seed=seed, **options))
         result = pipe.decode(job, pipe.denoise(job, watch=(watch := CoherenceWatch())))
-        [coredit] = parse_plan(job.plan).methods
+        [coredit] = job.plan.methods
     assert isinstance(coredit, Coredit)
     ratios = np.asarray(report["ratios"]["transformer"])
     step = job.steps // 2

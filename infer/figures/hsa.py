@@ -13,7 +13,6 @@ import numpy as np
 
 from dit_jax.methods.hsa import Hsa, HsaDenoiser, HsaState
 from dit_jax.methods.method import Run
-from dit_jax.methods.plan import parse_plan
 from dit_jax.methods.token_groups import ranks_of_places
 from dit_jax.models.network import grid
 from infer.figures import style
@@ -80,13 +79,13 @@ def measured(
 def _grouped(pipe: Pipeline, request: Request) -> Grouped:
     job, watch = pipe.prepare(request), GroupWatch()
     result = pipe.decode(job, pipe.denoise(job, watch=watch))
-    [hsa] = parse_plan(job.plan).methods
+    [hsa] = job.plan.methods
     assert isinstance(hsa, Hsa)
     tokens = grid(result.latents.shape, pipe.transformer_config.patch)
     count = int(np.prod(tokens))
     change = np.asarray(watch.state.change[0]) / max(hsa.margin - 1, 1)
     return Grouped(
-        name=job.plan.removeprefix("hsa:"),
+        name=str(job.plan).removeprefix("hsa:"),
         hsa=hsa,
         frames=result.frames[0],
         change=change[:count].reshape(tokens),

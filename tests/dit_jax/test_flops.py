@@ -94,7 +94,7 @@ def test_a_step_of_hsa_projects_what_is_due_and_attends_all(config):
 
     jaxpr = jax.make_jaxpr(refreshed)(*arguments(config, shape, due), KeysValues(keys, keys)).jaxpr
     hsa = replace(PRESETS["50"], shares=(0.25, 0.75))
-    inside = StepAt(hsa.margin + 1, hsa.steps, False, {})
+    inside = StepAt(hsa.margin + 1, hsa.steps, 0, {})
     assert step_cost(config, shape, hsa.step_work(dense_work(config, shape), inside)).flops == matmul_flops(jaxpr)
 
 
@@ -163,7 +163,7 @@ def test_a_run_is_the_sum_of_its_steps():
     cost = plan_cost(WAN, shape, (hsa,), 40)
     expected = Cost()
     for index in range(40):
-        due = StepAt(index, 40, False, {})
+        due = StepAt(index, 40, 0, {})
         expected += step_cost(WAN, shape, hsa.step_work(dense_work(WAN, shape), due))
     assert cost.flops == pytest.approx(expected.flops) and cost.weights == 40 * step.weights
     restarted = plan_cost(WAN, shape, (hsa,), 40, stages={0: "transformer", 21: "transformer_2"})

@@ -15,6 +15,7 @@ import numpy as np
 import uvicorn
 
 from dit_jax.config import UserError
+from dit_jax.methods.plan import Plan, parse_plan
 from infer.access import Access
 from infer.buckets import Frame, ModelBuckets, Offer
 from infer.journal import Journal
@@ -27,9 +28,9 @@ FAILS = "this one fails"
 REASON = "the digits fell off: expected them to stay; hold them tighter"
 PARTS = 4  # segments of a run
 OFFERS = {
-    "high": Offer(plan="dense", steps=30),
-    "standard": Offer(plan="hsa:50", steps=40),
-    "fast": Offer(plan="dense", steps=10),
+    "high": Offer(plan=Plan(), steps=30),
+    "standard": Offer(plan=parse_plan("hsa:50"), steps=40),
+    "fast": Offer(plan=Plan(), steps=10),
 }
 BUCKETS = {
     "demo-wan": ModelBuckets(
@@ -47,12 +48,11 @@ class DrawnPipeline:
     name: str
     defaults: Defaults
     limits: Limits
-    transformer_config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(guidance=False))
     programs: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(loaded_count=0))
     texts: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(hits=0))
 
     def prepare(self, request: Request) -> Job:
-        job = fill(request, self.defaults)
+        job = fill(request, self.defaults, self.limits.scales)
         check(job, self.limits)
         return job
 
@@ -62,7 +62,9 @@ def pipelines() -> dict[str, DrawnPipeline]:
     image = Defaults(size=(128, 128), frames=1, steps=20, true_cfg=3.0, video=False)
     return {
         "demo-wan": DrawnPipeline(name="demo-wan", defaults=video, limits=Limits(space=16, time=4)),
-        "demo-flux": DrawnPipeline(name="demo-flux", defaults=image, limits=Limits(space=16, time=1, video=False)),
+        "demo-flux": DrawnPipeline(
+            name="demo-flux", defaults=image, limits=Limits(space=16, time=1, video=False, scales="true_cfg")
+        ),
     }
 
 
@@ -109,7 +111,7 @@ class CannedEngine:
             ticket.end(UserError(REASON))
             return
         frames = np.stack([drawn(job, frame / max(1, job.frames - 1)) for frame in range(job.frames)])
-        told = {"prompt": job.prompts[0], "seed": job.seeds[0], "model": ticket.model, "plan": job.plan}
+        told = {"prompt": job.prompts[0], "seed": job.seeds[0], "model": ticket.model, "plan": str(job.plan)}
         fps = self.pipelines[ticket.model].defaults.fps
         ticket.end(Sample(frames=frames, metadata=told, fps=fps, seconds=dict(STAGES), batch=1))
 

@@ -22,7 +22,7 @@ class Drawer:
     def prepare(self, request):
         if request.solver not in (None, "unipc", "euler"):
             raise UserError(f"unknown solver {request.solver!r}: expected one of unipc, euler")
-        return fill(request, self.defaults)
+        return fill(request, self.defaults, "guidance")
 
     def __call__(self, prompts, **settings):
         self.calls.append((prompts, settings))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from dit_jax.methods.plan import Plan
 from dit_jax.sharding import make_mesh, parse_mesh
 from infer import load_pipeline
 from infer.buckets import Frame, ModelBuckets, Offer
@@ -44,7 +45,7 @@ def record_runs(pipe):
 def served(pipe) -> np.ndarray:
     """The first frames of two requests that an engine makes in one batch."""
     shape = Frame(*SMALL["size"], SMALL["frames"])
-    buckets = ModelBuckets(shapes=(shape,), offers={"high": Offer(plan="dense", steps=8)}, batches=(1, 2))
+    buckets = ModelBuckets(shapes=(shape,), offers={"high": Offer(plan=Plan(), steps=8)}, batches=(1, 2))
     engine = Engine({"tiny": pipe}, {"tiny": buckets}, EngineOptions(window=1.0))
     engine.start()
     jobs = [pipe.prepare(Request(prompt=text, seed=seed, steps=8, **SMALL)) for seed, text in SERVED]

@@ -9,6 +9,7 @@ import httpx
 import uvicorn
 from tiny_flux import pipeline as tiny_flux
 
+from dit_jax.methods.plan import Plan
 from infer import video_jobs
 from infer.access import Access, KeyLimits
 from infer.buckets import Frame, ModelBuckets, Offer
@@ -24,7 +25,7 @@ def small_models(video, folder):
     """(pipelines, buckets) of a tiny Wan that is in a folder and a tiny FLUX, all compiled."""
     tiny_flux(dev=True).save_pretrained(folder / "tiny-flux")
     pipelines = {"tiny-video": load_pipeline(video), "tiny-flux": load_pipeline(folder / "tiny-flux")}
-    offers = {"high": Offer(plan="dense", steps=8), "fast": Offer(plan="dense", steps=4)}
+    offers = {"high": Offer(plan=Plan(), steps=8), "fast": Offer(plan=Plan(), steps=4)}
     sizes = [(48, 32), (32, 32)]
     video = tuple(Frame(*size, frames) for size in _fitting(pipelines["tiny-video"], sizes[:1]) for frames in (5, 9))
     image = tuple(Frame(*size) for size in _fitting(pipelines["tiny-flux"], sizes))

@@ -7,6 +7,7 @@ import pytest
 from beside_diffusers import PROMPT, SIZE
 
 from infer import load_pipeline
+from infer.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,16 @@ def test_ratios_select_the_steps(pipe, tmp_path):
     result = pipe(PROMPT, size=SIZE, frames=5, plan=f"magcache:0.1:ratios={tmp_path / 'ratios.json'}")
     assert result.metadata[0]["steps"] == 4
     assert np.isfinite(result.latents).all()
+
+
+def test_a_job_keeps_what_the_file_of_its_plan_said(pipe, tmp_path):
+    file = tmp_path / "ratios.json"
+    file.write_text(json.dumps({"ratios": [1, 0.99, 1.01, 0.98]}))
+    job = pipe.prepare(Request(prompt=PROMPT, size=SIZE, frames=5, plan=f"magcache:0.1:ratios={file}"))
+    cost = pipe.cost(job)
+    file.unlink()
+    assert np.isfinite(pipe.denoise(job)).all() and pipe.cost(job) == cost
+    assert pipe.metadata(job)[0]["plan"] == f"magcache:0.1:ratios={file}"
 
 
 def test_experts_start_with_nothing_kept(text_experts):

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 from beside_diffusers import FRAMES, SIZE
+from PIL import Image
 from test_patch_schedules import random_part
 
 from dit_jax.config import UserError
+from dit_jax.methods.plan import parse_plan
 from infer.buckets import Frame, ModelBuckets, Offer
 from infer.denoising import Denoising
 from infer.engine import Engine, EngineOptions
@@ -34,7 +36,7 @@ def pipe(text_to_video):
 
 @pytest.fixture(scope="module")
 def buckets():
-    offers = {name: Offer(plan=plan, steps=STEPS) for name, plan in PLANS.items()}
+    offers = {name: Offer(plan=parse_plan(plan), steps=STEPS) for name, plan in PLANS.items()}
     return {"tiny": ModelBuckets(shapes=(Frame(*SIZE, FRAMES),), offers=offers, batches=(1, 2, 4))}
 
 
@@ -88,6 +90,23 @@ def test_a_batch_is_torn_where_its_latents_disagree(pipe):
     np.testing.assert_allclose(parts[0].final()[0], alone[1][0], atol=1e-5)
     np.testing.assert_allclose(parts[1].final()[1], alone[0][0], atol=1e-5)
     assert np.abs(alone[0] - alone[1]).max() > 0.1
+
+
+def test_a_part_of_a_batch_is_told_what_the_batch_was_told(image_to_video, pictures):
+    pipe = load_pipeline(image_to_video[0])
+    pipe.parts["transformer"]["ddit"] = random_part(pipe.transformer_config)
+    images = [Image.open(file) for file in pictures[:2]]
+    asked = Request(prompt=PROMPTS[:2], image=images, size=SIZE, frames=5, steps=3, plan="ddit:tau=0:sizes=2p")
+    whole, names, run = Denoising(pipe, pipe.prepare(asked)), [], pipe.programs.run
+    whole.advance()
+    pipe.programs.run = lambda name, *arguments, **options: names.append(name) or run(name, *arguments, **options)
+    part = whole.of([1, 0])
+    for one in (whole, part):
+        while not one.finished:
+            one.advance()
+    assert not {"image", "encode", "text"} & set(names)
+    np.testing.assert_array_equal(part.final(), whole.final()[[1, 0]])
+    assert np.abs(np.diff(whole.final(), axis=0)).max() > 0.1
 
 
 def test_what_a_cache_keeps_goes_with_its_sample(pipe):

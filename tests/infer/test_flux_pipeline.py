@@ -6,6 +6,7 @@ import tiny_flux
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from dit_jax.config import UserError
 from infer import generate, load_pipeline, media
 from infer.request import Request
 
@@ -52,7 +53,8 @@ def by_diffusers(pipeline, noise, **options):
 
 
 def by_ours(pipe, noise, **options):
-    return pipe(PROMPTS, size=SIZE, steps=STEPS, guidance=2.5, latents=noise, **options)
+    told = {"guidance": 2.5} if pipe.transformer_config.guidance else {}
+    return pipe(PROMPTS, size=SIZE, steps=STEPS, latents=noise, **told, **options)
 
 
 def relative(a, b):
@@ -69,6 +71,27 @@ def test_equals_diffusers(both, true_cfg):
     assert ours.frames.dtype == np.uint8 and ours.frames.shape == (2, SIZE[1], SIZE[0], 3)
     assert np.abs(ours.frames - np.round(images * 255)).max() <= 1
     assert ours.frames.std() > 10
+
+
+def test_guidance_of_a_model_that_is_told_none_is_real_guidance(both):
+    pipe, _ = both
+
+    def scales(**given):
+        job = pipe.prepare(Request(prompt=PROMPTS, size=SIZE, steps=STEPS, **given))
+        again = pipe.prepare(Request(prompt=PROMPTS, size=SIZE, guidance=job.guidance, true_cfg=job.true_cfg))
+        assert (again.guidance, again.true_cfg) == (job.guidance, job.true_cfg), "what is told of a job asks for it"
+        told = pipe.metadata(job)[0]
+        assert (told["guidance"], told["true_cfg"]) == (job.guidance, job.true_cfg)
+        return job.guidance, job.true_cfg
+
+    if pipe.transformer_config.guidance:
+        assert scales(guidance=3.0) == (3.0, 1.0) and scales(true_cfg=3.0) == (3.5, 3.0)
+        assert scales(guidance=3.0, true_cfg=2.0) == (3.0, 2.0)
+    else:
+        assert scales() == (1.0, 1.0) and scales(guidance=3.0) == scales(true_cfg=3.0) == (3.0, 3.0)
+        assert pipe._denoiser(pipe.prepare(Request(prompt=PROMPTS, size=SIZE, guidance=3.0))).branches == 2
+        with pytest.raises(UserError, match=r"guidance is 3.0 and true_cfg 2.0: expected one of them"):
+            scales(guidance=3.0, true_cfg=2.0)
 
 
 def test_several_images_of_a_prompt_are_those_of_the_following_seeds(both):
@@ -117,6 +140,8 @@ def test_the_command_draws_pictures(flux_folder, tmp_path, capsys):
         (["--frames", "5"], "5 frames were asked of a model that makes images"),
         (["--images-per-prompt", "0"], "images_per_prompt is 0"),
         (["--true-cfg", "nan"], "true_cfg is nan"),
+        (["--guidance", "3", "--true-cfg", "2"], "guidance is 3.0 and true_cfg 2.0"),
+        (["--guidance", "3,2"], "expected one number for a model of one transformer"),
         (["--size", "90x64"], "the nearest is 96x64"),
     ],
 )

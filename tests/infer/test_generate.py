@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import av
 import numpy as np
@@ -48,6 +49,15 @@ def test_a_video_with_its_metadata(model, tmp_path, capsys):
     assert len(metadata["checkpoint"]) >= 8
     assert "denoise" in printed.err or "decode" in printed.err
     assert sorted(path.name for path in out.parent.iterdir()) == ["cat.mp4"], "no latents, no partial files"
+
+
+def test_a_plan_is_warned_of_once_and_in_a_line(model, tmp_path, capsys):
+    with warnings.catch_warnings(record=True) as raw:
+        warnings.simplefilter("always")
+        assert run(model, "--prompt", PROMPT, "--out", str(tmp_path / "x.gif"), "--plan", "teacache:0.1", *SMALL) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "no model that TeaCache's" in line]
+    assert len(told) == 1 and told[0].startswith("warning: plan teacache:0.1 names")
+    assert not [one for one in raw if "TeaCache" in str(one.message)]
 
 
 @pytest.mark.parametrize("suffix", [".webm", ".gif", ".webp"])

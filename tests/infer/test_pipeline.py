@@ -91,6 +91,7 @@ def test_another_shift_is_that_of_diffusers_and_compiles_nothing(pipe, solver):
         (dict(steps=0), ["steps is 0"]),
         (dict(solver="heun"), ["heun", "unipc", "euler"]),
         (dict(guidance=float("nan")), ["guidance is nan"]),
+        (dict(true_cfg=3.0), ["true_cfg is 3.0", "say guidance"]),
         (dict(shift=0.0), ["shift is 0.0", "above 0"]),
         (dict(shift=float("inf")), ["shift is inf", "above 0"]),
         (dict(image=Image.new("RGB", (8, 8))), ["text-to-video"]),

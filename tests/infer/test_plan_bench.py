@@ -19,7 +19,7 @@ from dit_jax.models.wan import WAN_1_3B
 from infer import plan_bench, random_pipeline
 from infer.bench_entries import parse_entries
 from infer.bench_page import qualities_of, series
-from infer.plan_runs import PlanJobs, rows, run_plans
+from infer.plan_runs import PlanJobs, Recorder, rows, run_plans
 from infer.random_pipeline import RandomKind, RandomPipeline, sized_pipeline, token_grid
 from infer.request import Defaults, Request
 
@@ -180,6 +180,14 @@ def test_the_steps_that_a_cache_runs_are_counted(random_model):
     dense, cached = rows(run_plans(plans, 1, print), plans)
     saved = 2 * _blocks_of_a_step(random_model)
     assert 0 < saved < dense["flops"] and cached["flops"] == pytest.approx(dense["flops"] - saved)
+
+
+def test_what_is_recorded_of_a_run_leaves_the_device(random_model):
+    plan = "teacache:0.1:model=wan2.1-t2v-1.3b"
+    job, recorder = random_model.prepare(Request(prompt="a", steps=4, plan=plan)), Recorder(4)
+    random_model.denoise(job, watch=recorder, chosen=recorder.chosen)
+    [state] = recorder.record.states
+    assert [(type(leaf), leaf.ndim) for leaf in jax.tree.leaves(state)] == [(np.ndarray, 0)], "its number of runs"
 
 
 def _blocks_of_a_step(pipe):

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from dit_jax.config import UserError
+from dit_jax.methods.plan import Plan
 from infer.buckets import PRESETS, Frame, Offer, read_buckets
+from infer.request import Defaults, Request, fill
 
 FILE = {
     "wan": {
@@ -29,10 +31,22 @@ def wan(tmp_path):
 def test_a_file_says_what_is_served(wan):
     assert wan.shapes[0] == Frame(832, 480, 81) and wan.batches == (1, 4)
     assert [wan.batch(samples) for samples in (1, 2, 4)] == [1, 4, 4]
-    assert wan.offer(None, None, None) == wan.offer("high", None, None) == Offer(plan="dense", steps=50)
+    assert wan.offer(None, None, None) == wan.offer("high", None, None) == Offer(plan=Plan(), steps=50)
     assert wan.offer("auto", None, 50).steps == 50
     assert wan.offer(None, "dense", 20) == wan.offer("fast", None, None)
     assert wan.offer(None, "hsa:50", None).steps == 40
+
+
+def test_what_is_offered_is_what_the_file_of_its_plan_said_at_the_start(tmp_path):
+    ratios, buckets = tmp_path / "ratios.json", tmp_path / "buckets.json"
+    ratios.write_text('{"ratios": [0.1, 0.3]}')
+    plan = f"coredit:{ratios}"
+    buckets.write_text(json.dumps({"wan": FILE["wan"] | {"plans": {"fast": {"plan": plan, "steps": 4}}}}))
+    wan = read_buckets(str(buckets), ["wan"])["wan"]
+    ratios.unlink()
+    asked = Request(prompt="a", plan=wan.offer(None, plan, None).plan)
+    [coredit] = fill(asked, Defaults(), "guidance").plan.methods
+    assert coredit.ratios == (0.1, 0.3)
 
 
 @pytest.mark.parametrize(

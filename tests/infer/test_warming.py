@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dit_jax.config import UserError
+from dit_jax.methods.plan import Plan, parse_plan
 from infer.api_types import VideoRequest
 from infer.asked import asked_of
 from infer.buckets import Frame, ModelBuckets, Offer
@@ -44,7 +45,7 @@ def compiled():
 )
 def test_what_is_warm_compiles_nothing(request, compiled, kind, shape, plans, pictures):
     pipe = load_pipeline(request.getfixturevalue(kind)[0])
-    offers = {plan: Offer(plan=plan, steps=8) for plan in plans}
+    offers = {plan: Offer(plan=parse_plan(plan), steps=8) for plan in plans}
     pipelines, buckets = {"tiny": pipe}, {"tiny": ModelBuckets(shapes=(shape,), offers=offers, batches=(1, 2))}
     warm(pipelines, buckets)
     engine = Engine(pipelines, buckets, EngineOptions(window=0.2))
@@ -63,7 +64,7 @@ def test_what_is_warm_compiles_nothing(request, compiled, kind, shape, plans, pi
 
 def test_a_model_that_needs_two_pictures_is_not_served(image_to_video, monkeypatch):
     pipe = load_pipeline(image_to_video[0])
-    offered = ModelBuckets(shapes=(SMALL,), offers={"high": Offer(plan="dense", steps=8)})
+    offered = ModelBuckets(shapes=(SMALL,), offers={"high": Offer(plan=Plan(), steps=8)})
     with pytest.raises(UserError, match="none was given"):
         asked_of(VideoRequest(prompt="a red cat"), {"tiny": pipe}, {"tiny": offered})
     between = replace(pipe.limits, last_image="always")

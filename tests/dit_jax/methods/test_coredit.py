@@ -342,6 +342,12 @@ def test_files_that_hold_no_ratios_are_refused(tmp_path, content, told):
         parse_plan(f"coredit:{file}")
 
 
+def test_late_steps_are_counted_exactly():
+    assert Coredit(ratios=(0.4,), late_share=0.29).late_steps(100) == 29  # in floats, 28
+    [skipped] = Coredit(ratios=(0.4,), late_share=0.29).skipped(RAGGED, 1, 100)
+    assert np.flatnonzero(np.diff(skipped[:, 0])) == [70]
+
+
 def test_ratios_may_be_the_checkpoints_own():
     config = CONFIGS["wan"]
     plain, latents = guided(config), noise(config)
@@ -353,7 +359,7 @@ def test_ratios_may_be_the_checkpoints_own():
     run = Run(latents_shape=latents.shape, first=0, stop=4, steps=4, sigmas=None, component="transformer_2")
     own, given = (
         alone.applied(plain, replace(run, parts=held))
-        for alone, held in ((parse_plan("coredit:late=0.5"), parts), (Plan((coredit,)), {}))
+        for alone, held in ((parse_plan("coredit:late=0.5"), parts), (Plan((coredit,), "coredit"), {}))
     )
     assert own.call == given.call and own.steering[0].table.tolist() == given.steering[0].table.tolist()
 

@@ -148,6 +148,8 @@ def test_they_are_words_of_a_plan():
         ("coredit:0.3:branches=all", "expected branches to be one of own, shared, found 'all'"),
         ("coredit:0.3:seed=3", "only select=random reads"),
         ("coredit:0.3:select=random:seed=-1", "seed from 0"),
+        ("coredit:0.3:select=random:seed=1.7", "expected seed to be a whole number, found '1.7'"),
+        ("coredit:0.3:buckets=2.5", "expected buckets to be a whole number, found '2.5'"),
     ],
 )
 def test_words_that_are_none_are_refused(text, told):

@@ -268,6 +268,17 @@ def test_the_scheduler_is_the_papers_on_ragged_lattices(held, quantile):
     assert len(set(indexes)) > 1, "choices that are all the same prove little"
 
 
+def test_where_no_frame_moves_the_size_is_the_base_one():
+    scheduler = PatchScheduler(
+        threshold=jnp.float32(1e9), quantile=jnp.float32(0.4), patch=(1, 2, 2), scales=(2, 4), held=1
+    )
+    latents = np.random.default_rng(0).standard_normal((6, 2, 1, 8, 8, 4)).astype(np.float32)
+    history = scheduler.init(latents[0])
+    for of_step in latents:
+        history, index, values = scheduler(history, jnp.asarray(of_step))
+        assert not index.any() and values.shape == (2, 2) and np.isinf(values).all()
+
+
 def test_cells_beyond_the_lattice_are_no_part_of_a_deviation():
     x = np.full((1, 1, 3, 5, 2), 100.0, np.float32)
     np.testing.assert_array_equal(deviations(jnp.asarray(x), (1, 4, 4)), np.zeros((1, 2)))

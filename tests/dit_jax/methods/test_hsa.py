@@ -211,6 +211,7 @@ def test_fixed_rankings_are_permutations_with_padding_last(ranking):
     assert (order == fixed_ranking(ranking, positions, valid, held, seed=5)).all()
     if ranking == "first-frame":
         assert set(order[:16]) == set(range(16))
+        assert len(set(positions[order[:4], 1])) > 1, "no part of the frame comes first"
     if ranking == "uniform":  # a quarter of the tokens leaves no quarter of the frame empty
         chosen = positions[order[:12]]
         assert all(len(chosen[chosen[:, 0] == frame]) >= 3 for frame in range(3))
@@ -225,6 +226,8 @@ def test_fixed_rankings_are_permutations_with_padding_last(ranking):
         ("hsa:groups=50@40/50@12", "each divide the one before"),
         ("hsa:groups=50@40/40@10", "add up to 100"),
         ("hsa:groups=half", "percent@steps"),
+        ("hsa:groups=nan@8/50@4:window=0.5", "add up to 100"),
+        ("hsa:50:seed=1.7", "expected seed to be a whole number, found '1.7'"),
         ("hsa:50:window=2", "window from 0 to 1"),
         ("hsa:50:window=1", "needs 2 full steps before the window, found 0"),
         ("hsa:50:ranking=best", "expected ranking to be one of"),

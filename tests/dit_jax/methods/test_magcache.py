@@ -1,6 +1,7 @@
 """MagCache against the plain sampler and against runs whose steps are told one by one; its schedule; its ratios."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from row_by_row import row_by_row
 from small_models import CONFIGS, guided, noise, one_sample, relative_error, sampled, segment_programs
 
 from dit_jax.config import UserError
+from dit_jax.flops import Shape, plan_cost
 from dit_jax.methods.magcache import MagCache, ratios_of, read_ratios, recording, write_ratios
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
@@ -89,6 +91,13 @@ def test_ratios_are_those_of_the_residuals_norms():
     np.testing.assert_allclose(ratios_of(first + second), expected, rtol=1e-5)
 
 
+def test_the_work_of_a_run_begins_anew_with_an_expert():
+    shape, shares = Shape(tokens=40, text=7), []
+    spy = SimpleNamespace(step_work=lambda work, at: shares.append(work.blocks[0].share) or work)
+    plan_cost(CONFIGS["wan"], shape, (USUAL, spy), STEPS, stages={0: "transformer", 3: "transformer_2"})
+    assert shares == [*~USUAL.reuses()[:3], *~USUAL.reuses(first=3)[3:]]
+
+
 def _norms(denoiser, latents, first, stop):
     """(latents after steps [first, stop), the norms that were noted [S, R])."""
     schedule = Euler().schedule(STEPS, Shift(constant=3.0), 40)
@@ -118,6 +127,7 @@ def test_words_are_understood(ratios_file):
         ("magcache:0.1", "expected ratios=FILE.json"),
         ("magcache:0.1:ratios={}x", "found No such file"),
         ("magcache:0.1:k=1.5:ratios={}", "expected k to be a whole number"),
+        ("magcache:0.1:k=inf:ratios={}", "expected k from 0 to 1000, found 'inf'"),
         ("magcache:0.1:retention=2:ratios={}", "expected retention from 0 to 1"),
         ("magcache:0.1:ret:ratios={}", "which magcache does not know"),
         ("magcache:0.1:ratios={}+hsa:50", "hsa and magcache cannot share a plan"),

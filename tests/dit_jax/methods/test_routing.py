@@ -229,6 +229,16 @@ def test_a_model_that_does_not_fit_is_refused(text, blocks, change, told):
         parse_plan(text).check((blocks,), parts)
 
 
+@pytest.mark.parametrize(
+    ("content", "features", "found"),
+    [("image", 20, "0"), ("pooled", 8, "0"), ("latents", 33, "9"), ("none", 1, "0")],
+)
+def test_a_router_of_another_models_content_is_refused(content, features, found):
+    part = new_router(RouterConfig(content=content, features=features, blocks=6, hidden=16, time_frequencies=8))
+    with pytest.raises(UserError, match=f"told {features} features of {content}, found {found} in this model"):
+        applied(Routing(), guided(CONFIGS["wan"]), noise(CONFIGS["wan"]), part)
+
+
 def test_words_are_understood():
     assert parse_plan("routing").methods == (Routing(),)
     assert parse_plan("routing:max=35:min=20").methods == (Routing(least=20, most=35),)
@@ -283,6 +293,7 @@ def test_random_blocks_are_as_many_and_follow_the_seed_alone():
         ("routing:choose=best", "expected choose to be one of router, random, found 'best'"),
         ("routing:seed=1", "only choose=random reads"),
         ("routing:choose=random:seed=-1", "seed from 0"),
+        ("routing:choose=random:seed=1.7", "expected seed to be a whole number, found '1.7'"),
     ],
 )
 def test_a_choice_that_is_none_is_refused(text, told):

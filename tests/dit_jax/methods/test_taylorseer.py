@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from small_models import CONFIGS, guided, noise, one_sample, relative_error, sampled, segment_programs
 
 from dit_jax.config import UserError
+from dit_jax.flops import Shape, plan_cost
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
 from dit_jax.methods.taylorseer import TaylorSeer
@@ -149,6 +151,14 @@ def test_the_timeline_is_known_before_the_first_step():
     assert list(np.flatnonzero(after.full)) == [6, 9] and after.made[6] == 0 and after.made[9] == 1
 
 
+def test_the_work_of_a_run_begins_anew_with_an_expert():
+    shape, taylorseer, shares = Shape(tokens=40, text=7), TaylorSeer(interval=4), []
+    spy = SimpleNamespace(step_work=lambda work, at: shares.append(work.blocks[0].share) or work)
+    plan_cost(CONFIGS["wan"], shape, (taylorseer, spy), 40, stages={0: "transformer", 13: "transformer_2"})
+    expected = [*taylorseer.timeline(40).full[:13], *taylorseer.timeline(40, first=13).full[13:]]
+    assert shares == expected and sum(shares) == 12
+
+
 def test_what_is_kept_is_held_once():
     config = replace(CONFIGS["wan"], blocks=16)
     plain, latents = guided(config), noise(config)
@@ -171,7 +181,7 @@ def test_what_is_kept_is_held_once():
         ("taylorseer:4", "found '4', which taylorseer does not know"),
         ("taylorseer:n=0", "expected n from 1 to 1000"),
         ("taylorseer:order=9", "expected order from 0 to 4"),
-        ("taylorseer:n=2.5", "expected whole numbers, found n=2.5"),
+        ("taylorseer:n=2.5", "expected n to be a whole number, found '2.5'"),
         ("taylorseer:every=4", "which taylorseer does not know"),
         ("taylorseer+hsa:50", "hsa and taylorseer cannot share a plan"),
         ("taylorseer+teacache:0.1:model=flux.1", "taylorseer and teacache cannot share a plan"),
