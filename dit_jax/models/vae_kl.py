@@ -229,6 +229,8 @@ class AutoencoderKL(nnx.Module):
     The methods are those of `WanVAE`; `chunk` is taken for its sake, and changes nothing.
     """
 
+    decode_tile = 128
+
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs)
@@ -258,8 +260,15 @@ class AutoencoderKL(nnx.Module):
         mean, logvar = jnp.split(code_in_tiles(self._moments, video_BTYXC, tiling), 2, axis=-1)
         return mean, logvar
 
-    def decode_tiled(self, latents_BTYXC, tile: int = 128, overlap: int = 32, chunk: int | None = None):
-        """`decode` in blended tiles of `tile`×`tile` latents; the numbers are those of diffusers' `enable_tiling`."""
+    def decode_tiled(
+        self, latents_BTYXC, tile: int | None = None, overlap: int | None = None, chunk: int | None = None
+    ):
+        """`decode` in blended tiles of `tile`×`tile` latents; the numbers are those of diffusers' `enable_tiling`.
+
+        By default tiles are diffusers', of `decode_tile` latents; they share a quarter of them.
+        """
+        tile = self.decode_tile if tile is None else tile
+        overlap = tile // 4 if overlap is None else overlap
         tiling = Tiling(size=tile, overlap=overlap, into=1, out=self.config.space_factor)
         return jnp.clip(code_in_tiles(self._video, latents_BTYXC, tiling), -1, 1)
 
