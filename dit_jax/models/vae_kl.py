@@ -20,7 +20,7 @@ from jax import lax
 from dit_jax.config import UserError
 from dit_jax.models.causal_conv import FrameConv
 from dit_jax.models.tiles import Tiling, code_in_tiles
-from dit_jax.ops.linear import Linear
+from dit_jax.ops.linear import Linear, products_in
 
 # Small enough to be whole on every device.
 AXES: dict[str, tuple[str | None, ...]] = {
@@ -140,7 +140,9 @@ class FrameAttention(nnx.Module):
 
 def _attend(q_FNC, k_FMC, v_FMC):
     """Softmax attention of one head, in fp32."""
-    return jax.nn.dot_product_attention(*(x[:, :, None] for x in (q_FNC, k_FMC, v_FMC)), implementation="xla")[:, :, 0]
+    q, k, v = (x[:, :, None] for x in (q_FNC, k_FMC, v_FMC))
+    with products_in(q.dtype):
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla")[:, :, 0]
 
 
 class MiddleBlock(nnx.Module):

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from dit_jax.ops import mesh as meshes
+from dit_jax.ops.linear import products_in
 
 TPU_BLOCK = 512
 TPU_LANES = 128
@@ -110,7 +111,9 @@ def _gpu(q, k, v, valid_BM=None, *, scale):
     every_pair = (q.shape[0], 1, q.shape[1], k.shape[1])
     mask = None if valid_BM is None else jnp.broadcast_to(valid_BM[:, None, None, :], every_pair)
     fused = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn" if fused else "xla")
+    body = "cudnn" if fused else "xla"
+    with products_in(q.dtype):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=body)
 
 
 def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM=None, *, scale, interpret=False):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -47,6 +49,12 @@ class Mlp(nnx.Module):
 def precision_in(dtype: jnp.dtype) -> jax.lax.Precision | None:
     """What keeps a product in this dtype: left to itself, a TPU multiplies fp32 in one bf16 pass, a GPU in TF32."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def products_in(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+    """What `precision_in` says, for all products that are traced within: of functions that take no precision."""
+    exact = precision_in(dtype) is not None
+    return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
 
 
 def as_stored(kernel: jax.Array) -> jax.Array:
