@@ -61,9 +61,9 @@ PRESETS = {"clip-vit-h-14": VIT_H}
 # Logical axes of every leaf (dit_jax/sharding.py).
 BLOCK_AXES: dict[str, tuple[str | None, ...]] = {
     "blocks.norm[12].*": ("blocks", None),
-    "blocks.attention.[qkv].kernel": ("blocks", "embed", "heads", None),
-    "blocks.attention.[qkv].bias": ("blocks", "heads", None),
-    "blocks.attention.o.kernel": ("blocks", "heads", None, "embed"),
+    "blocks.attention.[qkv].kernel": ("blocks", "embed", "encoder_heads", None),
+    "blocks.attention.[qkv].bias": ("blocks", "encoder_heads", None),
+    "blocks.attention.o.kernel": ("blocks", "encoder_heads", None, "embed"),
     "blocks.attention.o.bias": ("blocks", None),
     "blocks.up.kernel": ("blocks", "embed", "mlp"),
     "blocks.up.bias": ("blocks", "mlp"),

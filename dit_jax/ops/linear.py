@@ -67,6 +67,7 @@ def as_stored(kernel: jax.Array) -> jax.Array:
     if meshes.platform() != "tpu" or kernel.ndim != 3:
         return kernel
     mesh = meshes.current_mesh()
-    rows = kernel.shape[1] // (mesh.shape["tensor"] if mesh is not None and "tensor" in mesh.axis_names else 1)
+    shards = mesh.shape["tensor"] if mesh is not None and "tensor" in mesh.axis_names else 1
+    rows = kernel.shape[1] // shards if kernel.shape[1] % shards == 0 else kernel.shape[1]
     whole_tiles = rows % TPU_SUBLANES == 0 or rows in (2, 4)  # tiles of 2 and 4 sublanes exist too
     return with_layout_constraint(kernel, Layout(major_to_minor=(0, 1, 2) if whole_tiles else (1, 0, 2)))
