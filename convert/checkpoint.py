@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from convert.components import (
     with_class,
 )
 from convert.fp8 import widened
+from convert.hub import fetched, hub_place
 from convert.leaves import Leaf, check_leaves, leaves_from_tensors
 from convert.locks import FileLock
 from convert.native import PARAMS, is_native, read_native
@@ -44,10 +44,10 @@ CheckpointLayout = Literal["diffusers", "native", "original"]
 _DEMOS = Path(__file__).parents[1] / "dit_jax" / "demo"
 _STUDENTS = ("demo-flux-four-steps", "demo-flux-pare", "demo-flux-pare-four-steps", "demo-flux-ddit")
 SHIPPED = {name: _DEMOS / name for name in ("demo-wan", "demo-flux", *_STUDENTS)}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _OTHER_WEIGHTS = (".bin", ".bin.index.json", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 METHODS = "methods"  # folder of what a pipeline holds for methods
 _DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE")
+_TOP_FILES = (INDEX, "generation_defaults.json", *_DOCUMENTS)
 _PAGE = 1 << 16
 
 
@@ -148,8 +148,8 @@ class Checkpoint:
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """The folder or file of a path, the folder of a hub id `org/name[@revision]` (downloaded when not cached), or that
-    of a shipped model.
+    """The folder or file of a path, of a hub id `org/name[/path/file.safetensors][@revision]` (downloaded when not
+    cached; of a pipeline what is read of it), or that of a shipped model.
 
     Raises UserError when it is none of these or cannot be had.
     """
@@ -159,18 +159,13 @@ def resolve(path_or_id: str | Path) -> Path:
     path = Path(text).expanduser()
     if path.exists():
         return path
-    if not _HUB_ID.fullmatch(text):
+    place = hub_place(text)
+    if place is None:
         raise UserError(
-            f"there is no {text}; expected a folder or file, a hub id org/name[@revision], or {', '.join(SHIPPED)}."
+            f"there is no {text}; expected a folder or file, a hub id org/name[/file][@revision], or "
+            f"{', '.join(SHIPPED)}."
         )
-    name, _, revision = text.partition("@")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None))
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"there is no folder {text}, and the hub did not give it: {reason}") from error
+    return fetched(place, _files_of_pipeline)
 
 
 def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
@@ -261,8 +256,18 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _top_files(folder: Path) -> list[str]:
-    wanted = (INDEX, "generation_defaults.json", *_DOCUMENTS)
-    return [name for name in wanted if (folder / name).is_file()]
+    return [name for name in _TOP_FILES if (folder / name).is_file()]
+
+
+def _files_of_pipeline(index: Settings) -> list[str]:
+    """Patterns of what is read of a pipeline: its authors may have put single files beside its folders."""
+    wanted = [*_TOP_FILES, f"{METHODS}/*"]
+    for name, entry in index.items():
+        if reference_in_index(entry) is None and class_in_index(entry) is not None:
+            wanted.append(f"{name}/*")
+        if (lora := lora_in_index(entry)) is not None:
+            wanted.append(lora)
+    return wanted
 
 
 def _other_files(place: Path, name: str) -> dict[str, Path | bytes]:

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -15,7 +15,9 @@ import numpy as np
 
 from convert.checkpoint import resolve
 from convert.components import Component
+from convert.hub import HubPlace, fetched_file, file_names, hub_place
 from convert.leaves import Leaf
+from convert.lora_alphas import CONFIG as ALPHAS_BESIDE
 from convert.lora_alphas import Alphas, alphas_in
 from convert.lora_keys import Address, Module, Role, Target, address_of
 from convert.safetensors_files import Tensor, has_nan_or_infinity, read_safetensors
@@ -97,20 +99,40 @@ class LoraFile:
 
 
 def find_lora(path: str | Path) -> Path:
-    """The file of a LoRA: a file, or the one in a folder or hub repository that has diffusers' or PEFT's name.
+    """The file of a LoRA: a file, here or on the hub (`org/name/path/file.safetensors[@revision]`), or the one in a
+    folder or hub repository that has diffusers' or PEFT's name.
 
     Raises UserError when there is none.
     """
     file = Path(path).expanduser()
+    place = None if file.exists() else hub_place(path)
+    if place is not None:
+        return _lora_on_hub(place)
     if not file.exists() and file.suffix in (".safetensors", *_TORCH_SUFFIXES):
         raise UserError(f"there is no {file}; expected the file of a LoRA, or a folder with {LORA_WEIGHTS}.")
     file = resolve(path)
     if not file.is_dir():
         return file
-    found = [file / name for name in _FOLDER_FILES if (file / name).is_file()] or sorted(file.glob("*.safetensors"))
+    return file / _only_lora([found.name for found in file.iterdir() if found.is_file()], str(file))
+
+
+def _lora_on_hub(place: HubPlace) -> Path:
+    names = file_names(place)
+    name = place.file or _only_lora([name for name in names if "/" not in name], str(place))
+    beside = PurePosixPath(name).with_name(ALPHAS_BESIDE).as_posix()
+    if beside in names:
+        fetched_file(place, beside)
+    return fetched_file(place, name)
+
+
+def _only_lora(names: list[str], folder: str) -> str:
+    """Which of the files at the top of a folder is its LoRA. Raises UserError unless it is one."""
+    found = [name for name in _FOLDER_FILES if name in names] or [
+        name for name in names if name.endswith(".safetensors")
+    ]
     if len(found) != 1:
         raise UserError(
-            f"{file} holds {len(found)} files that may be a LoRA; expected {LORA_WEIGHTS}; name the file itself."
+            f"{folder} holds {len(found)} files that may be a LoRA; expected {LORA_WEIGHTS}; name the file itself."
         )
     return found[0]
 

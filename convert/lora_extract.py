@@ -23,6 +23,7 @@ from convert.tables import Row
 from convert.transfer import convert
 from dit_jax.config import UserError
 from dit_jax.lora import Adapter
+from dit_jax.ops.linear import products_in
 
 MODELS = ("transformer", "transformer_2")
 OVERSAMPLED = 10
@@ -107,14 +108,18 @@ def _nearest(ours: Leaf, theirs: Leaf, row: Row | None, rank: int) -> _Nearest:
 
 
 def _factors(difference: np.ndarray, inputs: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Orthonormal [*inputs, R] and [R, *outputs] whose product is the one of this rank that is nearest to a matrix
-    [*inputs, *outputs]."""
+    """`nearest_product` of a matrix [*inputs, *outputs], as [*inputs, R] and [R, *outputs]."""
     taken, given = difference.shape[:inputs], difference.shape[inputs:]
-    a = jnp.asarray(difference.reshape(math.prod(taken), -1))
-    width = min(rank + OVERSAMPLED, *a.shape)
-    basis = jnp.linalg.qr(a @ jax.random.normal(jax.random.key(0), (a.shape[1], width)))[0]
-    for _ in range(TURNS):
-        basis = jnp.linalg.qr(a @ jnp.linalg.qr(a.T @ basis)[0])[0]
-    left, values, right = jnp.linalg.svd(basis.T @ a, full_matrices=False)
-    down, up = (basis @ left)[:, :rank], values[:rank, None] * right[:rank]
+    down, up = nearest_product(jnp.asarray(difference.reshape(math.prod(taken), -1)), rank)
     return np.asarray(down).reshape(*taken, -1), np.asarray(up).reshape(-1, *given)
+
+
+def nearest_product(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """Orthonormal [inputs, R] and [R, outputs] whose product is the one of this rank that is nearest to a matrix."""
+    width = min(rank + OVERSAMPLED, *matrix.shape)
+    with products_in(matrix.dtype):
+        basis = jnp.linalg.qr(matrix @ jax.random.normal(jax.random.key(0), (matrix.shape[1], width)))[0]
+        for _ in range(TURNS):
+            basis = jnp.linalg.qr(matrix @ jnp.linalg.qr(matrix.T @ basis)[0])[0]
+        left, values, right = jnp.linalg.svd(basis.T @ matrix, full_matrices=False)
+        return (basis @ left)[:, :rank], values[:rank, None] * right[:rank]

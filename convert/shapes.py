@@ -50,7 +50,7 @@ def wan(tensors: Tensors, beside: Settings) -> Settings:
     settings["text_dim"] = _shape(tensors, "text_embedding.0.weight", "width", "text width")[1]
     settings["patch_size"] = patch
     # Wan 2.2 says i2v of models without an image branch.
-    settings["image_dim"] = settings["added_kv_proj_dim"] = None
+    settings["image_dim"] = settings["added_kv_proj_dim"] = settings["pos_embed_seq_len"] = None
     if "img_emb.proj.1.weight" in tensors:
         settings["image_dim"] = _shape(tensors, "img_emb.proj.1.weight", "hidden width", "image width")[1]
         settings["added_kv_proj_dim"] = beside["dim"]

@@ -20,6 +20,7 @@ from dit_jax.models.wan import PRESETS, WanConfig
 
 HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"  # components of a model of two experts
 EXPERTS = {HIGH_NOISE: "high_noise_model", LOW_NOISE: "low_noise_model"}  # and the authors' folders of them
+FLF2V_POSITIONS = 514  # image tokens of the first and the last frame, as the authors' code has them
 PATCH_IN = "d c t y x -> (t y x c) d"
 
 
@@ -94,6 +95,8 @@ def wan_original_settings(config: WanConfig) -> dict[str, Any]:
 def _model_type(config: WanConfig) -> str:
     if config.out_channels == PRESETS["wan2.2-ti2v-5b"].out_channels:
         return "ti2v"
+    if config.image_positions is not None:
+        return "flf2v"
     return "i2v" if config.in_channels > config.out_channels else "t2v"
 
 
@@ -109,7 +112,8 @@ def _original_config(settings: dict[str, Any]) -> WanConfig:
         text_width=settings.get("text_dim", 4096),
         time_frequencies=settings.get("freq_dim", 256),
         epsilon=settings.get("eps", 1e-6),
-        image_width=1280 if settings.get("model_type") == "i2v" else None,
+        image_width=1280 if settings.get("model_type") in ("i2v", "flf2v") else None,
+        image_positions=FLF2V_POSITIONS if settings.get("model_type") == "flf2v" else None,
     )
 
 

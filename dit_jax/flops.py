@@ -202,14 +202,17 @@ def plan_cost(
     return total
 
 
-def plan_memory(config: Config, shape: Shape, methods: Sequence[Any]) -> Memory:
+def plan_memory(config: Config, shape: Shape, methods: Sequence[Any], experts: int = 1) -> Memory:
     """Memory of a run on one device: all weights, the state of its methods, and at the widest point of a block the
-    residual stream with either q, k, v and attention's output or the MLP's hidden layer."""
+    residual stream with either q, k, v and attention's output or the MLP's hidden layer.
+
+    experts  transformers of this config that are resident: two of Wan 2.2 A14B's, unless one is offloaded
+    """
     inner = config.heads * config.head_width
     tokens = shape.tokens + (shape.text if isinstance(config, FluxConfig) else 0)
     widest = 2 * config.width + max(4 * inner, config.mlp_width)
     return Memory(
-        weights=weight_bytes(config, shape.itemsize),
+        weights=experts * weight_bytes(config, shape.itemsize),
         kept=sum(method.kept_bytes(config, shape) for method in methods),
         activations=shape.rows * tokens * widest * shape.itemsize,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from dit_jax.config import UserError
+from dit_jax.ops.linear import precision_in
 from dit_jax.parameters import STACKS, leaf_name, named_leaves
 
 Array = jax.Array | np.ndarray
@@ -143,7 +144,8 @@ class Beside(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.base(x)
         down, up = self.down[...].astype(y.dtype), self.up[...].astype(y.dtype)
-        added = jnp.tensordot(jnp.tensordot(x.astype(y.dtype), down, axes=down.ndim - 1), up, axes=1)
+        product = partial(jnp.tensordot, precision=precision_in(y.dtype))
+        added = product(product(x.astype(y.dtype), down, axes=down.ndim - 1), up, axes=1)
         return y + self.scale[...].astype(y.dtype) * added
 
 

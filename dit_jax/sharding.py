@@ -23,9 +23,13 @@ from dit_jax.parameters import leaf_name
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 # The dimensions that a table may name, and the mesh axis that splits each. Any other dimension is None in the table.
-RULES = {"blocks": None, "embed": "fsdp", "vocabulary": "tensor", "heads": "tensor", "mlp": "tensor"}
+RULES = {
+    **{"blocks": None, "embed": "fsdp", "vocabulary": "tensor"},
+    **dict.fromkeys(("heads", "encoder_heads", "mlp"), "tensor"),
+}
 
-# Attention runs on whole heads: a mesh that would cut one is refused. Other axes that do not divide are left whole.
+# Attention runs on whole heads: a mesh that would cut one of a transformer's is refused. Other axes that do not divide
+# are left whole, an encoder's heads among them: it runs once, and other models have other numbers of heads.
 INDIVISIBLE = ("heads",)
 
 AxesTable = Mapping[str, tuple[str | None, ...]]

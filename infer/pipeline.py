@@ -369,7 +369,9 @@ def _decode(vae, latents):
 
 
 def _decode_tiled(vae, latents):
-    return _levels(vae.decode_tiled(vae.denormalise(latents), chunk=VAE_CHUNK))
+    # Half a picture at most: tiles that hold it whole would take what decoding without them takes.
+    tile = min(vae.decode_tile, max(*latents.shape[2:4], 2) // 2)
+    return _levels(vae.decode_tiled(vae.denormalise(latents), tile, chunk=VAE_CHUNK))
 
 
 def _levels(video: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint
-from convert.components import read_json
+from convert.components import class_name, read_json
 from dit_jax.config import UserError
 from dit_jax.sampling.schedules import Shift
 from dit_jax.sampling.solvers import SOLVERS
@@ -18,10 +18,14 @@ from infer.request import Defaults
 
 DEFAULTS_FILE = "generation_defaults.json"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
+SCHEDULERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}  # class -> our solver
 
 
 def read_defaults(checkpoint: Checkpoint, usual: Defaults) -> Defaults:
-    """The model's own defaults over its backbone's; UserError for a setting that is none or does not fit."""
+    """The model's own defaults over its scheduler's solver and its backbone's defaults.
+
+    Raises UserError for a setting that is none or does not fit.
+    """
     settings = read_settings(checkpoint, DEFAULTS_FILE)
     names = [field.name for field in fields(Defaults)]
     for name, value in settings.items():
@@ -36,7 +40,8 @@ def read_defaults(checkpoint: Checkpoint, usual: Defaults) -> Defaults:
     for name in ("size", "guidance"):
         if isinstance(settings.get(name), list):
             settings[name] = tuple(settings[name])
-    return replace(usual, **settings)
+    scheduler = class_name(read_settings(checkpoint, SCHEDULER_FILE))
+    return replace(usual, **{"solver": SCHEDULERS.get(scheduler or "", usual.solver)} | settings)
 
 
 _COUNT = "a whole number from 1"

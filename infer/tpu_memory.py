@@ -31,7 +31,7 @@ from dit_jax.sharding import make_mesh, parse_mesh, shardings
 from infer.chips import CHIPS, GIB, SLICES, chip_name, tpu_devices
 from infer.program_costs import needed_bytes
 from infer.random_pipeline import PRESETS, transformer_component, usual
-from infer.tpu_programs import Case, config_of, plan_of, trace
+from infer.tpu_programs import Case, check_offload, config_of, plan_of, trace
 
 MOSAIC = "tpu_custom_call"  # a Pallas kernel in a lowered program
 VMEM = "S(1)"  # on-chip memory in the layout of a compiled program's array
@@ -69,7 +69,7 @@ ALL_COLUMNS = ("model", "video", "plan", "slice", "mesh", "kept", *MEASURED)
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """HBM a chip in bytes: `peak` is all that lives at once, `copies` whole stacked weights written anew, `kept` the
-    arguments that the plan's methods keep from step to step.
+    arguments that the plan's methods keep from step to step. A second expert that stays counts in arguments and peak.
 
     A program that exceeds HBM is not compiled to the end: its peak is what the compiler said it would need.
     """
@@ -87,20 +87,21 @@ def measure(component: Component, case: Case) -> Memory:
     """Compiles a model as the case says; UserError for a size, plan, mesh or topology that cannot be."""
     mesh = make_mesh(parse_mesh(case.mesh), tpu_devices(case.topology))
     program = trace(component, case, mesh)
-    lowered, kept = program.traced.lower(), program.kept
+    lowered, kept, beside = program.traced.lower(), program.kept, program.beside
     if MOSAIC not in lowered.as_text():
         raise RuntimeError("the program holds no splash attention: expected a Mosaic kernel for a TPU topology")
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return Memory(peak=needed_bytes(error), kept=kept, seconds=time.perf_counter() - began, fits=False)
+        return Memory(peak=needed_bytes(error) + beside, kept=kept, seconds=time.perf_counter() - began, fits=False)
     seconds = time.perf_counter() - began
     found = compiled.memory_analysis()
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    peak = found.argument_size_in_bytes + outputs + found.temp_size_in_bytes
+    arguments = found.argument_size_in_bytes + beside
+    peak = arguments + outputs + found.temp_size_in_bytes
     return Memory(
-        arguments=found.argument_size_in_bytes,
+        arguments=arguments,
         temporaries=found.temp_size_in_bytes,
         peak=peak,
         kept=kept,
@@ -198,6 +199,9 @@ def parse(argv: list[str] | None) -> tuple[list[Case], tuple[str, ...], bool]:
     add("--plan", default=DENSE, help="methods of the run, such as hsa:50 (default dense); magcache needs no ratios")
     add("--heads", type=float, default=0, metavar="P", help="share of the heads that is pruned, as in dit-prune")
     add("--ffn", type=float, default=0, metavar="P", help="share of the MLPs' neurons that is pruned")
+    add(
+        "--offload-expert", action="store_true", help="Wan 2.2 A14B: keep one of the two experts on the chips at a time"
+    )
     add("--json", action="store_true", help="print one JSON object a row instead of a table")
     options = parser.parse_args(argv)
     if options.model is None:
@@ -205,7 +209,8 @@ def parse(argv: list[str] | None) -> tuple[list[Case], tuple[str, ...], bool]:
             return method_cases(), METHOD_COLUMNS, options.json
         return model_cases(), MODEL_COLUMNS, options.json
     of_model = usual(PRESETS[options.model])
-    names = ("model", "topology", "mesh", "plan", "heads", "ffn")
+    check_offload(options.model, options.offload_expert)
+    names = ("model", "topology", "mesh", "plan", "heads", "ffn", "offload_expert")
     case = Case(
         **{name: getattr(options, name) for name in names},
         size=options.size or "{}x{}".format(*of_model.size),

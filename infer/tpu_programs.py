@@ -27,7 +27,7 @@ from dit_jax.methods.pruning import pruned_config
 from dit_jax.methods.routing import ROUTER
 from dit_jax.models import vae_wan
 from dit_jax.models.network import Conditioning, grid
-from dit_jax.models.wan import WanConfig
+from dit_jax.models.wan import TWO_EXPERTS, WanConfig
 from dit_jax.parameters import cast
 from dit_jax.sampling.sampler import Guided, sample, start
 from dit_jax.sampling.solvers import SOLVERS
@@ -45,8 +45,9 @@ MAGCACHE_THRESHOLD = 0.1
 class Case:
     """One program: a model, a slice or topology, a mesh over its chips, the picture's size and frames, and a plan.
 
-    variant     patch size in units of the model's own, where the plan chooses among some
-    heads, ffn  shares of the heads and of the MLPs' neurons that are pruned
+    variant         patch size in units of the model's own, where the plan chooses among some
+    heads, ffn      shares of the heads and of the MLPs' neurons that are pruned
+    offload_expert  of a model of two experts, only the one that runs is on the chips
     """
 
     model: str
@@ -58,11 +59,13 @@ class Case:
     variant: int = 1
     heads: float = 0
     ffn: float = 0
+    offload_expert: bool = False
 
 
 class Program(NamedTuple):
     """A traced program, and the bytes a chip that its method keeps from step to step (of its arguments).
 
+    beside  bytes a chip of the weights that lie there while it runs and are none of its arguments: the other expert's
     steps   of the run that it makes
     tokens  of the latents at the model's own patch size, and `flops` of matrix products, on all chips together, where
             the plan is what it costs on average
@@ -70,9 +73,18 @@ class Program(NamedTuple):
 
     traced: Any
     kept: int
+    beside: int
     steps: int
     tokens: int
     flops: float
+
+
+def check_offload(model: str, offload_expert: bool) -> None:
+    """Raises UserError where what has no two experts is to have one offloaded."""
+    if offload_expert and model not in TWO_EXPERTS:
+        raise UserError(
+            f"{model} has no second expert: expected one of {', '.join(TWO_EXPERTS)}; leave out --offload-expert"
+        )
 
 
 def config_of(case: Case) -> Config:
@@ -157,7 +169,8 @@ def trace(component: Component, case: Case, mesh) -> Program:
         return sample(denoiser, solver, carry, schedule, first, count)
 
     with jax.set_mesh(mesh):
-        denoiser = _applied(plan, _on_mesh(guided, component, mesh), run, mesh)
+        placed = _on_mesh(guided, component, mesh)
+        denoiser = _applied(plan, placed, run, mesh)
         schedule, first = _everywhere((schedule, np.int32(0)), mesh)
         latents = _placed(latents, batch_shardings(latents, mesh))
         started = jax.jit(lambda denoiser, latents: start(denoiser, solver, latents)).lower(denoiser, latents).compile()
@@ -165,8 +178,14 @@ def trace(component: Component, case: Case, mesh) -> Program:
         program = jax.jit(segment, donate_argnames="carry", out_shardings=started.output_shardings)
         traced = program.trace(denoiser, carry, schedule, first)
     tokens = math.prod(grid(latents.shape, config.patch))
+    both = case.model in TWO_EXPERTS and not case.offload_expert
     return Program(
-        traced, _bytes_a_chip(carry.denoiser), count, tokens, _flops(config, case, plan, tokens, steps) * count
+        traced=traced,
+        kept=_bytes_a_chip(carry.denoiser),
+        beside=_bytes_a_chip(placed.model) if both else 0,
+        steps=count,
+        tokens=tokens,
+        flops=_flops(config, case, plan, tokens, steps) * count,
     )
 
 

@@ -32,7 +32,7 @@ from infer.chips import CHIPS, GIB, Chip, chip_name, tpu_devices
 from infer.program_costs import CompiledText, matmul_flops, needed_bytes
 from infer.random_pipeline import PRESETS, transformer_component, usual
 from infer.tpu_memory import plan_cell, programs
-from infer.tpu_programs import Case, config_of, trace
+from infer.tpu_programs import Case, check_offload, config_of, trace
 from train.cli import configure, load_recipe
 from train.models import Source
 from train.step import TrainStep
@@ -99,24 +99,35 @@ class Target:
         return CHIPS[chip_name(self.topology)]
 
 
-def report(what: str, target: Target, mesh: jax.sharding.Mesh, traced: Any, tokens: int, flops: float) -> Report:
-    """Compiles what was traced and reads what it takes; `tokens` go through the trunk in one run of it, with so many
-    `flops` on all chips."""
-    flops = flops / mesh.size
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a report is of: a traced program, through whose trunk `tokens` go with so many `flops` on all chips, and the
+    bytes a chip of weights that lie `beside` its arguments while it runs."""
+
+    what: str
+    traced: Any
+    tokens: int
+    flops: float
+    beside: int = 0
+
+
+def report(subject: Subject, target: Target, mesh: jax.sharding.Mesh) -> Report:
+    """Compiles a program and reads what it takes."""
+    flops = subject.flops / mesh.size
     began = time.perf_counter()
     arguments = temporaries = moved = None
     sent: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
             # Printed by the compiler: what it gives back of some loops with asynchronous copies cannot be read.
-            compiled = traced.lower().compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            compiled = subject.traced.lower().compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
-            peak = needed_bytes(error)
+            peak = needed_bytes(error) + subject.beside
         else:
             found = compiled.memory_analysis()
-            arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
-            moved = arguments + found.output_size_in_bytes
-            peak = moved - found.alias_size_in_bytes + temporaries
+            moved = found.argument_size_in_bytes + found.output_size_in_bytes
+            arguments, temporaries = found.argument_size_in_bytes + subject.beside, found.temp_size_in_bytes
+            peak = moved - found.alias_size_in_bytes + temporaries + subject.beside
             (printed,) = Path(folder).glob("*.after_optimizations.txt")
             sent = _sent(printed.read_text(), mesh.size, target.slices)
     chip = target.chip
@@ -125,7 +136,7 @@ def report(what: str, target: Target, mesh: jax.sharding.Mesh, traced: Any, toke
     network = max((sum(sent.values()) - between) / chip.ici, between / NETWORK)
     floor = max(compute, memory, network)
     return Report(
-        what=what,
+        what=subject.what,
         topology=target.topology,
         slices=target.slices,
         mesh=",".join(f"{name}={size}" for name, size in mesh.shape.items()),
@@ -142,7 +153,7 @@ def report(what: str, target: Target, mesh: jax.sharding.Mesh, traced: Any, toke
         memory_seconds=memory,
         network_seconds=network,
         floor_seconds=floor,
-        tokens_per_second=tokens / floor,
+        tokens_per_second=subject.tokens / floor,
         compile_seconds=time.perf_counter() - began,
     )
 
@@ -176,7 +187,8 @@ def of_recipe(name: str, settings: list[str], target: Target) -> Report:
     tokens = rows * math.prod(grid(batch["latents"].shape, source.config.patch))
     traced = step.trace({**batch, **training.extra}, training.first_turn)
     flops = matmul_flops(traced.jaxpr, training.trips)
-    return report(f"{Path(name).stem} {config.model}", target, mesh, traced, tokens, flops)
+    subject = Subject(what=f"{Path(name).stem} {config.model}", traced=traced, tokens=tokens, flops=flops)
+    return report(subject, target, mesh)
 
 
 def of_sampling(model: str, options: argparse.Namespace, target: Target) -> list[Report]:
@@ -189,12 +201,15 @@ def of_sampling(model: str, options: argparse.Namespace, target: Target) -> list
         size=options.size or "{}x{}".format(*config.size),
         frames=options.frames or config.frames,
         plan=options.plan,
+        offload_expert=options.offload_expert,
     )
     mesh, reports = target.built(), []
     for each in programs(case):
         program = trace(transformer_component(config_of(each)), each, mesh)
         tokens = program.tokens * program.steps
-        reports.append(report(f"{model} {plan_cell(each)}", target, mesh, program.traced, tokens, program.flops))
+        what = f"{model} {plan_cell(each)}"
+        subject = Subject(what=what, traced=program.traced, tokens=tokens, flops=program.flops, beside=program.beside)
+        reports.append(report(subject, target, mesh))
     return reports
 
 
@@ -243,6 +258,7 @@ def parser() -> argparse.ArgumentParser:
     add("--plan", default=DENSE, help="to sample: methods of the run, such as hsa:50 (default dense)")
     add("--size", metavar="WxH", help="to sample: pixels (default: the model's)")
     add("--frames", type=int, metavar="N", help="to sample: 4k + 1 frames (default: the model's)")
+    add("--offload-expert", action="store_true", help="to sample Wan 2.2 A14B: one expert on the chips at a time")
     add("--json", action="store_true", help="print one JSON object a program")
     return options
 
@@ -254,6 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     target = Target(topology=options.topology, slices=options.slices, mesh=options.mesh)
     try:
         with warnings_in_lines():
+            check_offload(options.what, options.offload_expert)
             if options.what in PRESETS:
                 reports = of_sampling(options.what, options, target)
             else:

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.ops.linear import precision_in
+
 CELLS, CELLS_SIDE = (16, 9), 64  # the paper's cell sizes, and the side of the lattice that they are for
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -85,7 +87,8 @@ class Lattice:
         weights_BWJ = jnp.pad(weights, ((0, 0), (0, 1)))[:, members]
         weights_BWJ = (weights_BWJ / weights_BWJ.sum(axis=-1, keepdims=True)).astype(y_BMD.dtype)
         slots_BWJ = jnp.pad(slots_BN, ((0, 0), (0, 1)))[:, members]
-        means = jnp.einsum("bwj,bwjd->bwd", weights_BWJ, taken(y_BMD, slots_BWJ))
+        precision = precision_in(y_BMD.dtype)
+        means = jnp.einsum("bwj,bwjd->bwd", weights_BWJ, taken(y_BMD, slots_BWJ), precision=precision)
         # One gather for both kinds of token.
         return taken(
             jnp.concatenate([y_BMD, means], axis=1), jnp.where(kept_BN, slots_BN, y_BMD.shape[1] + where[None])

@@ -7,6 +7,7 @@ image-text space.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from flax import nnx
 from PIL import Image
 
 from dit_jax.ops.attention import attend
-from dit_jax.ops.linear import Linear, LinearGeneral
+from dit_jax.ops.linear import Linear, LinearGeneral, precision_in
 from dit_jax.ops.norms import LayerNorm
 from dit_jax.parameters import stacked
 
@@ -60,9 +61,9 @@ PRESETS = {"clip-vit-h-14": VIT_H}
 # Logical axes of every leaf (dit_jax/sharding.py).
 BLOCK_AXES: dict[str, tuple[str | None, ...]] = {
     "blocks.norm[12].*": ("blocks", None),
-    "blocks.attention.[qkv].kernel": ("blocks", "embed", "heads", None),
-    "blocks.attention.[qkv].bias": ("blocks", "heads", None),
-    "blocks.attention.o.kernel": ("blocks", "heads", None, "embed"),
+    "blocks.attention.[qkv].kernel": ("blocks", "embed", "encoder_heads", None),
+    "blocks.attention.[qkv].bias": ("blocks", "encoder_heads", None),
+    "blocks.attention.o.kernel": ("blocks", "encoder_heads", None, "embed"),
     "blocks.attention.o.bias": ("blocks", None),
     "blocks.up.kernel": ("blocks", "embed", "mlp"),
     "blocks.up.bias": ("blocks", "mlp"),
@@ -190,11 +191,12 @@ def preprocess(images: np.ndarray, size: int = 224) -> np.ndarray:
 
 def _attend_causally(q_BNHK: jax.Array, k_BNHK: jax.Array, v_BNHK: jax.Array) -> jax.Array:
     """Attention of each token to itself and those before it, with all scores at once: a text is short."""
-    scores = jnp.einsum("bqhk,bmhk->bhqm", q_BNHK, k_BNHK, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, precision=precision_in(q_BNHK.dtype))
+    scores = product("bqhk,bmhk->bhqm", q_BNHK, k_BNHK, preferred_element_type=jnp.float32)
     scores = scores * q_BNHK.shape[-1] ** -0.5
     before = jnp.tri(q_BNHK.shape[1], dtype=bool)
     weights = jax.nn.softmax(jnp.where(before, scores, -jnp.inf), axis=-1).astype(v_BNHK.dtype)
-    return jnp.einsum("bhqm,bmhk->bqhk", weights, v_BNHK)
+    return product("bhqm,bmhk->bqhk", weights, v_BNHK)
 
 
 def _activate(x: jax.Array, activation: Activation) -> jax.Array:

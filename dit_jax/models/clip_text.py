@@ -38,7 +38,7 @@ AXES = {
     "tokens": ("vocabulary", "embed"),
     "positions": (None, None),
     "norm.*": (None,),
-    **{name: tuple(None if axis == "heads" else axis for axis in axes) for name, axes in BLOCK_AXES.items()},
+    **{name: tuple(None if axis == "encoder_heads" else axis for axis in axes) for name, axes in BLOCK_AXES.items()},
 }
 
 

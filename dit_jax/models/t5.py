@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_jax.ops.linear import Linear, LinearGeneral
+from dit_jax.ops.linear import Linear, LinearGeneral, precision_in
 from dit_jax.ops.norms import rms_norm
 from dit_jax.parameters import stacked
 
@@ -42,11 +42,11 @@ PRESETS = {"umt5-xxl": UMT5_XXL, "t5-xxl": T5_XXL}
 AXES = {
     "tokens": ("vocabulary", "embed"),
     "norm": (None,),
-    "bias.table": (None, "heads"),
-    "blocks.bias.table": ("blocks", None, "heads"),
+    "bias.table": (None, "encoder_heads"),
+    "blocks.bias.table": ("blocks", None, "encoder_heads"),
     "blocks.norm[12]": ("blocks", None),
-    "blocks.attention.[qkv].kernel": ("blocks", "embed", "heads", None),
-    "blocks.attention.o.kernel": ("blocks", "heads", None, "embed"),
+    "blocks.attention.[qkv].kernel": ("blocks", "embed", "encoder_heads", None),
+    "blocks.attention.o.kernel": ("blocks", "encoder_heads", None, "embed"),
     "blocks.mlp.gate.kernel": ("blocks", "embed", "mlp"),
     "blocks.mlp.up.kernel": ("blocks", "embed", "mlp"),
     "blocks.mlp.down.kernel": ("blocks", "mlp", "embed"),
@@ -82,12 +82,13 @@ class T5Attention(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, bias_HLL: jax.Array, valid_BL: jax.Array | None) -> jax.Array:
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
-        scores = jnp.einsum("bqhk,bmhk->bhqm", q, k, preferred_element_type=jnp.float32) + bias_HLL
+        precision = precision_in(q.dtype)
+        scores = jnp.einsum("bqhk,bmhk->bhqm", q, k, precision=precision, preferred_element_type=jnp.float32) + bias_HLL
         if valid_BL is not None:
             # Finite, so that a row without a valid token gives numbers and not NaN.
             scores = jnp.where(valid_BL[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return self.o(jnp.einsum("bhqm,bmhk->bqhk", weights, v))
+        return self.o(jnp.einsum("bhqm,bmhk->bqhk", weights, v, precision=precision))
 
 
 class GatedMlp(nnx.Module):

@@ -20,7 +20,7 @@ from jax import lax
 from dit_jax.config import UserError
 from dit_jax.models.causal_conv import FrameConv
 from dit_jax.models.tiles import Tiling, code_in_tiles
-from dit_jax.ops.linear import Linear
+from dit_jax.ops.linear import Linear, products_in
 
 # Small enough to be whole on every device.
 AXES: dict[str, tuple[str | None, ...]] = {
@@ -140,7 +140,9 @@ class FrameAttention(nnx.Module):
 
 def _attend(q_FNC, k_FMC, v_FMC):
     """Softmax attention of one head, in fp32."""
-    return jax.nn.dot_product_attention(*(x[:, :, None] for x in (q_FNC, k_FMC, v_FMC)), implementation="xla")[:, :, 0]
+    q, k, v = (x[:, :, None] for x in (q_FNC, k_FMC, v_FMC))
+    with products_in(q.dtype):
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla")[:, :, 0]
 
 
 class MiddleBlock(nnx.Module):
@@ -229,6 +231,8 @@ class AutoencoderKL(nnx.Module):
     The methods are those of `WanVAE`; `chunk` is taken for its sake, and changes nothing.
     """
 
+    decode_tile = 128
+
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs)
@@ -258,8 +262,15 @@ class AutoencoderKL(nnx.Module):
         mean, logvar = jnp.split(code_in_tiles(self._moments, video_BTYXC, tiling), 2, axis=-1)
         return mean, logvar
 
-    def decode_tiled(self, latents_BTYXC, tile: int = 128, overlap: int = 32, chunk: int | None = None):
-        """`decode` in blended tiles of `tile`×`tile` latents; the numbers are those of diffusers' `enable_tiling`."""
+    def decode_tiled(
+        self, latents_BTYXC, tile: int | None = None, overlap: int | None = None, chunk: int | None = None
+    ):
+        """`decode` in blended tiles of `tile`×`tile` latents; the numbers are those of diffusers' `enable_tiling`.
+
+        By default tiles are diffusers', of `decode_tile` latents; they share a quarter of them.
+        """
+        tile = self.decode_tile if tile is None else tile
+        overlap = tile // 4 if overlap is None else overlap
         tiling = Tiling(size=tile, overlap=overlap, into=1, out=self.config.space_factor)
         return jnp.clip(code_in_tiles(self._video, latents_BTYXC, tiling), -1, 1)
 

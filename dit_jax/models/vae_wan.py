@@ -218,6 +218,11 @@ class WanVAE(nnx.Module):
         video = _unfold(self._folded_video(latents_BTYXC, chunk), self.config.patch)
         return jnp.clip(video, -1, 1) if clip else video
 
+    @property
+    def decode_tile(self) -> int:
+        """Latents along a side of `decode_tiled`'s tiles: diffusers' 256 pixels."""
+        return 256 // self.config.space_factor
+
     def encode_tiled(self, video_BTYXC, tile: int = 32, overlap: int = 8, chunk: int | None = 1):
         """`encode` in blended tiles of `tile`×`tile` latents; the numbers are those of diffusers' `enable_tiling`."""
         self._check_video(video_BTYXC.shape)
@@ -227,9 +232,13 @@ class WanVAE(nnx.Module):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, logvar
 
-    def decode_tiled(self, latents_BTYXC, tile: int = 32, overlap: int = 8, chunk: int | None = 1):
-        """`decode` in blended tiles of `tile`×`tile` latents; the numbers are those of diffusers' `enable_tiling`."""
-        patch = self.config.patch
+    def decode_tiled(self, latents_BTYXC, tile: int | None = None, overlap: int | None = None, chunk: int | None = 1):
+        """`decode` in blended tiles of `tile`×`tile` latents; the numbers are those of diffusers' `enable_tiling`.
+
+        By default tiles are diffusers', of `decode_tile` latents; they share a quarter of them.
+        """
+        patch, tile = self.config.patch, self.decode_tile if tile is None else tile
+        overlap = tile // 4 if overlap is None else overlap
         tiling = Tiling(size=tile, overlap=overlap, into=1, out=self.config.space_factor // patch)
         video = code_in_tiles(lambda latents: self._folded_video(latents, chunk), latents_BTYXC, tiling)
         return jnp.clip(_unfold(video, patch), -1, 1)

@@ -7,6 +7,7 @@ A module with memory is `module(x, cache) -> (x, cache)`, where `None` is the cl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from flax import nnx
 from jax import lax
 
 from dit_jax.models.causal_conv import CausalConv, FrameConv, HalvingTimeConv
+from dit_jax.ops.linear import Linear, precision_in
 
 Fold = tuple[int, int]  # frames, and pixels along Y and X, that a level takes together
 
@@ -63,14 +65,13 @@ class FrameAttention(nnx.Module):
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.norm = ChannelNorm(channels)
-        self.qkv = nnx.Linear(channels, 3 * channels, rngs=rngs)
-        self.out = nnx.Linear(channels, channels, rngs=rngs)
+        self.qkv = Linear(channels, 3 * channels, rngs=rngs)
+        self.out = Linear(channels, channels, rngs=rngs)
 
     def __call__(self, x_BTYXC, cache=None):
         batch, frames, height, width, channels = x_BTYXC.shape
         x_FNC = self.norm(x_BTYXC).reshape(batch * frames, height * width, channels)
-        qkv = self.qkv(x_FNC.astype(self.qkv.kernel.dtype))
-        split = jnp.split(qkv, 3, axis=-1)
+        split = jnp.split(self.qkv(x_FNC), 3, axis=-1)
         if 4 * batch * frames * (height * width) ** 2 <= _ATTENTION_BYTES:
             y_FNC = _attend(*split)
         else:
@@ -80,9 +81,10 @@ class FrameAttention(nnx.Module):
 
 def _attend(q, k, v):
     """Softmax attention in fp32, [..., N, C]; normalised after the second product."""
-    scores = jnp.einsum("...nc,...mc->...nm", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    product = functools.partial(jnp.einsum, precision=precision_in(q.dtype), preferred_element_type=jnp.float32)
+    scores = product("...nc,...mc->...nm", q, k) / math.sqrt(q.shape[-1])
     weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    y = jnp.einsum("...nm,...mc->...nc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    y = product("...nm,...mc->...nc", weights.astype(v.dtype), v)
     return (y / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
 

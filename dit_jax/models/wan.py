@@ -82,6 +82,7 @@ PRESETS = {
         WAN_14B, blocks=30, width=3072, heads=24, mlp_width=14336, in_channels=48, out_channels=48
     ),
 }
+TWO_EXPERTS = ("wan2.2-t2v-a14b", "wan2.2-i2v-a14b")  # presets of pipelines with two transformers of the config
 
 # Leaves that stay in fp32 when the weights are cast: dotted prefixes, as diffusers keeps them.
 FP32_LEAVES = ("time.", "modulation", "blocks.modulation", "blocks.cross_norm", "image.norm1", "image.norm2")

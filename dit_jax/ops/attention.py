@@ -1,8 +1,8 @@
 """One `attend` with a body for each platform: Pallas splash (TPU), cuDNN or XLA (GPU), blocked XLA (CPU).
 
 Shapes: B batch, N queries, M keys, H heads, K head width. On a mesh the body runs in a `shard_map`: batch over `data`
-(and `fsdp`), heads over `tensor`, queries over the token axes; keys and values are gathered along the tokens first,
-which is exact for any set of queries.
+(and `fsdp`), heads over `tensor` where they divide, queries over the token axes; keys and values are gathered along the
+tokens first, which is exact for any set of queries.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from dit_jax.ops import mesh as meshes
+from dit_jax.ops.linear import products_in
 
 TPU_BLOCK = 512
 TPU_LANES = 128
@@ -45,11 +46,7 @@ def attend(
 def _on_mesh(mesh, body, q, k, v, valid):
     batch, tokens = meshes.activation_axes(mesh, q.shape[0])
     shards = meshes.axis_size(mesh, tokens)
-    heads = "tensor" if "tensor" in mesh.axis_names else None
-    if heads and q.shape[2] % mesh.shape["tensor"]:
-        raise ValueError(
-            f"{q.shape[2]} heads do not divide over tensor={mesh.shape['tensor']}; choose a size that divides them"
-        )
+    heads = "tensor" if "tensor" in mesh.axis_names and q.shape[2] % mesh.shape["tensor"] == 0 else None
     queries = (tokens or None) if q.shape[1] % shards == 0 else None
     row = PartitionSpec(batch or None, None, heads)
     spec_q = PartitionSpec(batch or None, queries, heads)
@@ -110,7 +107,8 @@ def _gpu(q, k, v, valid_BM=None, *, scale):
     every_pair = (q.shape[0], 1, q.shape[1], k.shape[1])
     mask = None if valid_BM is None else jnp.broadcast_to(valid_BM[:, None, None, :], every_pair)
     fused = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn" if fused else "xla")
+    with products_in(q.dtype):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn" if fused else "xla")
 
 
 def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM=None, *, scale, interpret=False):

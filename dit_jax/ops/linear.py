@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -49,6 +51,12 @@ def precision_in(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
+def products_in(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+    """What `precision_in` says, for all products that are traced within: of functions that take no precision."""
+    exact = precision_in(dtype) is not None
+    return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
+
+
 def as_stored(kernel: jax.Array) -> jax.Array:
     """A block's [D, H, K] or [H, K, D] kernel, held on TPU to the memory order of the stack that it is a slice of.
 
@@ -59,6 +67,7 @@ def as_stored(kernel: jax.Array) -> jax.Array:
     if meshes.platform() != "tpu" or kernel.ndim != 3:
         return kernel
     mesh = meshes.current_mesh()
-    rows = kernel.shape[1] // (mesh.shape["tensor"] if mesh is not None and "tensor" in mesh.axis_names else 1)
+    shards = mesh.shape["tensor"] if mesh is not None and "tensor" in mesh.axis_names else 1
+    rows = kernel.shape[1] // shards if kernel.shape[1] % shards == 0 else kernel.shape[1]
     whole_tiles = rows % TPU_SUBLANES == 0 or rows in (2, 4)  # tiles of 2 and 4 sublanes exist too
     return with_layout_constraint(kernel, Layout(major_to_minor=(0, 1, 2) if whole_tiles else (1, 0, 2)))

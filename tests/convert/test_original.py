@@ -121,6 +121,16 @@ def test_published_sizes_are_the_constants():
     assert wan_config(config) == PRESETS["wan2.1-t2v-1.3b"]
 
 
+def test_a_model_that_draws_between_two_pictures_is_called_so_as_the_authors_build_it():
+    from convert.wan import wan_config, wan_original_settings
+    from dit_jax.models.wan import PRESETS
+
+    between = replace(PRESETS["wan2.1-i2v-14b"], image_positions=514)
+    written = wan_original_settings(between)
+    assert written["model_type"] == "flf2v" and wan_config(written) == between
+    assert wan_original_settings(replace(between, image_positions=None))["model_type"] == "i2v"
+
+
 def test_a_transformer_alone(text_pipeline, tmp_path):
     published = as_published(text_pipeline / "transformer", tmp_path / "published")
     opened = open_checkpoint(published)

@@ -228,3 +228,9 @@ def test_memory_of_the_papers_cache():
         assert memory.kept / 2**30 == pytest.approx(gib, rel=0.02)
         assert memory.total == memory.weights + memory.kept + memory.activations
         assert plan_memory(config, shape, ()).kept == 0
+
+
+def test_a_second_expert_is_counted():
+    shape = Shape(tokens=100, text=10)
+    one, two = plan_memory(WAN, shape, ()), plan_memory(WAN, shape, (), experts=2)
+    assert two.weights == 2 * one.weights and two.total - one.total == one.weights

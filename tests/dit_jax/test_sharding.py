@@ -92,6 +92,18 @@ def test_heads_that_tensor_cuts_are_refused():
         shardings(abstract(wan.Wan, wan.WAN_1_3B), wan.AXES, abstract_mesh("tensor=8"))
 
 
+@pytest.mark.parametrize(
+    ("module", "model", "config"),
+    [(t5, t5.T5Encoder, t5.UMT5_XXL), (clip, clip.CLIPVision, clip.VIT_H)],
+    ids=["umt5-xxl", "clip-vit-h-14"],
+)
+def test_heads_of_encoders_stay_whole_where_tensor_would_cut_them(module, model, config):
+    """The transformer of 12 heads takes tensor=3, and its pipeline has to."""
+    for tensor, split in ((3, None), (2, "tensor")):
+        placed = dict(named_leaves(shardings(abstract(model, config), module.AXES, abstract_mesh(f"tensor={tensor}"))))
+        assert placed["blocks.attention.q.kernel"].spec == PartitionSpec(None, None, split, None)
+
+
 def test_bad_tables_are_refused():
     with pytest.raises(LookupError, match=r"a\.b matches 2 rows"):
         logical_axes("a.b", {"a.*": (None,), "*.b": (None,)})

@@ -1,5 +1,6 @@
 """Whole pipelines against diffusers', from the same starting noise."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -10,10 +11,15 @@ import pytest
 from beside_diffusers import FRAMES, PROMPT, SIZE, by_diffusers, by_ours, relative, starting_noise
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from flax import nnx
 from PIL import Image
 
 from dit_jax.config import UserError
+from dit_jax.models.vae_kl import FLUX_VAE, AutoencoderKL
+from dit_jax.models.vae_wan import WanVAE, WanVAEConfig
 from infer import load_pipeline
+from infer.pipeline import _decode as vae_decode
+from infer.pipeline import _decode_tiled as vae_decode_tiled
 from infer.request import Request
 from infer.wan_pipeline import clean
 
@@ -155,6 +161,28 @@ def test_bf16_is_close_to_fp32(text_to_video, pipe):
     half = by_ours(load_pipeline(text_to_video[0], dtype=jnp.bfloat16), "unipc", starting_noise())
     assert half.latents.dtype == np.float32
     assert 1e-5 < relative(half.latents, by_ours(pipe, "unipc", starting_noise()).latents) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("of", "config", "latents"),
+    [
+        (AutoencoderKL, FLUX_VAE, (1, 1, 128, 128, 16)),
+        (AutoencoderKL, FLUX_VAE, (1, 1, 40, 96, 16)),
+        (WanVAE, WanVAEConfig(), (1, 2, 24, 32, 16)),
+    ],
+)
+def test_tiles_hold_no_more_than_half_the_picture(of, config, latents):
+    """Where decoding a picture whole takes too much memory, a tile that holds it takes as much."""
+
+    def tallest(tiled):
+        vae = nnx.eval_shape(lambda: of(config, rngs=nnx.Rngs(0)))
+        decode = vae_decode_tiled if tiled else vae_decode
+        found = str(jax.make_jaxpr(decode)(vae, jax.ShapeDtypeStruct(latents, jnp.float32)))
+        shapes = re.findall(r":f32\[([\d,]+)\] = conv_general_dilated", found)
+        return max(int(size) for shape in shapes for size in shape.split(",")[-3:-1])
+
+    assert tallest(tiled=False) == 8 * max(latents[2:4])
+    assert tallest(tiled=True) == 4 * max(latents[2:4])
 
 
 def test_names_and_hash_are_those_of_loading(text_to_video, tmp_path, monkeypatch):

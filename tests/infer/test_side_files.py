@@ -65,6 +65,21 @@ def test_damaged_defaults(copied, contents, words):
     refused(copied, "generation_defaults.json", *words)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "own", "solver"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}, "euler"),
+        ("UniPCMultistepScheduler", {}, "unipc"),
+        ("DPMSolverMultistepScheduler", {}, "unipc"),
+        ("FlowMatchEulerDiscreteScheduler", {"solver": "renoise"}, "renoise"),
+    ],
+)
+def test_the_solver_is_the_schedulers_unless_the_model_says_otherwise(copied, scheduler, own, solver):
+    change(copied / "scheduler" / "scheduler_config.json", _class_name=scheduler)
+    (copied / "generation_defaults.json").write_text(json.dumps(own))
+    assert load_pipeline(copied).defaults.solver == solver
+
+
 @pytest.mark.parametrize("grammar", ["moving-digits", "digits", None])
 def test_defaults_of_the_model(copied, grammar):
     settings = {"size": [48, 32], "frames": 5, "guidance": 2, "grammar": grammar}

@@ -6,10 +6,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dit_jax.methods import plan as plans
 from dit_jax.models.wan import WanConfig
+from dit_jax.parameters import cast
+from dit_jax.sharding import shardings
 from infer import tpu_memory
 from infer.program_costs import needed_bytes
 from infer.random_pipeline import transformer_component
@@ -54,6 +58,27 @@ def test_the_sampling_program_compiles_for_tpu_with_one_copy_of_the_weights():
     assert memory.copies == 0
     assert 0.5 * weights < memory.arguments < 0.6 * weights, "two chips share the weights"
     assert memory.temporaries < 0.1 * weights
+
+
+@needs_libtpu
+def test_a_second_expert_takes_room_unless_it_is_offloaded():
+    tiny = transformer_component(WanConfig(blocks=2, width=256, heads=2, mlp_width=384, text_width=64))
+    case = replace(CASE, model="wan2.2-t2v-a14b", offload_expert=True)
+    placed = shardings(
+        tiny.abstract, tiny.axes, make_mesh(parse_mesh(case.mesh), tpu_memory.tpu_devices(case.topology))
+    )
+    weights = 0
+    for leaf, sharding in zip(
+        jax.tree.leaves(cast(tiny.abstract, tiny.precision(jnp.bfloat16))), jax.tree.leaves(placed), strict=True
+    ):
+        weights += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    one, two = measure(tiny, case), measure(tiny, replace(case, offload_expert=False))
+    assert (two.arguments - one.arguments, two.peak - one.peak) == (weights, weights)
+
+
+def test_one_transformer_has_no_expert_to_offload(capsys):
+    assert main(["--model", "wan2.1-t2v-14b", "--offload-expert"]) == 2
+    assert "wan2.1-t2v-14b has no second expert" in capsys.readouterr().err
 
 
 @needs_libtpu

@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from dit_jax.flops import weight_bytes
+from dit_jax.models.wan import WanConfig
 from infer.chips import GIB
 from train import plan
 
@@ -48,6 +50,26 @@ def test_a_sampling_plan_is_compiled_and_told(capsys):
     # 1.3e9 weights in bf16 on four chips, a quarter on each.
     assert 1.3e9 * 2 / 4 < told["arguments"] < 1.6e9 * 2 / 4
     assert told["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("words", [["wan2.1-t2v-14b", "--offload-expert"], ["finetune", "--offload-expert"]])
+def test_only_two_experts_are_offloaded(words, capsys):
+    assert plan.main([*words, "--topology", "v5e:2x2"]) == 2
+    assert "--offload-expert" in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_both_experts_of_a_sampled_model_are_counted(capsys, monkeypatch):
+    tiny = WanConfig(blocks=2, width=256, heads=2, mlp_width=384, text_width=64)
+    monkeypatch.setitem(plan.PRESETS, "wan2.2-t2v-a14b", tiny)
+    words = ["wan2.2-t2v-a14b", "--topology", "v5e:2x2", "--size", "128x128", "--frames", "5", "--json"]
+    found = []
+    for more in ([], ["--offload-expert"]):
+        assert plan.main([*words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    two, one = found
+    assert two["arguments"] - one["arguments"] == two["peak_bytes"] - one["peak_bytes"] > weight_bytes(tiny, 2) / 4
+    assert two["moved_bytes"] == one["moved_bytes"]
 
 
 def test_what_does_not_fit_says_by_how_much():

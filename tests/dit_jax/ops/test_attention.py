@@ -127,6 +127,16 @@ def test_on_a_mesh_a_body_gets_a_mask_only_if_there_is_one(monkeypatch, masked):
     assert got == [masked, masked]
 
 
+@pytest.mark.parametrize(("tensor", "heads"), [(3, 1), (2, 3)])
+def test_heads_that_do_not_divide_are_left_whole(monkeypatch, tensor, heads):
+    got = []
+    monkeypatch.setitem(attention._BODIES, "cpu", lambda q, k, v, valid_BM=None, *, scale: got.append(q.shape[2]) or q)
+    mesh = jax.sharding.AbstractMesh((tensor,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        jax.eval_shape(attend, *operands(8, 8)[:3])
+    assert got == [heads]
+
+
 def test_large_scores_do_not_overflow():
     q, k, v, valid = operands(9, 300)
     out = jax.jit(attend)(q * 300, k, v, valid)
