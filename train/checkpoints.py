@@ -7,6 +7,7 @@ version of the code).
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import subprocess
 from collections.abc import Mapping
@@ -154,6 +155,15 @@ def newest_step(out: str | Path) -> int | None:
     folder = Path(out).resolve() / FOLDER
     steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
     return max(steps, default=None)
+
+
+def newest_options(out: str | Path) -> dict[str, Any]:
+    """The options of the run that wrote the newest checkpoint, or none where there is none."""
+    step = newest_step(out)
+    if step is None:
+        return {}
+    about = Path(out).resolve() / FOLDER / str(step) / ABOUT / "metadata"
+    return dict(json.loads(about.read_text())["options"])
 
 
 def load_ema(out: str | Path) -> dict[str, np.ndarray]:

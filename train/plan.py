@@ -34,8 +34,7 @@ from infer.random_pipeline import PRESETS, transformer_component, usual
 from infer.tpu_memory import plan_cell, programs
 from infer.tpu_programs import Case, config_of, trace
 from train.cli import configure, load_recipe
-from train.models import Source
-from train.recipe import abstract_batch, made, rows_of
+from train.recipe import abstract_batch, made, rows_of, source_of
 from train.step import TrainStep
 
 NETWORK = 25e9  # bytes/s of a chip between slices: 200 Gbit/s a host of four chips, and twice as much where it is good
@@ -167,7 +166,7 @@ def of_recipe(name: str, settings: list[str], target: Target) -> Report:
         )
     config = configure(recipe.Config, settings, getattr(recipe, "VARIANTS", {}))
     mesh = target.built()
-    source = Source(config.model, mesh, planned=True)
+    source = source_of(config, mesh, planned=True)
     training = made(config, recipe.training, source)
     step = TrainStep(training.trained, training.plan, mesh, training.frozen)
     rows = rows_of(config, training)

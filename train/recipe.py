@@ -15,10 +15,8 @@ import optax
 from jax.sharding import Mesh
 
 from convert.checkpoint import Checkpoint, CheckpointLayout
-from convert.leaves import Leaf
 from convert.progress import progress_bar
 from convert.transfer import convert, refuse_overlap
-from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.flops import Config
 from dit_jax.models.flux import FluxConfig
@@ -28,7 +26,7 @@ from infer.loading import load_pipeline
 from infer.program_costs import matmul_flops
 from infer.random_pipeline import IMAGE_TOKENS, TEXT_TOKENS, usual
 from infer.tpu_programs import latents_shape
-from train.checkpoints import load_ema, newest_step
+from train.checkpoints import load_ema, newest_options, newest_step
 from train.encoders import encoder_hashes
 from train.hosts import wait_for_all
 from train.loader import BatchSettings, ShardBatches, batches, padded
@@ -58,8 +56,10 @@ class RecipeConfig(RunConfig):
     batch          rows of one update, of all hosts; in so many `microbatches`, one after the other
     remat          what of a block is kept for its gradient (dit_jax/models/remat.py)
     dtype          that the transformers compute in; the weights that are trained are fp32
-    shift          of random noise levels towards noise, which lie between `lowest_level` and `highest_level` (σ from 0
-                   to 1; of one of Wan 2.2's experts, which runs on its side of the boundary alone)
+    expert         which of a model's two experts is trained, of `model` and of a student: `transformer` (high noise) or
+                   `transformer_2` (low noise); the export has the other as it was
+    shift          of random noise levels towards noise, which lie between `lowest_level` and `highest_level` (σ behind
+                   the shift); None: 0 and 1, of an expert the pipeline's boundary on its side
     first_frame_conditioning  share of the samples whose first latent frame is given clean, so that a model such as
                    Wan2.2-TI2V-5B learns image to video beside text to video; None: half, 0 of any other model
     guidance       scale that a model with embedded guidance (FLUX.1 dev) is told
@@ -75,6 +75,7 @@ class RecipeConfig(RunConfig):
 
     variant: str = "full"
     model: str = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+    expert: str = ""
     data: str = ""
     batch: int = 4
     microbatches: int = 1
@@ -86,8 +87,8 @@ class RecipeConfig(RunConfig):
     dtype: str = "bfloat16"
     remat: str = "blocks"
     shift: float = 3.0
-    lowest_level: float = 0.0
-    highest_level: float = 1.0
+    lowest_level: float | None = None
+    highest_level: float | None = None
     caption_dropout: float = 0.1
     first_frame_conditioning: float | None = None
     guidance: float = 3.5
@@ -104,11 +105,18 @@ class RecipeConfig(RunConfig):
         for name in ("batch", "microbatches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: expected 1 or more")
-        if not 0 <= self.lowest_level < self.highest_level <= 1:
+        lowest, highest = self.levels
+        if not 0 <= lowest < highest <= 1:
             raise UserError(
-                f"noise levels are from {self.lowest_level:g} to {self.highest_level:g}: expected 0 <= lowest_level < "
-                "highest_level <= 1"
+                f"noise levels are from {lowest:g} to {highest:g}: expected 0 <= lowest_level < highest_level <= 1; "
+                "give both, or neither"
             )
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """The lowest and the highest noise level; all that there are, where they are not given."""
+        lowest, highest = self.lowest_level, self.highest_level
+        return 0.0 if lowest is None else lowest, 1.0 if highest is None else highest
 
     @property
     def compute(self) -> Any:
@@ -122,8 +130,8 @@ class RecipeConfig(RunConfig):
         """Random noise levels, and how transformers are called."""
         return FlowSettings(
             shift=self.shift,
-            lowest=self.lowest_level,
-            highest=self.highest_level,
+            lowest=self.levels[0],
+            highest=self.levels[1],
             first_frame_conditioning=self.first_frame_conditioning or 0.0,
             call=NetworkCall(remat=parse_remat(self.remat)),
         )
@@ -187,7 +195,8 @@ class Prepared:
 def prepared(config: RecipeConfig, recipe: Recipe) -> Prepared:
     """A recipe with its models loaded and its data opened; UserError for options and data that do not fit."""
     mesh = training_mesh(config.mesh)
-    source = Source(config.model, mesh)
+    source = source_of(config, mesh)
+    _check_expert_of_run(config)
     shards = _shards(config, source)
     training = made(config, recipe, source)
     rows = rows_of(config, training)
@@ -215,7 +224,7 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
         )
     ready = prepared(config, recipe)
     if config.sample_every:
-        hooks += (Hook(config.sample_every, _samples(config, ready)),)
+        hooks += (Hook(config.sample_every, samples_of(config, ready)),)
     closing = ready.training.closing and partial(ready.training.closing, ready)
     flops = model_flops(config, recipe, ready.mesh, ready.batch_at(0))
     outcome = train(config, ready.state, ready.driven, ready.batch_at, hooks, flops, ready.training.facts, closing)
@@ -231,7 +240,7 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
 def model_flops(config: RecipeConfig, recipe: Recipe, mesh: Mesh, batch: Mapping[str, Any]) -> float:
     """FLOPs of the matrix products of a step on such a batch of this host's, of all hosts and the mean over its turns;
     what is only computed again for gradients left out, as in the usual meaning of MFU."""
-    training = made(replace(config, remat="none"), recipe, Source(config.model, mesh, planned=True))
+    training = made(replace(config, remat="none"), recipe, source_of(config, mesh, planned=True))
     rows = rows_of(config, training)
     step = TrainStep(training.trained, training.plan, mesh, training.frozen)
 
@@ -244,9 +253,24 @@ def model_flops(config: RecipeConfig, recipe: Recipe, mesh: Mesh, batch: Mapping
     return float(np.mean([matmul_flops(each.jaxpr, training.trips) for each in traced]))
 
 
+def _check_expert_of_run(config: RecipeConfig) -> None:
+    """UserError for a folder in which the other expert was trained, whose weights are as many."""
+    before = newest_options(config.out)
+    if before and before.get("expert", "") != config.expert:
+        raise UserError(
+            f"{config.out} holds a run with expert={before.get('expert', '')!r}, and expert is {config.expert!r}: "
+            "expected the same; give each expert a folder of its own with --set out="
+        )
+
+
+def source_of(config: RecipeConfig, mesh: Mesh, planned: bool = False) -> Source:
+    """What is learnt from."""
+    return Source(config.model, mesh, planned=planned, expert=config.expert)
+
+
 def made(config: RecipeConfig, recipe: Recipe, source: Source) -> Training:
-    """What a recipe makes of a model, which decides what `first_frame_conditioning` is where it is not given; UserError
-    for a share that it does not take."""
+    """What a recipe makes of a model, which decides what noise levels and `first_frame_conditioning` are where they are
+    not given; UserError for a share that it does not take."""
     share, holds = config.first_frame_conditioning, source.holds_first_frame
     if share is None:
         share = FIRST_FRAME_CONDITIONING if holds else 0.0
@@ -254,7 +278,12 @@ def made(config: RecipeConfig, recipe: Recipe, source: Source) -> Training:
         expected = "a share from 0 to 1" if holds else "0, or a model such as Wan2.2-TI2V-5B (expand_timesteps)"
         of = "" if holds else f" for {config.model}, whose latents hold no first frame"
         raise UserError(f"first_frame_conditioning is {share:g}{of}: expected {expected}")
-    return recipe(replace(config, first_frame_conditioning=share), source)
+    lowest, highest = source.noise_levels
+    levels = {
+        "lowest_level": lowest if config.lowest_level is None else config.lowest_level,
+        "highest_level": highest if config.highest_level is None else config.highest_level,
+    }
+    return recipe(replace(config, first_frame_conditioning=share, **levels), source)
 
 
 def _shards(config: RecipeConfig, source: Source) -> Shards:
@@ -297,11 +326,13 @@ def without_position(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: array for name, array in batch.items() if name != POSITION}
 
 
-def _samples(config: RecipeConfig, ready: Prepared) -> Samples:
+def samples_of(config: RecipeConfig, ready: Prepared) -> Samples:
+    """What looks at samples of the model that will be exported."""
     settings = SampleSettings(prompts=config.prompts, scored=config.scored, plan=config.sample_plan)
     target, result = ready.training.target, ready.training.result
     pipe = load_pipeline(target.model, mesh=ready.mesh, dtype=config.compute)
-    return Samples(out=Path(config.out), settings=settings, step=ready.step, pipe=pipe, result=result)
+    out, component = Path(config.out), target.component_name
+    return Samples(out=out, settings=settings, step=ready.step, pipe=pipe, result=result, component=component)
 
 
 def _empty(feed: ShardBatches) -> dict[str, np.ndarray]:
@@ -358,29 +389,3 @@ def export(config: RecipeConfig, training: Training) -> None:
     with progress_bar(unit="tensor", desc=config.export) as bar:
         layout: CheckpointLayout = "native" if target.layout == "native" else "diffusers"
         convert(training.result(target, modules), destination, layout, overwrite=True, progress=bar)
-
-
-def with_transformer(checkpoint: Checkpoint, weights: Mapping[str, np.ndarray]) -> Checkpoint:
-    """The checkpoint with these weights as its transformer's, in the dtypes that its own have."""
-    own = checkpoint.leaves(HIGH_NOISE)
-
-    def leaf(name: str) -> Leaf:
-        old = own[name]
-
-        def read(block: int | None) -> np.ndarray:
-            array = weights[name] if block is None else weights[name][block]
-            return np.asarray(array).astype(old.dtype)
-
-        return Leaf(old.shape, old.dtype, old.stacked, read)
-
-    return replace(checkpoint, edited={**checkpoint.edited, HIGH_NOISE: {name: leaf(name) for name in own}})
-
-
-def with_student(checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
-    """`Training.result` of a student alone: its weights are the transformer's."""
-    return with_transformer(checkpoint, trained["student"])
-
-
-def with_files(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> Checkpoint:
-    """The checkpoint with these files of methods (`convert.method_parts.part_files`) in place of those it has."""
-    return replace(checkpoint, files={**checkpoint.files, **files})

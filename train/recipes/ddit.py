@@ -34,7 +34,8 @@ from train import recipe
 from train.ddit_loss import ddit
 from train.loop import Outcome
 from train.models import Source
-from train.recipe import DEMO, RecipeConfig, Training, with_files
+from train.recipe import DEMO, RecipeConfig, Training
+from train.results import with_files
 from train.step import LossFunction, Plan, Update
 
 OPTIMIZERS = ("adamw", "prodigy")
@@ -78,7 +79,7 @@ def training(config: Config, source: Source) -> Training:
         frozen={"teacher": source.transformer(config.compute)},
         plan=Plan(updates=updates, dtype=config.compute, ema_decay=config.ema_decay),
         target=source,
-        result=partial(_result, settings),
+        result=partial(_result, settings, source.component_name),
         turn=lambda position: drawn(config.seed, position, len(updates)),
     )
 
@@ -114,9 +115,11 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
     return config.adamw(config.learning_rate)
 
 
-def _result(settings: AdapterSettings, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
+def _result(
+    settings: AdapterSettings, component: str, checkpoint: Checkpoint, trained: Mapping[str, Any]
+) -> Checkpoint:
     leaves = {f"{size}.{name}": array for size, weights in trained.items() for name, array in weights.items()}
-    return with_files(checkpoint, part_files({Ddit.name: Part(asdict(settings), leaves)}))
+    return with_files(checkpoint, part_files({Ddit.name: Part(asdict(settings), leaves)}, component))
 
 
 def run(config: Config) -> Outcome:

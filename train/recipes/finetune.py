@@ -37,7 +37,8 @@ from train import recipe
 from train.loop import Outcome
 from train.losses import finetune
 from train.models import Source
-from train.recipe import DEMO, RecipeConfig, Training, with_student, with_transformer
+from train.recipe import DEMO, RecipeConfig, Training
+from train.results import with_student, with_transformer
 from train.step import LossFunction, Plan, Update
 
 VARIANTS = {"demo": {**DEMO, "steps": 300, "learning_rate": 2e-4}}
@@ -72,13 +73,13 @@ def training(config: Config, source: Source) -> Training:
         optimizer=config.adamw(config.learning_rate),
         microbatches=config.microbatches,
     )
-    abstract = source.component.abstract
+    abstract, component = source.component.abstract, source.component_name
     return Training(
         trained={"lora": _factors(abstract, config)} if config.lora else {"student": source.transformer()},
         frozen={"student": source.transformer(config.compute)} if config.lora else {},
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
         target=source,
-        result=partial(_merged, config.lora) if config.lora else with_student,
+        result=partial(_merged, config.lora, component) if config.lora else partial(with_student, component),
         write=partial(_write, config.lora, source) if config.lora and not config.merge else None,
     )
 
@@ -113,16 +114,17 @@ def _trained_lora(trained: Mapping[str, Any], rank: int) -> Lora:
     return _lora(factors, rank)
 
 
-def _merged(rank: int, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
+def _merged(rank: int, component: str, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint with the LoRA in its weights."""
-    weights = {name: leaf.rectangle(None) for name, leaf in checkpoint.leaves(HIGH_NOISE).items()}
+    weights = {name: leaf.rectangle(None) for name, leaf in checkpoint.leaves(component).items()}
     for name, adapter in _trained_lora(trained, rank).items():
         weights[name] = np.asarray(merged_leaf(jnp.asarray(weights[name]), [(adapter, 1.0)]))
-    return with_transformer(checkpoint, weights)
+    return with_transformer(checkpoint, weights, component)
 
 
 def _write(rank: int, source: Source, trained: Mapping[str, Any], destination: Path) -> None:
-    """The LoRA as a file of its own."""
+    """The LoRA as a file of its own, under the one name that diffusers knows: whoever reads it says for which expert
+    (`--lora transformer_2=FILE`, `load_lora_weights(FILE, load_into_transformer_2=True)`)."""
     lora, target = _trained_lora(trained, rank), Target.of(source.component)
     write_lora({HIGH_NOISE: lora}, {HIGH_NOISE: target}, destination, overwrite=True)
 

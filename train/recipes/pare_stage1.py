@@ -22,7 +22,8 @@ from train import recipe
 from train.loop import Outcome
 from train.models import Source
 from train.pare_loss import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, PareSettings, PareWeights, pare
-from train.recipe import DEMO, RecipeConfig, Training, with_student
+from train.recipe import DEMO, RecipeConfig, Training
+from train.results import with_student
 from train.step import Plan, Update
 
 PRUNED = (0.3, 0.3)  # shares of heads and neurons that a preset's student lacks
@@ -71,7 +72,7 @@ def training(config: Config, source: Source) -> Training:
         frozen={"teacher": source.transformer(config.compute)},
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
         target=student,
-        result=with_student,
+        result=partial(with_student, student.component_name),
         facts=student.kept_of(source),
     )
 
@@ -80,7 +81,7 @@ def student_of(name: str, source: Source) -> Source:
     """The student by its folder, or of a preset the pruned preset; UserError where it is no student of the model."""
     if not name and not source.abstract:
         raise UserError("there is no student: expected --set student=DIR; make one with `dit-prune`")
-    student = Source(name or source.model, source.mesh, pruned=PRUNED, planned=source.planned)
+    student = Source(name or source.model, source.mesh, pruned=PRUNED, planned=source.planned, expert=source.expert)
     ours, theirs = student.config, source.config
     for field in ("width", "in_channels", "out_channels", "patch", "text_width"):
         if getattr(ours, field) != getattr(theirs, field):

@@ -37,7 +37,8 @@ from train import recipe
 from train.loop import Outcome
 from train.models import Source
 from train.optimizers import adamw
-from train.recipe import RecipeConfig, Training, is_guided, with_files, with_transformer
+from train.recipe import RecipeConfig, Training, is_guided
+from train.results import with_files, with_transformer
 from train.step import LossFunction, Plan, Update
 from train.step_distill_loss import StepDistillSettings, fake_score, step_distill
 
@@ -74,6 +75,16 @@ class Config(RecipeConfig):
     caption_dropout: float = 0.0
     least: int | None = None
     most: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.expert or self.levels != (0, 1):
+            levels = "noise levels are from {:g} to {:g}".format(*self.levels)
+            found = f"expert is {self.expert!r}" if self.expert else levels
+            raise UserError(
+                f"{found}, and step_distill rolls its student out over the whole range: expected a model of one "
+                "transformer at levels from 0 to 1; leave expert, lowest_level and highest_level out"
+            )
 
     @property
     def settings(self) -> StepDistillSettings:
