@@ -6,7 +6,7 @@ arXiv 2605.27336).
 
 The student starts from the model, or from `student`, whose router, if its checkpoint has one, stays active and learns
 too. A fake score, which starts from the model, follows the student's own pictures, five updates to one of the
-student's.
+student's. A model of two experts is refused, as no expert runs from noise to data.
 
 Reached on demo-flux in 200 steps: 77.5 % of the digits right in four unguided steps, of the teacher's 80.5 % in forty
 guided ones; behind stage II, with its router, 68.2 % (1,000 prompts; docs/distillation.md).
