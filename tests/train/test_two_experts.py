@@ -1,5 +1,6 @@
 """Training one of Wan 2.2's two experts: at which noise levels, what is written, and what is refused."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -17,17 +18,22 @@ from infer import load_pipeline
 from infer.loras import parse_choice
 from infer.prune import main as prune
 from infer.request import Request
+from train import plan
 from train.block_ranking import RANKING
 from train.cli import main as train
 from train.models import Source
 from train.placement import training_mesh
 from train.recipe import made, prepared, samples_of, source_of
-from train.recipes import coredit, ddit, finetune, pare_stage2
+from train.recipes import coredit, ddit, finetune, pare_stage1, pare_stage2
 from train.step import of_modules, params_of
 
 HIGH, LOW = "transformer", "transformer_2"
 SHORT = ["steps=2", "save_every=2", "log_every=1", "batch=2", "mesh=fsdp=1", "warmup=1", "dtype=float32", "remat=none"]
 FAST = "learning_rate=0.01"
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'dit-jax[dev]'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -159,18 +165,27 @@ def test_samples_are_drawn_with_the_trained_expert_in_its_place(model, data, tmp
         np.testing.assert_array_equal(array, mean[f"student.{leaf}"])
 
 
+def test_the_same_expert_teaches_and_learns(model):
+    config = pare_stage1.Config(model=model, student=model, expert=LOW, dtype="float32")
+    training = pare_stage1.training(config, source_of(config, training_mesh("fsdp=1")))
+    own = open_checkpoint(model).leaves(LOW)
+    for module in (training.trained["student"], training.frozen["teacher"]):
+        for leaf, array in named_leaves(module):
+            np.testing.assert_array_equal(array, own[leaf].rectangle(None))
+
+
 def test_pare_takes_one_expert_after_the_other(model, run, tmp_path):
     pruned = f"{tmp_path}/pruned"
     assert prune(["--model", model, "--heads", "0", "--ffn", "0.5", "--out", pruned]) == 0
-    one = run("pare_stage1", HIGH, "one", FAST, f"student={pruned}")
-    assert changed(one, pruned) == {HIGH} and logged(one)[0]["kept_neurons"] == 0.5
-    two = run("pare_stage2", LOW, "two", FAST, f"student={one}")
-    assert changed(two, one) == {LOW} and part(two, HIGH, "router") is None
+    one = run("pare_stage1", LOW, "one", FAST, f"student={pruned}")
+    assert changed(one, pruned) == {LOW} and logged(one)[0]["kept_neurons"] == 0.5
+    two = run("pare_stage2", HIGH, "two", FAST, f"student={one}")
+    assert changed(two, one) == {HIGH} and part(two, LOW, "router") is None
     assert (tmp_path / "runs" / "two" / RANKING).exists()
-    assert runs(two, "dense")
-    both = exported(pare_stage2, pare_stage2.Config(model=model, student=two, expert=HIGH), tmp_path / "both")
-    assert equal(part(both, LOW, "router"), part(two, LOW, "router"))
-    assert not equal(part(both, HIGH, "router"), part(two, LOW, "router"))
+    both = exported(pare_stage2, pare_stage2.Config(model=model, student=two, expert=LOW, seed=3), tmp_path / "both")
+    assert changed(both, two) == set()
+    assert equal(part(both, HIGH, "router"), part(two, HIGH, "router"))
+    assert not equal(part(both, LOW, "router"), part(two, HIGH, "router"))
     assert runs(both, "routing")
 
 
@@ -192,7 +207,7 @@ def test_coredit_keeps_the_ratios_of_the_other_expert(model, run, tmp_path):
 def test_ddit_trains_the_adapters_of_one_expert(model, run, tmp_path):
     low = run("ddit", LOW, "low", "sizes=2p", "rank=2", FAST)
     assert changed(low, model) == set() and part(low, HIGH, "ddit") is None
-    config = ddit.Config(model=low, expert=HIGH, sizes="2p", rank=2)
+    config = ddit.Config(model=low, expert=HIGH, sizes="2p", rank=2, seed=3)
     both = exported(ddit, config, tmp_path / "both")
     assert equal(part(both, LOW, "ddit"), part(low, LOW, "ddit"))
     assert not equal(part(both, HIGH, "ddit"), part(low, LOW, "ddit"))
@@ -216,6 +231,14 @@ def test_what_names_no_expert_is_refused_in_a_sentence(model, data, tmp_path, ca
     assert train([recipe, *(word for each in words for word in ("--set", each))]) == 2
     told = capsys.readouterr().err
     assert expected in told and told.count("\n") == 1, told
+
+
+@needs_libtpu
+def test_a_step_of_an_expert_is_planned(model, monkeypatch):
+    monkeypatch.setattr(plan, "report", lambda what, target, mesh, traced, tokens, flops: (tokens, flops))
+    words = [f"model={model}", f"expert={LOW}", "batch=4", "size={}x{}".format(*BUCKET.size), f"frames={BUCKET.frames}"]
+    tokens, flops = plan.of_recipe("finetune", words, plan.Target(topology="v5e:2x2", slices=1, mesh="data=2,fsdp=2"))
+    assert tokens == 4 * 2 * 2 * 3 and flops > 0
 
 
 def test_a_preset_has_the_sizes_of_every_expert():
