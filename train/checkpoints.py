@@ -101,7 +101,7 @@ class Checkpoints:
         """(state, batches read, key) of the newest checkpoint, placed as `state` is, whose arrays are deleted to make
         room for it; what was given if there is none.
 
-        UserError where it was made by another recipe, or by a run of other weights.
+        UserError where it was made by another recipe or of another expert, or by a run of other weights.
         """
         newest = self.manager.latest_step()
         if newest is None:
@@ -135,11 +135,11 @@ class Checkpoints:
         return self.manager.restore(taken, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
 
     def _same_recipe(self, taken: int) -> None:
-        found, wanted = self._about(taken).get("recipe"), self.about.get("recipe")
+        found, wanted = (_recipe(about) for about in (self._about(taken), self.about))
         if found != wanted:
             raise UserError(
-                f"the checkpoints in {self.folder} are of the recipe {found}, expected {wanted}; give another folder "
-                "with --set out="
+                f"the checkpoints in {self.folder} are of {found}, expected {wanted}; give another folder with --set "
+                "out="
             )
 
     def _same_weights(self, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -206,6 +206,12 @@ def code_version(file: Path = Path(__file__)) -> str:
 def _git(file: Path, *words: str) -> str:
     command = ["git", "-C", str(file.parent), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def _recipe(about: Mapping[str, Any]) -> str:
+    """What makes a run's weights another's, though they may be as many: the recipe, and the expert that it trains."""
+    expert = about.get("options", {}).get("expert")
+    return f"the recipe {about['recipe']}" + (f" with expert={expert}" if expert else "")
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

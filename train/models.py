@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from convert.checkpoint import INDEX, Checkpoint, load_model, open_checkpoint
+from convert.checkpoint import Checkpoint, load_model, open_checkpoint
 from convert.components import Component
-from convert.method_parts import read_parts
-from convert.wan import HIGH_NOISE, LOW_NOISE
+from convert.method_parts import read_parts, transformers
+from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.flops import Config
 from dit_jax.methods.ddit import Ddit, written_sizes
@@ -25,9 +25,9 @@ from dit_jax.methods.pruning import pruned_config
 from dit_jax.methods.routing import ROUTER, Router, read_router, router_config
 from dit_jax.models.wan import WanConfig
 from dit_jax.parameters import cast
+from dit_jax.sampling.schedules import TRAIN_STEPS
 from infer.adapt import KINDS
 from infer.random_pipeline import PRESETS, transformer_component
-from infer.side_files import read_settings
 from infer.wan_variant import wan_variant
 from train.placement import sharding_of
 
@@ -42,13 +42,22 @@ class Source:
     mesh     that its weights are read onto
     pruned   shares of heads and neurons that it lacks, where its sizes are enough
     planned  whether its sizes are enough, to compile for a pod
+    expert   which transformer of a checkpoint of two experts: `transformer` (high noise) or `transformer_2`
     """
 
     model: str
     mesh: Mesh
     pruned: tuple[float, float] = (0.0, 0.0)
     planned: bool = False
+    expert: str = ""
     _read: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.is_preset and self.expert:
+            raise UserError(
+                f"expert is {self.expert!r}, and {self.model} is a preset, whose sizes are those of every expert: "
+                "expected none; leave expert out"
+            )
 
     @property
     def is_preset(self) -> bool:
@@ -62,7 +71,7 @@ class Source:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """Its files; UserError for a preset, and for what is no pipeline or one with two experts."""
+        """Its files; UserError for a preset, for what is no pipeline, and where `expert` does not name one of two."""
         if self.is_preset:
             raise UserError(
                 f"{self.model} is a preset, which has sizes and no weights: expected a checkpoint; give its folder or "
@@ -73,18 +82,37 @@ class Source:
             raise UserError(
                 f"{self.model} is a lone model: expected a whole pipeline (transformer, VAE, text encoder, tokenizer)"
             )
-        if LOW_NOISE in checkpoint.settings:
-            boundary = read_settings(checkpoint, INDEX).get("boundary_ratio")
+        experts = transformers(checkpoint)
+        if len(experts) == 1 and self.expert:
             raise UserError(
-                f"{self.model} has two experts: expected one transformer; train each as a pipeline of its own, the "
-                f"first with --set lowest_level={boundary}, the second with --set highest_level={boundary}"
+                f"expert is {self.expert!r}, and {self.model} has one transformer: expected none; leave expert out, or "
+                "name a model of two experts"
+            )
+        if len(experts) > 1 and self.expert not in experts:
+            raise UserError(
+                f"{self.model} has two experts, and expert is {self.expert!r}: expected {' or '.join(experts)}; train "
+                f"one with --set expert={experts[0]} (high noise), the other with --set expert={experts[1]} (low noise)"
             )
         return checkpoint
+
+    @property
+    def component_name(self) -> str:
+        """The component of its checkpoint that it is."""
+        return self.expert or HIGH_NOISE
+
+    @property
+    def noise_levels(self) -> tuple[float, float]:
+        """The lowest and the highest that it runs at, σ behind the shift: an expert's side of the boundary."""
+        boundary = wan_variant(self.checkpoint).boundary if self.expert else None
+        if boundary is None:
+            return 0.0, 1.0
+        level = boundary / TRAIN_STEPS
+        return (level, 1.0) if self.component_name == HIGH_NOISE else (0.0, level)
 
     @cached_property
     def component(self) -> Component:
         """What its transformer is."""
-        own = PRESETS[self.model] if self.is_preset else self.checkpoint.component(HIGH_NOISE)
+        own = PRESETS[self.model] if self.is_preset else self.checkpoint.component(self.component_name)
         if isinstance(own, Component) and not any(self.pruned):
             return own
         whole = own.config if isinstance(own, Component) else own
@@ -127,18 +155,18 @@ class Source:
         def place(name: str, shape: tuple[int, ...]):
             return sharding_of(kind, name, shape, self.mesh)
 
-        return load_model(self.checkpoint, HIGH_NOISE, shardings=place, dtype=dtype)
+        return load_model(self.checkpoint, self.component_name, shardings=place, dtype=dtype)
 
     @cached_property
     def parts(self) -> Mapping[str, Part]:
         """What its checkpoint holds for methods."""
-        return {} if self.is_preset else read_parts(self.checkpoint)
+        return {} if self.is_preset else read_parts(self.checkpoint, self.component_name)
 
     def part(self, name: str, seed: int, **kind: Any) -> Part:
         """That of its checkpoint, of whatever kind, or an untrained one of this kind (`infer.adapt.KINDS`)."""
         if name in self.parts:
             return self.parts[name]
-        leaves = {} if self.is_preset else self.checkpoint.leaves(HIGH_NOISE)
+        leaves = {} if self.is_preset else self.checkpoint.leaves(self.component_name)
         return KINDS[name](self.component, leaves, seed, **kind)
 
     def router(self, seed: int = 0, content: bool = True) -> Router:

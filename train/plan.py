@@ -34,7 +34,6 @@ from infer.random_pipeline import PRESETS, transformer_component, usual
 from infer.tpu_memory import plan_cell, programs
 from infer.tpu_programs import Case, check_offload, config_of, trace
 from train.cli import configure, load_recipe
-from train.models import Source
 from train.step import TrainStep
 
 NETWORK = 25e9  # bytes/s of a chip between slices: 200 Gbit/s a host of four chips, and twice as much where it is good
@@ -170,7 +169,7 @@ def _sent(text: str, devices: int, slices: int) -> dict[str, float]:
 
 def of_recipe(name: str, settings: list[str], target: Target) -> Report:
     """The report of a recipe's training step; UserError without the `train` extra."""
-    from train.recipe import abstract_batch, made, rows_of
+    from train.recipe import abstract_batch, made, rows_of, source_of
 
     recipe = load_recipe(name)
     if not hasattr(recipe, "training"):
@@ -179,7 +178,7 @@ def of_recipe(name: str, settings: list[str], target: Target) -> Report:
         )
     config = configure(recipe.Config, settings, getattr(recipe, "VARIANTS", {}))
     mesh = target.built()
-    source = Source(config.model, mesh, planned=True)
+    source = source_of(config, mesh, planned=True)
     training = made(config, recipe.training, source)
     step = TrainStep(training.trained, training.plan, mesh, training.frozen)
     rows = rows_of(config, training)

@@ -15,10 +15,8 @@ import optax
 from jax.sharding import Mesh
 
 from convert.checkpoint import Checkpoint, CheckpointLayout
-from convert.leaves import Leaf
 from convert.progress import progress_bar
 from convert.transfer import convert, refuse_existing, refuse_overlap
-from convert.wan import HIGH_NOISE
 from dit_jax.config import UserError
 from dit_jax.flops import Config
 from dit_jax.models.flux import FluxConfig
@@ -60,8 +58,10 @@ class RecipeConfig(RunConfig):
     clip           norm that gradients are clipped to; 0 leaves them as they are
     remat          what of a block is kept for its gradient (dit_jax/models/remat.py)
     dtype          that the transformers compute in; the weights that are trained are fp32
-    shift          of random noise levels towards noise, which lie between `lowest_level` and `highest_level` (σ from 0
-                   to 1; of one of Wan 2.2's experts, which runs on its side of the boundary alone)
+    expert         which of a model's two experts is trained, of `model` and of a student: `transformer` (high noise) or
+                   `transformer_2` (low noise); the export has the other as it was
+    shift          of random noise levels towards noise, which lie between `lowest_level` and `highest_level` (σ behind
+                   the shift); None: 0 and 1, of an expert the pipeline's boundary on its side
     first_frame_conditioning  share of the samples whose first latent frame is given clean, so that a model such as
                    Wan2.2-TI2V-5B learns image to video beside text to video; None: half, 0 of any other model
     guidance       scale that a model with embedded guidance (FLUX.1 dev) is told
@@ -79,6 +79,7 @@ class RecipeConfig(RunConfig):
 
     variant: str = "full"
     model: str = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+    expert: str = ""
     data: str = ""
     batch: int = 4
     microbatches: int = 1
@@ -90,8 +91,8 @@ class RecipeConfig(RunConfig):
     dtype: str = "bfloat16"
     remat: str = "blocks"
     shift: float = 3.0
-    lowest_level: float = 0.0
-    highest_level: float = 1.0
+    lowest_level: float | None = None
+    highest_level: float | None = None
     caption_dropout: float = 0.1
     first_frame_conditioning: float | None = None
     guidance: float = 3.5
@@ -108,11 +109,18 @@ class RecipeConfig(RunConfig):
         for name, least in self.LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: expected {least} or more")
-        if not 0 <= self.lowest_level < self.highest_level <= 1:
+        lowest, highest = self.levels
+        if not 0 <= lowest < highest <= 1:
             raise UserError(
-                f"noise levels are from {self.lowest_level:g} to {self.highest_level:g}: expected 0 <= lowest_level < "
-                "highest_level <= 1"
+                f"noise levels are from {lowest:g} to {highest:g}: expected 0 <= lowest_level < highest_level <= 1; "
+                "give both, or neither"
             )
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """The lowest and the highest noise level; all that there are, where they are not given."""
+        lowest, highest = self.lowest_level, self.highest_level
+        return 0.0 if lowest is None else lowest, 1.0 if highest is None else highest
 
     @property
     def compute(self) -> Any:
@@ -126,8 +134,8 @@ class RecipeConfig(RunConfig):
         """Random noise levels, and how transformers are called."""
         return FlowSettings(
             shift=self.shift,
-            lowest=self.lowest_level,
-            highest=self.highest_level,
+            lowest=self.levels[0],
+            highest=self.levels[1],
             first_frame_conditioning=self.first_frame_conditioning or 0.0,
             call=NetworkCall(remat=parse_remat(self.remat)),
         )
@@ -191,7 +199,7 @@ class Prepared:
 def prepared(config: RecipeConfig, recipe: Recipe) -> Prepared:
     """A recipe with its models loaded and its data opened; UserError for options and data that do not fit."""
     mesh = training_mesh(config.mesh)
-    source = Source(config.model, mesh)
+    source = source_of(config, mesh)
     shards = _shards(config, source)
     training = made(config, recipe, source)
     rows = rows_of(config, training)
@@ -221,9 +229,9 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
     if config.export:
         _check_export(Path(config.export), ready.training)
     if config.sample_every:
-        hooks += (Hook(config.sample_every, _samples(config, ready)),)
+        hooks += (Hook(config.sample_every, samples_of(config, ready)),)
     closing = ready.training.closing and partial(ready.training.closing, ready)
-    flops = _FlopsByShape(partial(model_flops, config, recipe, ready.mesh))
+    flops = _by_shape(partial(model_flops, config, recipe, ready.mesh))
     outcome = train(config, ready.state, ready.driven, ready.batch_at, hooks, flops, ready.training.facts, closing)
     if config.export and not outcome.stopped:
         try:
@@ -237,7 +245,7 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
 def model_flops(config: RecipeConfig, recipe: Recipe, mesh: Mesh, batch: Mapping[str, Any]) -> float:
     """FLOPs of the matrix products of a step on such a batch of this host's, of all hosts and the mean over its turns;
     what is only computed again for gradients left out, as in the usual meaning of MFU."""
-    training = made(replace(config, remat="none"), recipe, Source(config.model, mesh, planned=True))
+    training = made(replace(config, remat="none"), recipe, source_of(config, mesh, planned=True))
     rows = rows_of(config, training)
     step = TrainStep(training.trained, training.plan, mesh, training.frozen)
 
@@ -250,23 +258,25 @@ def model_flops(config: RecipeConfig, recipe: Recipe, mesh: Mesh, batch: Mapping
     return float(np.mean([matmul_flops(each.jaxpr, training.trips) for each in traced]))
 
 
-@dataclass(frozen=True)
-class _FlopsByShape:
-    """FLOPs of a step on a batch, whose shapes are traced once each."""
+def _by_shape(flops: Callable[[Mapping[str, Any]], float]) -> Callable[[Mapping[str, Any]], float]:
+    """FLOPs of a step on a batch, found once for all batches of its shape."""
+    known: dict[tuple[int, ...], float] = {}
 
-    of: Callable[[Mapping[str, Any]], float]
-    known: dict[tuple[int, ...], float] = field(default_factory=dict)
-
-    def __call__(self, batch: Mapping[str, Any]) -> float:
+    def of(batch: Mapping[str, Any]) -> float:
         shape = np.shape(batch["latents"])
-        if shape not in self.known:
-            self.known[shape] = self.of(batch)
-        return self.known[shape]
+        return known[shape] if shape in known else known.setdefault(shape, flops(batch))
+
+    return of
+
+
+def source_of(config: RecipeConfig, mesh: Mesh, planned: bool = False) -> Source:
+    """What is learnt from."""
+    return Source(config.model, mesh, planned=planned, expert=config.expert)
 
 
 def made(config: RecipeConfig, recipe: Recipe, source: Source) -> Training:
-    """What a recipe makes of a model, which decides what `first_frame_conditioning` is where it is not given; UserError
-    for a share that it does not take."""
+    """What a recipe makes of a model, which decides what noise levels and `first_frame_conditioning` are where they are
+    not given; UserError for a share that it does not take."""
     share, holds = config.first_frame_conditioning, source.holds_first_frame
     if share is None:
         share = FIRST_FRAME_CONDITIONING if holds else 0.0
@@ -274,14 +284,17 @@ def made(config: RecipeConfig, recipe: Recipe, source: Source) -> Training:
         expected = "a share from 0 to 1" if holds else "0, or a model such as Wan2.2-TI2V-5B (expand_timesteps)"
         of = "" if holds else f" for {config.model}, whose latents hold no first frame"
         raise UserError(f"first_frame_conditioning is {share:g}{of}: expected {expected}")
-    return recipe(replace(config, first_frame_conditioning=share), source)
+    lowest, highest = source.noise_levels
+    lowest = lowest if config.lowest_level is None else config.lowest_level
+    highest = highest if config.highest_level is None else config.highest_level
+    told = replace(config, first_frame_conditioning=share, lowest_level=lowest, highest_level=highest)
+    return recipe(told, source)
 
 
 def _shards(config: RecipeConfig, source: Source) -> Shards:
     if not config.data:
         raise UserError("there are no data: expected --set data=DIR; make them with `dit-encode --model ...`")
-    # Whoever goes on does not read all data first: what has been damaged since shows when it is read.
-    whole = newest_step(config.out) is None
+    whole = newest_step(config.out) is None  # whoever goes on finds what was damaged since when it is read
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     shards = open_shards(config.data, checksums=whole, **place)
     shards.check_matches(encoder_hashes(source.checkpoint), config.model)
@@ -317,11 +330,13 @@ def without_position(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: array for name, array in batch.items() if name != POSITION}
 
 
-def _samples(config: RecipeConfig, ready: Prepared) -> Samples:
+def samples_of(config: RecipeConfig, ready: Prepared) -> Samples:
+    """What looks at samples of the model that will be exported."""
     settings = SampleSettings(prompts=config.prompts, scored=config.scored, plan=config.sample_plan)
     target, result = ready.training.target, ready.training.result
     pipe = load_pipeline(target.model, mesh=ready.mesh, dtype=config.compute)
-    return Samples(out=Path(config.out), settings=settings, step=ready.step, pipe=pipe, result=result)
+    out, component = Path(config.out), target.component_name
+    return Samples(out=out, settings=settings, step=ready.step, pipe=pipe, result=result, component=component)
 
 
 def _empty(feed: ShardBatches) -> dict[str, np.ndarray]:
@@ -383,29 +398,3 @@ def export(config: RecipeConfig, training: Training) -> None:
     with progress_bar(unit="tensor", desc=config.export) as bar:
         layout: CheckpointLayout = "native" if target.layout == "native" else "diffusers"
         convert(training.result(target, modules), destination, layout, overwrite=True, progress=bar)
-
-
-def with_transformer(checkpoint: Checkpoint, weights: Mapping[str, np.ndarray]) -> Checkpoint:
-    """The checkpoint with these weights as its transformer's, in the dtypes that its own have."""
-    own = checkpoint.leaves(HIGH_NOISE)
-
-    def leaf(name: str) -> Leaf:
-        old = own[name]
-
-        def read(block: int | None) -> np.ndarray:
-            array = weights[name] if block is None else weights[name][block]
-            return np.asarray(array).astype(old.dtype)
-
-        return Leaf(old.shape, old.dtype, old.stacked, read)
-
-    return replace(checkpoint, edited={**checkpoint.edited, HIGH_NOISE: {name: leaf(name) for name in own}})
-
-
-def with_student(checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
-    """`Training.result` of a student alone: its weights are the transformer's."""
-    return with_transformer(checkpoint, trained["student"])
-
-
-def with_files(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> Checkpoint:
-    """The checkpoint with these files of methods (`convert.method_parts.part_files`) in place of those it has."""
-    return replace(checkpoint, files={**checkpoint.files, **files})

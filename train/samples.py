@@ -45,9 +45,10 @@ class Samples:
     """`samples(state, taken)` samples the running mean of the weights into `out`/samples and returns scores.
 
     All processes of a run sample together, and the first one writes.
-    pipe    the pipeline of the checkpoint that is trained; its transformer, parts and how it is sampled are replaced
-            each time
-    result  trained modules by name -> the checkpoint with them (`Training.result`)
+    pipe       the pipeline of the checkpoint that is trained; its transformer, parts and how it is sampled are replaced
+               each time
+    result     trained modules by name -> the checkpoint with them (`Training.result`)
+    component  the transformer that is trained: the other expert, where there is one, stays
     """
 
     out: Path
@@ -55,6 +56,7 @@ class Samples:
     step: TrainStep
     pipe: Pipeline
     result: Any
+    component: str = HIGH_NOISE
 
     def __post_init__(self) -> None:
         if self.settings.scored == 1:
@@ -89,13 +91,13 @@ class Samples:
         }
         checkpoint, dtype = self.result(self.pipe.checkpoint, modules), self.step.plan.dtype
         self.pipe.take_settings(checkpoint)
-        held = holder, name = self.pipe.lora_models()[HIGH_NOISE]
+        held = holder, name = self.pipe.lora_models()[self.component]
         if "student" in modules:
-            abstract: Any = checkpoint.component(HIGH_NOISE).abstract
+            abstract: Any = checkpoint.component(self.component).abstract
             holder[name] = in_dtype(with_leaves(abstract, modules["student"]), dtype)
-        elif HIGH_NOISE in checkpoint.edited:  # a LoRA is in its weights
+        elif self.component in checkpoint.edited:  # a LoRA is in its weights
             shardings = {leaf: array.sharding for leaf, array in named_leaves(holder[name])}
-            read = leaf_reader(checkpoint, HIGH_NOISE, shardings=shardings, dtype=dtype)
+            read = leaf_reader(checkpoint, self.component, shardings=shardings, dtype=dtype)
             replace_leaves(held, shardings, lambda leaf, _: read(leaf))
 
     def _draw(self, taken: int) -> None:

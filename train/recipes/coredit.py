@@ -32,11 +32,11 @@ import jax
 import numpy as np
 
 from convert.checkpoint import Checkpoint
-from convert.method_parts import part_files
+from convert.method_parts import part_files, transformers
 from dit_jax.config import UserError
 from dit_jax.methods.coherence import Lattice
 from dit_jax.methods.coredit import Coredit
-from dit_jax.methods.coredit_ratios import CAP, STEPS_TO_ALL, most_skipped, ramped, ramped_alike, ratios_file
+from dit_jax.methods.coredit_ratios import CAP, STEPS_TO_ALL, most_skipped, ramped, ramped_alike, ratios_file, ratios_of
 from dit_jax.methods.method import Part
 from dit_jax.sharding import replicated
 from train import recipe
@@ -52,10 +52,9 @@ from train.recipe import (
     Prepared,
     RecipeConfig,
     Training,
-    with_files,
-    with_transformer,
     without_position,
 )
+from train.results import with_files, with_transformer
 from train.shards import write_whole
 from train.step import Plan, TrainState, Update
 
@@ -186,7 +185,7 @@ def training(config: Config, source: Source) -> Training:
         frozen={"teacher": source.transformer(config.compute)},
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay, whole=(SKIPPED,)),
         target=source,
-        result=partial(_result, config),
+        result=partial(_result, config, source),
         around=lambda driven: Ramp(config=config, driven=driven, source=source),
         extra={SKIPPED: jax.ShapeDtypeStruct((sum(source.stacks),), np.int32)},
         closing=partial(_gathered, config),
@@ -209,7 +208,7 @@ def _gathered(config: Config, ready: Prepared, state: TrainState, taken: int) ->
     return {name: float(value) for name, value in told.items()}
 
 
-def _result(config: Config, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
+def _result(config: Config, source: Source, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
     """The student, with the share of the tokens that each block skips in the end."""
     ratios = [round(share, 6) for share in read_ramp(config.out)[-1][1]]
     if np.mean(ratios) < config.ratio - 1 / STEPS_TO_ALL:
@@ -218,8 +217,18 @@ def _result(config: Config, checkpoint: Checkpoint, trained: Mapping[str, Any]) 
             "ends; train more steps, or leave ramp_every out",
             stacklevel=2,
         )
-    part = Part(ratios_file({"transformer": ratios}, config.settings.stride), {})
-    return with_files(with_transformer(checkpoint, trained["student"]), part_files({Coredit.name: part}))
+    component = source.component_name
+    of_experts = {name: ratios if name == component else _held(source, name) for name in transformers(checkpoint)}
+    part = Part(ratios_file(of_experts, config.settings.stride), {})
+    return with_files(with_transformer(checkpoint, trained["student"], component), part_files({Coredit.name: part}))
+
+
+def _held(source: Source, other: str) -> list[float]:
+    """The ratios that the other expert has in the checkpoint; zeros, where it has none."""
+    if Coredit.name not in source.parts:
+        return [0.0] * sum(source.stacks)
+    held = ratios_of(source.parts[Coredit.name].settings, f"{Coredit.name} of {source.model}")
+    return list(dict(held.experts).get(other, held.ratios))
 
 
 def run(config: Config) -> Outcome:

@@ -36,7 +36,8 @@ from train.ddit_loss import ddit
 from train.loop import Outcome
 from train.models import Source
 from train.optimizers import cosine, prodigy
-from train.recipe import DEMO, RecipeConfig, Training, with_files
+from train.recipe import DEMO, RecipeConfig, Training
+from train.results import with_files
 from train.step import LossFunction, Plan, Update
 
 ADAMW, PRODIGY = "adamw", "prodigy"
@@ -86,7 +87,7 @@ def training(config: Config, source: Source) -> Training:
         frozen={"teacher": source.transformer(config.compute)},
         plan=Plan(updates=updates, dtype=config.compute, ema_decay=config.ema_decay),
         target=source,
-        result=partial(_result, settings),
+        result=partial(_result, settings, source.component_name),
         turn=lambda position: drawn(config.seed, position, len(updates)),
     )
 
@@ -128,9 +129,11 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
     return prodigy(cosine(rate, config.steps, config.warmup), weight_decay=config.weight_decay, clip=config.clip)
 
 
-def _result(settings: AdapterSettings, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
+def _result(
+    settings: AdapterSettings, component: str, checkpoint: Checkpoint, trained: Mapping[str, Any]
+) -> Checkpoint:
     leaves = {f"{size}.{name}": array for size, weights in trained.items() for name, array in weights.items()}
-    return with_files(checkpoint, part_files({Ddit.name: Part(asdict(settings), leaves)}))
+    return with_files(checkpoint, part_files({Ddit.name: Part(asdict(settings), leaves)}, component))
 
 
 def run(config: Config) -> Outcome:

@@ -23,7 +23,8 @@ from train import recipe
 from train.loop import Outcome
 from train.models import Source, check_student
 from train.pare_loss import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, PareSettings, PareWeights, pare
-from train.recipe import DEMO, RecipeConfig, Training, with_student
+from train.recipe import DEMO, RecipeConfig, Training
+from train.results import with_student
 from train.step import Plan, Update
 
 PRUNED = (0.3, 0.3)  # shares of heads and neurons that a preset's student lacks
@@ -74,7 +75,7 @@ def training(config: Config, source: Source) -> Training:
         frozen={"teacher": source.transformer(config.compute)},
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
         target=student,
-        result=with_student,
+        result=partial(with_student, student.component_name),
         facts=student.kept_of(source),
     )
 
@@ -83,7 +84,8 @@ def student_of(name: str, source: Source) -> Source:
     """The student by its folder, or where sizes are enough the pruned model; UserError for one that is none."""
     if not name and not source.abstract:
         raise UserError("there is no student: expected --set student=DIR; make one with `dit-prune`")
-    student = Source(name or source.model, source.mesh, pruned=(0.0, 0.0) if name else PRUNED, planned=source.planned)
+    pruned = (0.0, 0.0) if name else PRUNED
+    student = Source(name or source.model, source.mesh, pruned=pruned, planned=source.planned, expert=source.expert)
     check_student(student, source, ("width",))
     if student.stacks != source.stacks:
         raise UserError(

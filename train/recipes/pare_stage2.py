@@ -33,10 +33,11 @@ from train.loop import Outcome
 from train.models import Source
 from train.optimizers import by_module
 from train.pare_loss import PareSettings, pare
-from train.recipe import Driven, Training, with_files, with_transformer
+from train.recipe import Driven, Training
 from train.recipes.pare_stage1 import VARIANTS as STAGE1
 from train.recipes.pare_stage1 import Config as Stage1
 from train.recipes.pare_stage1 import student_of
+from train.results import with_files, with_transformer
 from train.step import Plan, Update
 
 FASTER = {"learning_rate": 1.5e-3, "router_rate": 2e-3, "features": 0.5}
@@ -87,7 +88,7 @@ def training(config: Config, source: Source) -> Training:
         frozen={"teacher": source.transformer(config.compute)},
         plan=Plan(updates=(update,), dtype=config.compute, ema_decay=config.ema_decay),
         target=student,
-        result=partial(_result, router, settings.routing),
+        result=partial(_result, router, settings.routing, student.component_name),
         around=partial(_ranked, config, source) if config.ranked and new else None,
         facts=student.kept_of(source),
     )
@@ -111,9 +112,11 @@ def _router_part(config: Config, student: Source) -> Part:
     return router
 
 
-def _result(router: Part, routing: Routing, checkpoint: Checkpoint, trained: Mapping[str, Any]) -> Checkpoint:
-    files = part_files({ROUTER: trained_router(router, routing, trained["router"])})
-    return with_files(with_transformer(checkpoint, trained["student"]), files)
+def _result(
+    router: Part, routing: Routing, component: str, checkpoint: Checkpoint, trained: Mapping[str, Any]
+) -> Checkpoint:
+    files = part_files({ROUTER: trained_router(router, routing, trained["router"])}, component)
+    return with_files(with_transformer(checkpoint, trained["student"], component), files)
 
 
 def run(config: Config) -> Outcome:

@@ -6,7 +6,7 @@ arXiv 2605.27336).
 
 The student starts from the model, or from `student`, whose router, if its checkpoint has one, stays active and learns
 too. A fake score, which starts from the model, follows the student's own pictures, five updates to one of the
-student's.
+student's. A model of two experts is refused, as no expert runs from noise to data.
 
 Reached on demo-flux in 200 steps: 77.5 % of the digits right in four unguided steps, of the teacher's 80.5 % in forty
 guided ones; behind stage II, with its router, 68.2 % (1,000 prompts; docs/distillation.md).
@@ -37,7 +37,8 @@ from train import recipe
 from train.loop import Outcome
 from train.models import Source, check_student
 from train.optimizers import adamw, constant
-from train.recipe import RecipeConfig, Training, is_guided, with_files, with_transformer
+from train.recipe import RecipeConfig, Training, is_guided
+from train.results import with_files, with_transformer
 from train.step import LossFunction, Plan, Update
 from train.step_distill_loss import StepDistillSettings, fake_score, step_distill
 
@@ -77,6 +78,16 @@ class Config(RecipeConfig):
     warmup: int = 0
     least: int | None = None
     most: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.expert or self.levels != (0, 1):
+            levels = "noise levels are from {:g} to {:g}".format(*self.levels)
+            found = f"expert is {self.expert!r}" if self.expert else levels
+            raise UserError(
+                f"{found}, and step_distill rolls its student out over the whole range: expected a model of one "
+                "transformer at levels from 0 to 1; leave expert, lowest_level and highest_level out"
+            )
 
     @property
     def settings(self) -> StepDistillSettings:
