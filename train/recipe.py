@@ -279,11 +279,13 @@ def made(config: RecipeConfig, recipe: Recipe, source: Source) -> Training:
         of = "" if holds else f" for {config.model}, whose latents hold no first frame"
         raise UserError(f"first_frame_conditioning is {share:g}{of}: expected {expected}")
     lowest, highest = source.noise_levels
-    levels = {
-        "lowest_level": lowest if config.lowest_level is None else config.lowest_level,
-        "highest_level": highest if config.highest_level is None else config.highest_level,
-    }
-    return recipe(replace(config, first_frame_conditioning=share, **levels), source)
+    config = replace(
+        config,
+        first_frame_conditioning=share,
+        lowest_level=lowest if config.lowest_level is None else config.lowest_level,
+        highest_level=highest if config.highest_level is None else config.highest_level,
+    )
+    return recipe(config, source)
 
 
 def _shards(config: RecipeConfig, source: Source) -> Shards:
