@@ -212,7 +212,7 @@ def test_ddit_trains_the_adapters_of_one_expert(model, run, tmp_path):
     both = exported(ddit, config, tmp_path / "both")
     assert equal(part(both, LOW, "ddit"), part(low, LOW, "ddit"))
     assert not equal(part(both, HIGH, "ddit"), part(low, LOW, "ddit"))
-    assert runs(both, "ddit:2p@0-1")
+    assert runs(both, "ddit:2p@0-3")
 
 
 @pytest.mark.parametrize(
