@@ -20,6 +20,7 @@ import numpy as np
 
 from dit_jax.config import UserError
 from dit_jax.methods.ddit import CHOICES, Ddit, calibrated_threshold, mean_tokens, token_counts, written_sizes
+from dit_jax.methods.plan import Plan, parse_plan
 from infer.request import Request
 
 ROUNDS = 6  # beyond the first, which runs at the base size
@@ -129,9 +130,9 @@ def nearest(reached: Mapping[float, float], wanted: float) -> float:
     return min(reached, key=lambda tau: abs(reached[tau] - wanted))
 
 
-def _plan(tau: float, measure: Ddit) -> str:
+def _plan(tau: float, measure: Ddit) -> Plan:
     sizes = written_sizes(measure.sizes)
-    return f"{Ddit.name}:tau={tau!r}:rho={measure.quantile!r}:order={measure.order}:sizes={sizes}"
+    return parse_plan(f"{Ddit.name}:tau={tau!r}:rho={measure.quantile!r}:order={measure.order}:sizes={sizes}")
 
 
 def _check_reach(wanted: float, values: np.ndarray, tokens: np.ndarray, order: int) -> None:

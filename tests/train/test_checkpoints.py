@@ -124,7 +124,7 @@ def test_checkpoints_of_another_recipe_are_told_and_left_alone(tmp_path):
     file = tmp_path / "checkpoints" / "2" / "about" / "metadata"
     about = json.loads(file.read_text())
     file.write_text(json.dumps(about | {"recipe": "recipe_finetune"}))
-    with pytest.raises(UserError, match=r"of the recipe recipe_finetune, expected train\.loop; give another folder"):
+    with pytest.raises(UserError, match=r"of the recipe recipe_finetune, expected the recipe train\.loop; give"):
         run(tmp_path, 4)
     assert steps_of(tmp_path) == [1, 2]
 

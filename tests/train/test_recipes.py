@@ -355,7 +355,11 @@ def test_bad_input_is_one_sentence_and_keeps_the_last_checkpoint(data, pruned, t
         ("pare_stage1", ["student=demo-flux"], "demo-flux is no student of demo-wan"),
         ("ddit", ["optimizer=sgd"], "optimizer is 'sgd', expected one of adamw, prodigy"),
         ("coredit", ["ratio=0.9"], "ratio is 0.9, expected above 0"),
-        ("pare_stage1", [f"student={pruned}"], "are of the recipe recipe_finetune, expected recipe_pare_stage1"),
+        (
+            "pare_stage1",
+            [f"student={pruned}"],
+            "are of the recipe recipe_finetune, expected the recipe recipe_pare_stage1",
+        ),
         ("pare_stage1", [f"student={pruned}", "sampled_blocks=-1"], "sampled_blocks is -1: expected 0 or more"),
         ("finetune", ["clip=-1"], "clip is -1: expected 0 or more"),
         ("finetune", [f"export={data['demo-wan']}"], "is no checkpoint, so --overwrite leaves it alone"),

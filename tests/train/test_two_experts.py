@@ -236,10 +236,10 @@ def test_what_names_no_expert_is_refused_in_a_sentence(model, data, tmp_path, ca
 
 @needs_libtpu
 def test_a_step_of_an_expert_is_planned(model, monkeypatch):
-    monkeypatch.setattr(plan, "report", lambda what, target, mesh, traced, tokens, flops: (tokens, flops))
+    monkeypatch.setattr(plan, "report", lambda subject, target, mesh: subject)
     words = [f"model={model}", f"expert={LOW}", "batch=4", "size={}x{}".format(*BUCKET.size), f"frames={BUCKET.frames}"]
-    tokens, flops = plan.of_recipe("finetune", words, plan.Target(topology="v5e:2x2", slices=1, mesh="data=2,fsdp=2"))
-    assert tokens == 4 * 2 * 2 * 3 and flops > 0
+    found = plan.of_recipe("finetune", words, plan.Target(topology="v5e:2x2", slices=1, mesh="data=2,fsdp=2"))
+    assert found.tokens == 4 * 2 * 2 * 3 and found.flops > 0
 
 
 def test_a_preset_has_the_sizes_of_every_expert():
