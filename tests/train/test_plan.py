@@ -32,6 +32,7 @@ def test_a_recipes_step_is_compiled_and_told(capsys):
 
 
 @needs_libtpu
+@pytest.mark.long
 def test_several_slices_talk_over_the_network(capsys):
     words = ["finetune", "--topology", "v5e:2x2", "--slices", "2", "--mesh", "data=2,fsdp=4", *SMALL]
     assert plan.main([*words, "--json"]) == 0
@@ -42,6 +43,7 @@ def test_several_slices_talk_over_the_network(capsys):
 
 
 @needs_libtpu
+@pytest.mark.long
 def test_a_sampling_plan_is_compiled_and_told(capsys):
     words = ["wan2.1-t2v-1.3b", "--topology", "v5e:2x2", "--plan", "hsa:50", "--size", "128x128", "--frames", "5"]
     assert plan.main([*words, "--json"]) == 0
