@@ -21,6 +21,7 @@ from dit_jax.methods.magcache import ratios_of, recording, write_ratios
 from dit_jax.methods.method import Run
 from infer.ddit_calibration import ddit, ddit_options
 from infer.given_images import given_images, image_options
+from infer.given_scales import shift_option
 from infer.prompts_file import read_prompts
 from infer.request import Job, Request, joined, parse_size
 
@@ -220,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
         add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
         usual = kind.steps or "the model's"
         add("--steps", type=int, default=kind.steps, metavar="N", help=f"denoising steps (default: {usual})")
-        add("--shift", type=float, metavar="S", help="constant shift of the noise levels (default: the model's)")
+        shift_option(of_kind)
         add("--solver", metavar="S", help="unipc, euler or renoise (default: the model's)")
         add("--seed", type=int, default=0, metavar="N", help="of the first prompt's noise; prompt i has N + i")
         add("--mesh", metavar="AXES", help="devices by axis, such as data=2,context=4 (axes: data fsdp context tensor)")

@@ -18,6 +18,7 @@ from dit_jax.config import UserError
 from dit_jax.methods.plan import DENSE, parse_plan
 from infer import media
 from infer.digit_grammar import GRAMMARS
+from infer.given_scales import given_scales, scale_options
 from infer.kept_samples import KeptSamples
 from infer.margins import margins
 from infer.paired_scores import OUTCOMES, check_alike, differences, outcomes, read_report, write_report
@@ -65,12 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--suite", metavar="NAME", help="moving-digits or digits (default: what the model was trained on)")
     add("--samples", "--videos", type=int, default=200, metavar="N", help="how many prompts (default 200)")
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
-    add(
-        "--guidance", metavar="G",
-        help="guidance scale; 1 turns guidance off; HIGH,LOW for the two experts of Wan 2.2 (default: the model's)",
-    )  # fmt: skip
-    add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance; 1 is off (default: the model's)")
-    add("--shift", type=float, metavar="S", help="constant shift of the noise levels (default: the model's)")
+    scale_options(options)
     add("--solver", metavar="S", help="unipc, euler or renoise (default: the model's)")
     add("--plan", metavar="PLAN", default=DENSE, help="methods that make it cheaper, joined by +, such as hsa:50")
     add("--seed", type=int, default=0, metavar="N", help="seed of the first prompt's starting noise (default 0)")
@@ -161,7 +157,7 @@ def _load(model: str):
 
 def _settings(pipe, suite: Suite, options: argparse.Namespace) -> dict[str, Any]:
     """The settings of every generation, the model's defaults filled in; UserError for one that does not fit."""
-    from infer.request import Request, parse_guidance
+    from infer.request import Request
 
     if pipe.defaults.video != (suite.frames > 1):
         made = "videos" if pipe.defaults.video else "pictures"
@@ -174,9 +170,7 @@ def _settings(pipe, suite: Suite, options: argparse.Namespace) -> dict[str, Any]
         size=(suite.size, suite.size),
         frames=suite.frames,
         steps=options.steps,
-        guidance=parse_guidance(options.guidance) if options.guidance else None,
-        true_cfg=options.true_cfg,
-        shift=options.shift,
+        **given_scales(options),
         solver=options.solver,
         seed=options.seed,
         plan=options.plan,

@@ -17,6 +17,7 @@ from dit_jax.config import UserError
 from dit_jax.methods.plan import DENSE, JOINT
 from infer.digit_grammar import GRAMMARS, MOVING, PICTURES, Grammar, unknown_words
 from infer.given_images import given_images, image_options
+from infer.given_scales import given_scales, scale_options
 from infer.prompts_file import read_prompts
 from infer.video_names import NAMES, prompts_by_name, video_paths
 
@@ -75,12 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("--size", metavar="WxH", help="pixels, such as 832x480 (default: the model's)")
     add("--frames", type=int, metavar="N", help="4k + 1 frames (default: the model's)")
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
-    add(
-        "--guidance", metavar="G",
-        help="guidance scale; 1 turns guidance off; HIGH,LOW for the two experts of Wan 2.2 (default: the model's)",
-    )  # fmt: skip
-    add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance against --negative-prompt; 1 is off")
-    add("--shift", type=float, metavar="S", help="constant shift of the noise levels (default: the model's)")
+    scale_options(options)
     add("--images-per-prompt", type=int, default=1, metavar="N", help="samples of each prompt; outputs are numbered")
     add("--seeds", type=int, metavar="N", help="samples of each prompt; sample i of every prompt has seed --seed + i")
     add("--solver", metavar="S", help="unipc, euler or renoise (default: the model's)")
@@ -163,7 +159,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _request(options: argparse.Namespace, prompts: list[str]):
-    from infer.request import Request, parse_guidance, parse_size
+    from infer.request import Request, parse_size
 
     return Request(
         prompt=prompts,
@@ -172,9 +168,7 @@ def _request(options: argparse.Namespace, prompts: list[str]):
         size=parse_size(options.size) if options.size else None,
         frames=options.frames,
         steps=options.steps,
-        guidance=parse_guidance(options.guidance) if options.guidance else None,
-        true_cfg=options.true_cfg,
-        shift=options.shift,
+        **given_scales(options),
         images_per_prompt=options.seeds or options.images_per_prompt,
         solver=options.solver,
         seed=options.seed,

@@ -18,6 +18,7 @@ from dit_jax.methods.ddit import Ddit
 from dit_jax.methods.plan import DENSE
 from infer import bench_page, media
 from infer.bench_entries import Entry, parse_entries
+from infer.given_scales import given_scales, scale_options
 from infer.prompts_file import read_prompts
 
 if TYPE_CHECKING:
@@ -56,12 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shape", metavar="WxHxFRAMES", help="pixels and frames (default: the model's)")
     add("--plans", default=DENSE, metavar="LIST", help="plans joined by commas; dense is always there, and first")
     add("--steps", type=int, metavar="N", help="denoising steps of plans without their own (default: the model's)")
-    add(
-        "--guidance", metavar="G",
-        help="guidance scale; 1 turns guidance off; HIGH,LOW for the two experts of Wan 2.2 (default: the model's)",
-    )  # fmt: skip
-    add("--true-cfg", type=float, metavar="G", help="FLUX: scale of real guidance (default: the model's)")
-    add("--shift", type=float, metavar="S", help="constant shift of the noise levels (default: the model's)")
+    scale_options(options)
     add("--solver", metavar="S", help="unipc, euler or renoise (default: what the plans need, or the model's)")
     add("--rounds", type=int, default=3, metavar="R", help="warm runs of each plan, by turns (default 3)")
     add("--prompts", metavar="FILE", help="a file with one prompt a line (default: one prompt)")
@@ -186,7 +182,7 @@ def _job_maker(
     pipe: Pipeline, entries: list[Entry], options: argparse.Namespace
 ) -> Callable[[Pipeline, Entry], list[Job]]:
     """What makes an entry's jobs on a pipeline, one for every prompt and seed, all with one solver."""
-    from infer.request import Request, parse_guidance
+    from infer.request import Request
 
     needed = {entry.plan.solver: entry.name for entry in entries if entry.plan.solver}
     if len(needed) > 1:
@@ -195,7 +191,7 @@ def _job_maker(
     solver = options.solver or next(iter(needed), pipe.defaults.solver)
     size, frames = _shape(options.shape) if options.shape else (None, None)
     image, last_image = (media.open_image(file) if file else None for file in (options.image, options.last_image))
-    guidance = parse_guidance(options.guidance) if options.guidance else None
+    scales = given_scales(options)
 
     def job(pipe: Pipeline, entry: Entry, prompt: str, seed: int) -> Job:
         return pipe.prepare(
@@ -206,9 +202,7 @@ def _job_maker(
                 size=size,
                 frames=frames,
                 steps=options.steps if entry.steps is None else entry.steps,
-                guidance=guidance,
-                true_cfg=options.true_cfg,
-                shift=options.shift,
+                **scales,
                 solver=solver,
                 seed=seed,
                 plan=entry.plan,

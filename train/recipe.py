@@ -14,9 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from convert.checkpoint import Checkpoint, CheckpointLayout
-from convert.progress import progress_bar
-from convert.transfer import convert, refuse_existing, refuse_overlap
+from convert.checkpoint import Checkpoint
 from dit_jax.config import UserError
 from dit_jax.flops import Config
 from dit_jax.models.flux import FluxConfig
@@ -26,7 +24,7 @@ from infer.loading import load_pipeline
 from infer.program_costs import matmul_flops
 from infer.random_pipeline import IMAGE_TOKENS, TEXT_TOKENS, usual
 from infer.tpu_programs import latents_shape
-from train.checkpoints import load_ema, newest_step
+from train.checkpoints import newest_step
 from train.encoders import encoder_hashes
 from train.hosts import wait_for_all
 from train.loader import BatchSettings, ShardBatches, batches, padded
@@ -35,9 +33,10 @@ from train.losses import FlowSettings, Metrics
 from train.models import Source
 from train.optimizers import adamw, cosine
 from train.placement import training_mesh
+from train.results import check_export, export
 from train.samples import Samples, SampleSettings
 from train.shards import Shards, open_shards
-from train.step import Plan, StepFunction, TrainState, TrainStep, of_modules
+from train.step import Plan, StepFunction, TrainState, TrainStep
 
 POSITION = "position"  # of a batch, beside its arrays
 EMPTY = "empty_"  # before the names of what is told of the empty caption
@@ -227,7 +226,7 @@ def run(config: RecipeConfig, recipe: Recipe, hooks: tuple[Hook, ...] = ()) -> O
         )
     ready = prepared(config, recipe)
     if config.export:
-        _check_export(Path(config.export), ready.training)
+        check_export(Path(config.export), ready.training)
     if config.sample_every:
         hooks += (Hook(config.sample_every, samples_of(config, ready)),)
     closing = ready.training.closing and partial(ready.training.closing, ready)
@@ -379,22 +378,3 @@ def abstract_batch(config: RecipeConfig, model: Config, rows: int) -> dict[str, 
     if model.in_channels > model.out_channels:
         batch["extra"] = shape(*grid, model.in_channels - model.out_channels)
     return batch
-
-
-def _check_export(destination: Path, training: Training) -> None:
-    """UserError for a destination that would be refused in the end."""
-    refuse_overlap(training.target.checkpoint.place, destination)
-    refuse_existing(destination, overwrite=True)
-
-
-def export(config: RecipeConfig, training: Training) -> None:
-    """Writes the running mean of the newest checkpoint's weights to `config.export`: in the target's checkpoint, or as
-    `training.write` does."""
-    modules = of_modules(load_ema(config.out))
-    target, destination = training.target.checkpoint, Path(config.export)
-    if training.write is not None:
-        training.write(modules, destination)
-        return
-    with progress_bar(unit="tensor", desc=config.export) as bar:
-        layout: CheckpointLayout = "native" if target.layout == "native" else "diffusers"
-        convert(training.result(target, modules), destination, layout, overwrite=True, progress=bar)
