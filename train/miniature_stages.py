@@ -23,10 +23,10 @@ FEW = 4
 EULER = ("--solver", "euler", "--steps")
 AS_TRAINED = ()  # a few-step student's checkpoint says how it is sampled
 RANK = 16  # of the few-step students as LoRAs
-# The demo variants', but for what takes longer to learn than the rest: to do without blocks, and larger patches.
-STEPS = {"pare_stage1": 300, "pare_stage2": 4800, "step_distill": 200, "coredit": 1200, "ddit": 1800}
+# The demo variants', but for what takes longer to learn than the rest: to do without heads and blocks, larger patches.
+STEPS = {"pare_stage1": 2400, "pare_stage2": 4800, "step_distill": 200, "coredit": 1200, "ddit": 1800}
 STUDENTS = ("stage1", "stage2", "coredit", "ddit", "four-steps", "stage3")
-BRIEF = 1 / 8  # of its steps, that stage II takes where it is compared with a rival trained as briefly
+BRIEF = 1 / 8  # of their steps, that PARE's stages take where they are compared with a rival trained as briefly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,20 +121,21 @@ def _data(study: Study) -> Iterator[Stage]:
 
 
 def _pare(study: Study) -> Iterator[Stage]:
-    yield _pruned(study, "pruned")
-    yield from _student(study, "stage1", "pare_stage1", {}, student="pruned")
-    yield _pruned(study, "pruned-random", "--choose", "random")
-    yield from _student(study, "stage1-random", "pare_stage1", {}, student="pruned-random")
+    narrow = {"stage1-brief": _pruned(study, "pruned")}
+    narrow["stage1-random"] = _pruned(study, "pruned-random", "--choose", "random")
     if study.videos:
-        yield _pruned(study, "pruned-unprotected", "--protection", "1")
-        yield from _student(study, "stage1-unprotected", "pare_stage1", {}, student="pruned-unprotected")
+        narrow["stage1-unprotected"] = _pruned(study, "pruned-unprotected", "--protection", "1")
+    brief_one, brief_two = (_steps(study, recipe, BRIEF) for recipe in ("pare_stage1", "pare_stage2"))
+    for name, pruned in narrow.items():
+        yield pruned
+        yield from _student(study, name, "pare_stage1", {"steps": brief_one}, student=pruned.name)
+    yield from _student(study, "stage1", "pare_stage1", {}, student="pruned")
     yield from _student(study, "stage2", "pare_stage2", study.limits, student="stage1", plan=study.routing)
     yield _scored(study, "stage2-lot", str(study.path("stage2")), plan=f"{study.routing}:choose=random", of="stage2")
-    brief = _steps(study, "pare_stage2", BRIEF)
     rivals: dict[str, tuple[str, dict[str, Any]]] = {
-        "stage2-brief": ("stage1", {"steps": brief}),
-        "stage2-time": ("stage1", {"steps": brief, "content": False}),
-        "stage2-raw": ("pruned", {"steps": brief + _steps(study, "pare_stage1")}),
+        "stage2-brief": ("stage1-brief", {"steps": brief_two}),
+        "stage2-time": ("stage1-brief", {"steps": brief_two, "content": False}),
+        "stage2-raw": ("pruned", {"steps": brief_one + brief_two}),
     }
     for name, (student, settings) in rivals.items():
         told = study.limits | settings

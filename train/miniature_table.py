@@ -15,15 +15,15 @@ from train.miniature_stages import Study, entries
 SCORES = {"demo-flux": ("all", "digit", "colour", "count"), "demo-wan": ("all", "digit", "colour", "direction")}
 JUDGED = "digit"  # the score that ablations are judged by
 ROWS = (
-    "teacher", "teacher-few", "teacher-few-unguided", "stage1", "stage2", "coredit", "ddit",
-    "four-steps", "four-steps-lora", "stage3", "stage3-lora",
+    "teacher", "teacher-few", "teacher-few-unguided", "stage1-brief", "stage1", "stage2", "coredit",
+    "ddit", "four-steps", "four-steps-lora", "stage3", "stage3-lora",
 )  # fmt: skip
 _Reports = Mapping[str, Mapping[str, Any]]
 
 # What a paper finds better and what worse, by the names of their scores.
 ABLATIONS = {
-    "scored above random width": ("stage1", "stage1-random"),
-    "temporal heads protected above not": ("stage1", "stage1-unprotected"),
+    "scored above random width": ("stage1-brief", "stage1-random"),
+    "temporal heads protected above not": ("stage1-brief", "stage1-unprotected"),
     "R(t, c) above R(t)": ("stage2-brief", "stage2-time"),
     "routed above random blocks": ("stage2", "stage2-lot"),
     "progressive above raw": ("stage2-brief", "stage2-raw"),

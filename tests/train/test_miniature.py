@@ -64,9 +64,9 @@ def test_trainings_that_are_compared_are_as_long(tmp_path):
     of = {stage.name: stage.command for stage in stages(_study(tmp_path))}
     told = {name: [word for word in words if word.startswith("steps=")] for name, words in of.items()}
     steps = {name: int(words[-1].partition("=")[2]) for name, words in told.items() if words}
-    assert steps["stage1"] == steps["stage1-random"] == 30
-    assert steps["stage2"] > steps["stage2-brief"] == steps["stage2-time"] > steps["stage1"]
-    assert steps["stage2-raw"] == steps["stage1"] + steps["stage2-brief"], "as long as both stages"
+    assert steps["stage1"] == 240 > steps["stage1-brief"] == steps["stage1-random"] == 30
+    assert steps["stage2"] > steps["stage2-brief"] == steps["stage2-time"] > steps["stage1-brief"]
+    assert steps["stage2-raw"] == steps["stage1-brief"] + steps["stage2-brief"], "as long as both stages"
 
 
 @pytest.mark.parametrize("model", ["demo-flux", "demo-wan"])
