@@ -150,6 +150,14 @@ def test_an_axis_may_be_rows_of_a_slice(topology, axes):
         assert np.prod(places.max(0) - places.min(0) + 1) == axes["fsdp"]
 
 
+def test_data_alone_crosses_the_network_between_slices():
+    chips = tpu_devices("v5e:2x2", 2)
+    mesh = make_mesh({"data": 4, "fsdp": 2}, chips)
+    assert [{chip.slice_index for chip in half.ravel()} for half in np.split(mesh.devices, 2)] == [{0}, {1}]
+    with pytest.raises(UserError, match="data=1,fsdp=8 spans 2 slices, found data=1: only data may cross"):
+        make_mesh({"data": 1, "fsdp": 8}, chips)
+
+
 @pytest.fixture(scope="module")
 def eight_devices():
     """What this file prints when run on eight fake devices."""

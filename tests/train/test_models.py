@@ -4,8 +4,10 @@ import jax
 import pytest
 from first_frames import text_or_image
 
-from train.models import Source
+from dit_jax.config import UserError
+from train.models import Source, check_student
 from train.placement import training_mesh
+from train.recipes import pare_stage1
 
 
 @pytest.mark.parametrize(
@@ -29,3 +31,19 @@ def test_what_is_kept_of_a_pruned_model():
     counts = [sum(leaf.size for leaf in jax.tree.leaves(each.transformer())) for each in (pruned, whole)]
     assert kept["kept_parameters"] == counts[0] / counts[1] < 0.75
     assert set(whole.kept_of(whole).values()) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("student", "model", "expected"),
+    [
+        ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "its width is 1536, expected 5120; choose another student"),
+        ("wan2.1-i2v-14b", "wan2.1-t2v-14b", "its in_channels is 36, expected 16; choose another student"),
+        ("flux.1-dev", "wan2.1-t2v-14b", "expected a Wan, found a Flux; choose another student"),
+    ],
+)
+def test_a_student_of_another_model_is_refused(student, model, expected):
+    mesh = training_mesh()
+    with pytest.raises(UserError, match=f"{student} is no student of {model}: {expected}"):
+        pare_stage1.student_of(student, Source(model, mesh, planned=True))
+    with pytest.raises(UserError, match=r"is no student of wan2\.1-t2v-14b: its width"):
+        check_student(Source("wan2.1-t2v-1.3b", mesh), Source("wan2.1-t2v-14b", mesh), ("width",))

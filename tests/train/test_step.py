@@ -155,6 +155,15 @@ def test_a_models_table_places_its_weights_under_any_name():
     assert spec(placed["line.kernel"]) == (None, None)
 
 
+def test_a_mesh_that_cuts_heads_of_a_student_is_told():
+    """Its teacher has 40, which tensor=8 divides."""
+    mesh = jax.sharding.AbstractMesh((8,), ("tensor",))
+    config = WanConfig(blocks=2, width=80, heads=28, head_width=2, mlp_width=96, text_width=16)
+    student = nnx.eval_shape(lambda: Wan(config, nnx.Rngs(0)))
+    with pytest.raises(UserError, match=r"28 heads \(blocks.* do not divide over tensor=8: choose a size of tensor"):
+        weight_shardings({"student": student}, mesh)
+
+
 def test_each_device_updates_a_share_of_a_stack_that_all_hold():
     mesh = jax.sharding.AbstractMesh((2, 2), ("data", "fsdp"))
     whole, split = (
@@ -275,11 +284,12 @@ def test_backbones_compute_in_their_dtype_and_weights_stay_in_fp32():
 
     config = WanConfig(blocks=2, width=16, heads=2, head_width=8, mlp_width=24, text_width=16)
     wan = Wan(config, nnx.Rngs(0))
-    plan = Plan(updates=(Update(loss=loss, optimizer=optax.sgd(0.1)),), dtype=jnp.bfloat16)
+    plan = Plan(updates=(Update(loss=loss, optimizer=adam(0.1)),), dtype=jnp.bfloat16)
     step = TrainStep({"student": wan}, plan, training_mesh(), {"teacher": wan})
     state, _ = step(step.init({"student": wan}), {"x": np.zeros((1, 1), np.float32)}, jax.random.key(0))
     assert seen == {"student": jnp.bfloat16, "exact": jnp.float32, "teacher": jnp.bfloat16}
-    assert {leaf.dtype for leaf in state.params.values()} == {np.dtype(np.float32)}
+    held = [*state.params.values(), *state.ema.values(), *jax.tree.leaves(state.opt_state)]
+    assert {leaf.dtype for leaf in held if leaf.ndim} == {np.dtype(np.float32)}
 
 
 def test_a_step_that_is_not_finite_changes_nothing_nor_does_any_after_it(batch):

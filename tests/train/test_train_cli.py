@@ -185,3 +185,20 @@ def test_a_file_that_is_no_recipe_is_told(tmp_path, capsys):
     path.write_text("x = 1\n")
     assert cli.main([str(path)]) == 2
     assert "is no recipe" in capsys.readouterr().err
+
+
+# The papers' own, where they say (arXiv 2605.27336, 2605.14191, 2602.16968, 2506.08009).
+AT_FULL_SCALE = {
+    "pare_stage1": {"steps": 7000, "batch": 4, "dtype": "bfloat16", "learning_rate": 3e-5, "warmup": 100},
+    "pare_stage2": {"steps": 7000, "batch": 4, "learning_rate": 3e-5, "router_rate": 5e-4, "warmup": 100},
+    "step_distill": {"learning_rate": 2e-6, "fake_rate": 4e-7, "fake_turns": 5, "shift": 5.0, "ema_decay": 0.99},
+    "coredit": {"learning_rate": 1e-5, "ratio": 0.45, "attention": 0.5},
+    "ddit": {"rank": 32},
+}
+
+
+@pytest.mark.parametrize("name", AT_FULL_SCALE)
+def test_without_a_variant_a_recipe_has_its_papers_numbers(name):
+    config = dataclasses.asdict(cli.load_recipe(name).Config())
+    expected = AT_FULL_SCALE[name]
+    assert {option: config[option] for option in expected} == expected and config["variant"] == "full"
