@@ -249,9 +249,10 @@ class _Run:
         arrays: dict[str, Any] = {name: np.asarray(array) for name, array in dict(batch).items()}
         np.savez(file, **arrays)
         terms = ", ".join(f"{name} is {value}" for name, value in broken.items())
+        before = "the weights before it are saved" if position else "there was no step before it to save"
         return TrainingDivergedError(
-            f"Training diverged at step {position}: {terms}, expected finite numbers; its batch is in {file}, and the "
-            f"weights before it are saved; go on in {self.config.out} with a lower learning rate, or mend the batch."
+            f"Training diverged at step {position}: {terms}, expected finite numbers; its batch is in {file}, and "
+            f"{before}; go on in {self.config.out} with a lower learning rate, or mend the batch."
         )
 
 

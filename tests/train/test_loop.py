@@ -102,8 +102,10 @@ def test_divergence_names_the_step_and_saves_the_state_before_it(tmp_path):
         batch = batch_at(position)
         return batch if position < 4 else {**batch, "y": batch["y"] * np.nan}
 
-    with pytest.raises(TrainingDivergedError, match=r"at step 4: gradient_norm is nan, loss is nan"):
+    with pytest.raises(TrainingDivergedError, match=r"at step 4: gradient_norm is nan, loss is nan") as told:
         run(tmp_path / "poisoned", 9, batch_at=poisoned)
+    batch = tmp_path / "poisoned" / "diverged-4-0.npz"
+    assert f"its batch is in {batch}, and the weights before it are saved" in str(told.value)
     assert newest_step(tmp_path / "poisoned") == 4
     run(tmp_path / "sound", 4)
     np.testing.assert_array_equal(load_ema(tmp_path / "poisoned")["kernel"], load_ema(tmp_path / "sound")["kernel"])
@@ -122,12 +124,13 @@ def test_divergence_names_the_term(tmp_path):
     assert "loss_data" not in str(told.value)
 
 
-def test_divergence_on_a_saving_step_saves_the_state_before_it(tmp_path):
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_divergence_on_a_saving_step_saves_the_state_before_it(tmp_path, value):
     def poisoned(position):
         batch = batch_at(position)
-        return batch if position < 2 else {**batch, "y": batch["y"] * np.nan}
+        return batch if position < 2 else {**batch, "y": np.full_like(batch["y"], value)}
 
-    with pytest.raises(TrainingDivergedError, match="at step 2: gradient_norm is nan, loss is nan"):
+    with pytest.raises(TrainingDivergedError, match=f"at step 2: gradient_norm is (nan|inf), loss is {value}"):
         run(tmp_path, 9, batch_at=poisoned)
     assert newest_step(tmp_path) == 2
 
@@ -140,7 +143,7 @@ def test_divergence_of_the_gradient_saves_nothing(tmp_path):
 
     config = RunConfig(out=str(tmp_path), steps=2, save_every=1)
     step = TrainStep(Line(), alone(root, adam(0.05)), training_mesh())
-    with pytest.raises(TrainingDivergedError, match="at step 0: gradient_norm is nan"):
+    with pytest.raises(TrainingDivergedError, match=r"at step 0: gradient_norm is nan.*there was no step before it"):
         train(config, step.init(Line()), step, batch_at)
     assert newest_step(tmp_path) is None
 
@@ -183,6 +186,17 @@ def test_metrics_and_hooks_are_logged(tmp_path):
     assert losses == [1, 2, 3, 4]
     means = [np.mean(line["error_by_block"]) for line in lines if "loss" in line]
     assert means == pytest.approx([line["loss"] for line in lines if "loss" in line], rel=1e-5)
+
+
+def test_seconds_are_logged_by_phase(tmp_path):
+    """A line is written when the next batch is there; the checkpoint of step 3 is begun behind that step's line."""
+    run(tmp_path, 5)
+    lines = {line["step"]: line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())}
+    phases = {"seconds_of_data", "seconds_of_compute"}
+    assert phases <= lines[2].keys() and phases <= lines[4].keys()
+    assert [step for step in lines if "seconds_of_checkpoint" in lines[step]] == [4]
+    of_4 = sum(lines[4][name] for name in (*phases, "seconds_of_checkpoint"))
+    assert 0 < of_4 <= lines[4]["seconds_per_step"]
 
 
 def test_the_share_of_the_peak_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
