@@ -85,6 +85,27 @@ def test_what_does_not_fit_says_by_how_much():
     assert "2 x v5e:2x2, 8 chips" in plan.told(report)
 
 
+def test_every_number_is_told():
+    report = plan.Report(
+        what="x", topology="v5p:2x2x1", slices=1, mesh="fsdp=4", chips=4, fits=True, peak_bytes=30 * GIB,
+        capacity_bytes=95 * GIB, flops=4e14, arguments=20 * GIB, temporaries=10 * GIB, moved_bytes=int(2e12),
+        sent_bytes={"all-gather": 3 * GIB, "reduce-scatter": GIB}, compute_seconds=0.9, memory_seconds=0.7,
+        network_seconds=0.1, floor_seconds=0.9, tokens_per_second=54321.0, compile_seconds=3.0,
+    )  # fmt: skip
+    told = plan.told(report)
+    for words in (
+        "x: fits",
+        "v5p:2x2x1, 4 chips, fsdp=4",
+        "30.00 GiB of 95.00 GiB",
+        "arguments 20.00 GiB, temporaries 10.00 GiB",
+        "4.000e+14, 200 FLOPs a byte of HBM",
+        "all-gather 3.00 GiB, reduce-scatter 1.00 GiB",
+        "0.900 s (compute 0.900, memory 0.700, network 0.100)",
+        "54,321 a second",
+    ):
+        assert words in told
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -97,6 +118,11 @@ def test_what_does_not_fit_says_by_how_much():
             ["finetune", "--topology", "v5e:2x2", "--mesh", "data=4", *SMALL[:-1], "batch=6"],
             "does not divide over data=4",
         ),
+        (
+            ["finetune", "--topology", "v5e:2x2", "--remat", "full", *SMALL],
+            "remat is 'full', expected one of none, blocks",
+        ),
+        (["finetune", "--topology", "v5e:4x4", "--mesh", "tensor=16", *SMALL], "8 heads (blocks"),
         (["wan2.1-t2v-1.3b", "--topology", "v5e:2x2", "--plan", "hsa:99"], "hsa"),
     ],
 )
