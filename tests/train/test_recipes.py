@@ -162,6 +162,8 @@ def test_pare_takes_both_stages(data, pruned, tmp_path):
     of_one = lines[0]
     code, lines = run("pare_stage2", tmp_path / "two", data, f"student={tmp_path}/one-model")
     assert code == 0
+    assert lines[-1]["active_blocks"] == pytest.approx(sum(lines[-1]["active_by_block"]), rel=1e-4)
+    assert len(lines[-1]["active_by_block"]) == 10 > lines[-1]["active_blocks"] >= 5
     student = open_checkpoint(tmp_path / "two-model")
     sizes = [sum(leaf.size for leaf in weights(model).values()) for model in (tmp_path / "two-model", "demo-wan")]
     kept = {"kept_heads": 1.0, "kept_neurons": 0.5, "kept_parameters": pytest.approx(sizes[0] / sizes[1], abs=1e-6)}
