@@ -1,10 +1,13 @@
 """What a recipe learns of the models that it trains, from their sizes alone."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 from first_frames import text_or_image
 
 from dit_jax.config import UserError
+from infer.random_pipeline import PRESETS
 from train.models import Source, check_student
 from train.placement import training_mesh
 from train.recipes import pare_stage1
@@ -47,3 +50,11 @@ def test_a_student_of_another_model_is_refused(student, model, expected):
         pare_stage1.student_of(student, Source(model, mesh, planned=True))
     with pytest.raises(UserError, match=r"is no student of wan2\.1-t2v-14b: its width"):
         check_student(Source("wan2.1-t2v-1.3b", mesh), Source("wan2.1-t2v-14b", mesh), ("width",))
+
+
+def test_a_student_of_fewer_blocks_is_refused(monkeypatch):
+    monkeypatch.setitem(PRESETS, "short", replace(PRESETS["flux.1-dev"], double_blocks=5))
+    with pytest.raises(
+        UserError, match=r"short is no student of flux\.1-dev: it has 5 \+ 38 blocks, expected 19 \+ 38;"
+    ):
+        pare_stage1.student_of("short", Source("flux.1-dev", training_mesh(), planned=True))

@@ -88,9 +88,9 @@ def student_of(name: str, source: Source) -> Source:
     student = Source(name or source.model, source.mesh, pruned=pruned, planned=source.planned, expert=source.expert)
     check_student(student, source, ("width",))
     if student.stacks != source.stacks:
+        found, expected = (" + ".join(map(str, each.stacks)) for each in (student, source))
         raise UserError(
-            f"{name} is no student of {source.model}: it has {student.stacks} blocks, expected {source.stacks}; prune "
-            "that model"
+            f"{name} is no student of {source.model}: it has {found} blocks, expected {expected}; prune that model"
         )
     return student
 
