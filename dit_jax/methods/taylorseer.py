@@ -175,9 +175,13 @@ class TaylorSeer:
     def kept_bytes(self, config: Config, shape: Shape) -> int:
         """The output of every branch of every block (attention and MLP; Wan's cross-attention; FLUX's text) and its
         differences."""
-        wan = isinstance(config, WanConfig)
-        vectors = shape.rows * (3 * shape.tokens if wan else 2 * (shape.tokens + shape.text))
-        return (self.order + 1) * sum(block_counts(config)) * vectors * config.width * shape.itemsize
+        if isinstance(config, WanConfig):
+            numbers = 3 * shape.tokens * config.width
+        else:
+            # The text's attention is kept before its projection, as its heads.
+            inner = config.heads * config.head_width
+            numbers = 2 * shape.tokens * config.width + shape.text * (inner + config.width)
+        return (self.order + 1) * sum(block_counts(config)) * shape.rows * numbers * shape.itemsize
 
     def applied(self, denoiser: Guided, run: Run) -> Guided:
         steering = TaylorSteering(self.timeline(run.steps, run.first))

@@ -159,6 +159,16 @@ def test_the_work_of_a_run_begins_anew_with_an_expert():
     assert shares == expected and sum(shares) == 12
 
 
+@pytest.mark.parametrize(
+    "config", [CONFIGS["wan"], CONFIGS["flux"], replace(CONFIGS["flux"], heads=3)], ids=["wan", "flux", "pruned"]
+)
+def test_what_it_keeps_is_counted(config):
+    plain, latents, taylorseer = guided(config), noise(config), TaylorSeer(order=2)
+    state = jax.eval_shape(applied(taylorseer, plain, latents).init, latents)
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert taylorseer.kept_bytes(config, Shape.of(plain, latents.shape)) == kept > 0
+
+
 def test_what_is_kept_is_held_once():
     config = replace(CONFIGS["wan"], blocks=16)
     plain, latents = guided(config), noise(config)
