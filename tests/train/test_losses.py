@@ -1,6 +1,8 @@
 """The losses against their definitions written out."""
 
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +23,14 @@ from torch_twins import (
 )
 
 from dit_jax.lora import Adapter, merged
+from dit_jax.models.flux import FluxConfig
 from dit_jax.models.vae_wan import WanVAE, WanVAEConfig
 from dit_jax.models.wan import Wan, WanConfig
 from train import losses
 from train.losses import (
     AutoencoderWeights,
     FlowSettings,
+    Noised,
     autoencoding,
     decibels,
     finetune,
@@ -36,6 +40,7 @@ from train.losses import (
     noise_levels,
     noised,
     pixels,
+    predicted,
 )
 from train.placement import training_mesh
 from train.step import Plan, TrainStep, Update, place_of
@@ -97,6 +102,21 @@ def test_the_right_velocity_has_no_loss(batch, monkeypatch):
     monkeypatch.setattr(losses, "network", oracle)
     model = nnx.eval_shape(lambda: Wan(TINY, nnx.Rngs(0)))
     assert float(flow_matching(model, batch, jax.random.key(3), FlowSettings())[0]) < 1e-10
+
+
+def test_a_guidance_distilled_model_is_told_what_the_batch_says_or_the_usual_scale(batch, monkeypatch):
+    seen = []
+
+    def oracle(model, call, tokens, t_B, conditioning, state=None, aux=None):
+        seen.append(conditioning.guidance)
+        return jnp.zeros_like(tokens.rows), None
+
+    monkeypatch.setattr(losses, "network", oracle)
+    told, dev = batch | {"pooled": np.zeros((4, 3), np.float16)}, FluxConfig(in_channels=4, out_channels=4)
+    at = Noised(jnp.asarray(batch["latents"][:, :1]), jnp.zeros(()), jnp.full(4, 0.5))
+    for config, more in ((dev, {}), (dev, {"guidance": np.float32([1, 2, 3, 4])}), (replace(dev, guidance=False), {})):
+        predicted(SimpleNamespace(config=config), at, told | more)
+    assert [None if each is None else each.tolist() for each in seen] == [[3.5] * 4, [1, 2, 3, 4], None]
 
 
 def test_flow_matching_learns_from_text_and_time(batch):

@@ -12,7 +12,7 @@ from dit_jax.models.wan import Wan, WanConfig
 from dit_jax.parameters import with_leaves
 from train.optimizers import adam, by_module, clipped, constant, cosine, matrix_axes, muon, schedule
 from train.placement import longest_axis, rows_sharding, training_mesh, update_sharding, weight_shardings
-from train.step import Plan, TrainState, TrainStep, Update, alone, params_of
+from train.step import Plan, TrainState, TrainStep, Update, alone, params_of, place_of
 
 
 class Line(nnx.Module):
@@ -47,6 +47,19 @@ def test_a_step_is_one_of_plain_gradient_descent(batch):
     # The mean's memory is short at first: decay (1 + 0) / (10 + 0), whatever the final one.
     np.testing.assert_allclose(state.ema["kernel"], 0.1 + 0.9 * np.asarray(state.params["kernel"]), rtol=1e-5)
     assert int(state.step) == 1
+
+
+def test_the_mean_of_the_weights_forgets_as_fast_as_it_is_told_once_its_memory_is_long(batch):
+    step = TrainStep(Line(), alone(squares, optax.sgd(0.1), ema_decay=0.27), training_mesh())
+    state = step.init(Line())
+    expected, decays = {name: np.asarray(leaf) for name, leaf in state.params.items()}, (1 / 10, 2 / 11, 3 / 12, 0.27)
+    for decay in (*decays, 0.27):
+        state, _ = step(state, batch, jax.random.key(0))
+        expected = {
+            name: decay * before + (1 - decay) * np.asarray(state.params[name]) for name, before in expected.items()
+        }
+        for name, mean in expected.items():
+            np.testing.assert_allclose(state.ema[name], mean, rtol=1e-5, atol=1e-7)
 
 
 def test_the_state_is_updated_in_place(batch):
@@ -232,7 +245,7 @@ def test_two_updates_take_turns_on_rows_of_their_own(batch):
     """Three turns of one module, each on its own rows, then one of the other, which sees what the turns made."""
 
     def first(trained, frozen, batch, key):
-        return jnp.mean(jnp.square(trained["a"](batch["x"]) - batch["y"])), {}
+        return jnp.mean(jnp.square(trained["a"](batch["x"]) - batch["y"])), {"drawn": jax.random.normal(key)}
 
     def second(trained, frozen, batch, key):
         return jnp.mean(jnp.square(trained["b"](batch["x"]) - frozen["a"](batch["x"]))), {}
@@ -247,15 +260,22 @@ def test_two_updates_take_turns_on_rows_of_their_own(batch):
     step = TrainStep(trained, plan, training_mesh())
     state, metrics = step(step.init(trained), batch, jax.random.key(0))
     a, b = np.ones((3, 2)), np.ones((3, 2))
-    bias = np.zeros(2)
+    bias, losses = np.zeros(2), []
     for x, y in zip(batch["x"].reshape(4, 2, 3)[:3], batch["y"].reshape(4, 2, 2)[:3], strict=True):
         error = 2 * (x @ a + bias - y) / y.size
+        losses.append(np.mean(np.square(x @ a + bias - y)))
         a, bias = a - 0.1 * x.T @ error, bias - 0.1 * error.sum(0)
     x = batch["x"].reshape(4, 2, 3)[3]
     b = b - 0.1 * x.T @ (2 * (x @ b - x @ a - bias) / 4)
     np.testing.assert_allclose(state.params["a.kernel"], a, rtol=1e-4)
     np.testing.assert_allclose(state.params["b.kernel"], b, rtol=1e-4)
     assert {"a_loss", "b_loss", "a_gradient_norm", "b_gradient_norm"} <= set(metrics)
+    # What turns report is their mean, and each has a key of its own.
+    np.testing.assert_allclose(metrics["a_loss"], np.mean(losses), rtol=1e-4)
+    of_step = jax.random.fold_in(jax.random.key(0), 0)
+    drawn = [jax.random.normal(jax.random.fold_in(of_step, place_of(0, turn))) for turn in range(3)]
+    np.testing.assert_allclose(metrics["a_drawn"], np.mean(drawn), rtol=1e-5)
+    assert len(set(map(float, drawn))) == 3
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
