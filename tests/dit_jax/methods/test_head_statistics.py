@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 from small_models import CONFIGS, guided, noise, relative_error
 
-from dit_jax.methods.head_statistics import HeadProbe, Recording, intra_slice_ratio, recorded, sampled_queries
-from dit_jax.models.network import Attended, Context, Place, with_context
+from dit_jax.methods.head_statistics import (
+    HeadProbe,
+    ProbeSteering,
+    Recording,
+    intra_slice_ratio,
+    recorded,
+    sampled_queries,
+)
+from dit_jax.models.network import Attended, Aux, Context, Place, with_context
 from dit_jax.sampling.sampler import sample, start
 from dit_jax.sampling.schedules import Shift
-from dit_jax.sampling.solvers import Euler
+from dit_jax.sampling.solvers import Euler, Step
 
 STEPS = 3
 
@@ -96,10 +103,16 @@ def test_norms_and_ratios_are_the_equations(backbone):
     assert float(jnp.abs(found.tokens[0]).sum()) == 0
 
 
-def test_cross_attention_is_summed_with_the_steps_weights():
+@pytest.mark.parametrize("t", [0.0, 250.0, 1000.0])
+def test_a_step_weighs_the_logarithm_of_one_and_its_share_of_the_noise(t):
+    told = ProbeSteering(queries=jnp.arange(3))(Aux(), None, Step(0, t / 1000, 0.0, jnp.float32(t)), None).attention
+    assert float(told.weight) == pytest.approx(np.log(1 + t / 1000)) and told.queries.tolist() == [0, 1, 2]
+
+
+def test_cross_attention_to_silent_values_adds_nothing():
     config = CONFIGS["wan"]
-    latents = noise(config, samples=1)
-    one = recorded(guided(config, samples=1), latents.shape)
+    latents = noise(config)  # as many samples as above, whose program this is
+    one = recorded(guided(config), latents.shape)
     block = jax.tree.map(lambda leaf: leaf[0] * 0, one.guided.model.blocks.attn2.v)
     model = one.guided.model
     silent = jax.tree.map(lambda leaf: leaf, model)

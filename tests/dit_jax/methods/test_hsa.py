@@ -9,6 +9,7 @@ import pytest
 from small_models import CONFIGS, guided, noise, one_sample, relative_error, sampled, segment_programs
 
 from dit_jax.config import UserError
+from dit_jax.flops import Shape
 from dit_jax.methods.hsa import PRESETS, Hsa, HsaDenoiser, is_refreshed
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
@@ -167,6 +168,39 @@ def test_held_tokens_are_always_active():
     order = denoiser._ranked(change, plain.tokens(latents))
     assert set(np.asarray(order[0, :15])) == set(range(15))
     assert state.cache.k.shape == (3, 4, 4, 1, 45, 12)
+    kept = sum(leaf.nbytes for leaf in (*state.cache, state.velocity))
+    assert SMALL.kept_bytes(config, Shape.of(plain, latents.shape)) == kept
+
+
+def test_another_network_begins_in_the_window_with_a_full_step_and_the_ranking_so_far():
+    config = CONFIGS["wan"]
+    hsa, latents = Hsa(shares=(0.3, 0.7), budgets=(12, 3), window=0.5), noise(config)
+    one, other = (applied(hsa, guided(config, seed=seed), latents) for seed in (0, 5))
+    sigmas = jnp.linspace(1, 0, 13)
+    run = jax.jit(lambda denoiser, state, index: denoiser(latents, state, _step(index, sigmas)))
+    rng = np.random.default_rng(0)
+    order = np.stack([rng.permutation(45) for _ in range(2)]).astype(np.int32)
+    change = rng.random((2, 45)).astype(np.float32)
+    left = one.init(latents)._replace(order=jnp.asarray(order), change=jnp.asarray(change))
+    for index in (1, 5):  # before the window, and inside at a step of the first group alone
+        _, after = run(other, other.init(latents, one.handed(left)), index)
+        assert np.abs(after.velocity).max(axis=-1).min() > 0, "every token has a velocity of this network"
+        np.testing.assert_array_equal(after.order, order)
+        np.testing.assert_array_equal(after.change, change)
+
+
+@pytest.mark.parametrize(
+    ("shares", "held", "ends"),
+    [
+        ((0.35, 0.65), 0, (16, 48)),
+        ((0.1, 0.2, 0.7), 0, (4, 14, 48)),
+        ((0.1, 0.2, 0.7), 15, (15, 15, 48)),
+        ((1.0,), 0, (48,)),
+    ],
+)
+def test_groups_have_the_nearest_whole_numbers_of_tokens(shares, held, ends):
+    """Of 45 tokens, with three of padding in the last group."""
+    assert group_ends(shares, 45, 48, held) == ends
 
 
 def test_activity_follows_the_step_index():
@@ -209,6 +243,8 @@ def test_fixed_rankings_are_permutations_with_padding_last(ranking):
     order = fixed_ranking(ranking, positions, valid, held, seed=5)
     assert sorted(order) == list(range(48)) and set(order[-3:]) == {45, 46, 47}
     assert (order == fixed_ranking(ranking, positions, valid, held, seed=5)).all()
+    held = (positions[:, 0] == 1) & (positions[:, 2] < 2)
+    assert set(fixed_ranking(ranking, positions, valid, held, seed=5)[:8]) == set(np.flatnonzero(held))
     if ranking == "first-frame":
         assert set(order[:16]) == set(range(16))
         assert len(set(positions[order[:4], 1])) > 1, "no part of the frame comes first"

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from row_by_row import row_by_row
@@ -10,7 +11,7 @@ from small_models import CONFIGS, guided, noise, one_sample, relative_error, sam
 
 from dit_jax.config import UserError
 from dit_jax.flops import Shape, plan_cost
-from dit_jax.methods.magcache import MagCache, ratios_of, read_ratios, recording, write_ratios
+from dit_jax.methods.magcache import MagCache, ResidualNorms, ratios_of, read_ratios, recording, write_ratios
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
 from dit_jax.sampling.sampler import sample, start
@@ -69,6 +70,8 @@ def test_the_schedule_is_worked_out_before_the_first_step():
     one = MagCache(threshold=9, ratios=RATIOS, most_in_a_row=1, retention=0.5)
     assert list(one.reuses().astype(int)) == [0] * 6 + [1, 0, 1, 0, 1, 0]
     assert not MagCache(threshold=9, ratios=RATIOS, most_in_a_row=0).reuses().any()
+    # The error has to be below the threshold.
+    assert not MagCache(threshold=0, ratios=(1.0,) * STEPS).reuses().any()
     # The trunk of a stage that begins at 6 has not run before it.
     assert list(USUAL.reuses(first=6).astype(int)) == [0] * 7 + [1, 1, 0, 1, 0]
 
@@ -89,6 +92,18 @@ def test_ratios_are_those_of_the_residuals_norms():
     np.testing.assert_allclose(rest, whole, rtol=1e-5, atol=1e-5)
     assert not first[6:].any() and not second[:6].any()
     np.testing.assert_allclose(ratios_of(first + second), expected, rtol=1e-5)
+
+
+def test_padding_is_no_part_of_the_residuals_norm():
+    x, added = np.random.default_rng(0).standard_normal((2, 3, 7, 5)).astype(np.float32)
+    valid = np.arange(7) < np.array([[5], [7], [6]])
+    trunk = SimpleNamespace(
+        run=lambda x, state: (x + added, state), place=SimpleNamespace(valid=valid), aux=SimpleNamespace(cache=1)
+    )
+    norms = ResidualNorms(steps=3)
+    _, state = norms(trunk, jnp.asarray(x), norms.init(None, jnp.asarray(x), None))
+    expected = [np.linalg.norm(of_row[real]) for of_row, real in zip(added, valid, strict=True)]
+    np.testing.assert_allclose(state.cache, [np.zeros(3), expected, np.zeros(3)], rtol=1e-4)
 
 
 def test_the_work_of_a_run_begins_anew_with_an_expert():

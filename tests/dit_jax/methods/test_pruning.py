@@ -38,9 +38,10 @@ def one_by_one(up, down, count, similar=0.9):
     return sorted(chosen)
 
 
-@pytest.mark.parametrize(("neurons", "count"), [(37, 20), (1100, 640)])
+@pytest.mark.parametrize(("neurons", "count"), [(37, 20), (37, 30), (1100, 640), (1100, 850)])
 def test_neurons_are_chosen_by_norm_and_difference(neurons, count):
-    """Half of them are near copies of others, at cosines on both sides of every threshold."""
+    """Half of them are near copies of others, at cosines on both sides of every threshold; of the larger numbers some
+    are found only when what counts as a copy has been relaxed."""
     rng = np.random.default_rng(neurons)
     up, down = rng.standard_normal((9, neurons)), rng.standard_normal((neurons, 9))
     for copy in range(neurons // 2, neurons):
@@ -65,6 +66,7 @@ def test_heads_are_kept_by_score_and_temporal_ones_protected():
     assert best_heads(scores, 3).tolist() == [[2, 3, 4], [0, 1, 2]]
     assert best_heads(protected(scores, types), 3).tolist() == [[2, 3, 4], [0, 1, 3]]
     assert best_heads(protected(scores, types, 1.0), 3).tolist() == [[2, 3, 4], [0, 1, 2]]
+    np.testing.assert_array_equal(protected(scores, types)[1], [5, 4, 3.5, 4.5, 1.5])
     assert protected(scores, None) is scores
 
 

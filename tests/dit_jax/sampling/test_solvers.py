@@ -90,6 +90,17 @@ def test_euler_with_dynamic_shift(tokens):
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_dynamic_shift_grows_evenly_with_the_tokens():
+    """From 1/2 at 256 of them to 1.15 at 4,096, as FLUX's pipelines have it."""
+    np.testing.assert_allclose(
+        [Shift(dynamic=True).mu(n) for n in (256, 1024, 4096, 8192)], [0.5, 0.63, 1.15, 1.8433333]
+    )
+    other = Shift(dynamic=True, low=0.2, high=0.9, low_tokens=100, high_tokens=300)
+    np.testing.assert_allclose([other.mu(n) for n in (100, 200, 300)], [0.2, 0.55, 0.9])
+    assert Shift(dynamic=True).scale(4096) == pytest.approx(np.exp(1.15))
+    assert Shift(constant=3.0).scale(4096) == 3
+
+
 @pytest.mark.parametrize("solver", [Euler(), UniPC()])
 def test_segments_equal_one_scan(solver):
     whole, _ = run_ours(solver, Shift(constant=3.0), 9, X)
