@@ -17,7 +17,7 @@ from PIL import Image
 from dit_jax.config import UserError
 from dit_jax.models.vae_kl import FLUX_VAE, AutoencoderKL
 from dit_jax.models.vae_wan import WanVAE, WanVAEConfig
-from infer import load_pipeline
+from infer import load_pipeline, pipeline
 from infer.pipeline import _decode as vae_decode
 from infer.pipeline import _decode_tiled as vae_decode_tiled
 from infer.request import Request
@@ -49,6 +49,13 @@ def test_image_to_video_equals_diffusers(image_to_video, solver):
     ours = by_ours(load_pipeline(image_to_video[0]), solver, noise, image=image)
     assert relative(ours.latents, latents) <= 1e-4
     assert np.abs(ours.frames - np.round(video * 255)).max() <= 1
+
+
+def test_pixels_are_the_nearest_of_256_levels():
+    levels = np.arange(256)
+    for off in (-0.45, 0.0, 0.45):
+        values = np.clip((levels + off) / 127.5 - 1, -1, 1).astype(np.float32)
+        np.testing.assert_array_equal(pipeline._levels(jnp.asarray(values)), levels)
 
 
 def test_a_request_gives_the_same_pixels_alone_and_in_a_batch(pipe):

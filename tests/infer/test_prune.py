@@ -1,15 +1,19 @@
 """`dit-prune` from end to end, on small pipelines."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_flux import pipeline as flux_pipeline
 
 from convert.checkpoint import load_model, open_checkpoint
+from dit_jax.methods.head_statistics import HeadSums
+from dit_jax.methods.method import Run
 from dit_jax.methods.pruning import HEAD_TYPES
+from dit_jax.models.wan import WanConfig
 from dit_jax.parameters import named_leaves
-from infer import load_pipeline, prune
+from infer import head_calibration, load_pipeline, prune
 from infer.head_calibration import calibrate_heads, plot_types
 from infer.media import open_image
 from infer.prune import chosen_widths, main, widths_by_lot
@@ -66,8 +70,38 @@ def test_pruning_nothing_is_the_same_model(text_experts, tmp_path):
         assert all(np.array_equal(leaf, two[name]) for name, leaf in one.items())
 
 
-def test_scores_follow_what_a_head_adds(text_to_video):
-    """A head whose output projection is zero scores nothing; experts and prompts are averaged, not summed."""
+def test_scores_are_means_of_runs_and_types_means_of_steps(monkeypatch):
+    """Of two runs of four steps; a head whose output projection is zero scores nothing."""
+    monkeypatch.setattr(head_calibration, "recorded", lambda denoiser, shape: denoiser)
+    config = WanConfig(blocks=1, width=12, heads=3, head_width=4, mlp_width=8)
+    rng = np.random.default_rng(0)
+    sums = {kind: rng.uniform(1, 2, (2, 1, 3)) for kind in HeadSums._fields}
+    sums["inside"] = 4 * np.array([[[0.6, 0.5, 0.2]], [[0.9, 0.5, 0.3]]])
+    kernels = {name: rng.standard_normal((1, 3, 4, 12)) for name in ("attn1", "attn2")}
+    kernels["attn1"][0, 1] = 0
+    leaves = {
+        f"blocks.{name}.o.kernel": SimpleNamespace(shape=kernel.shape, block=kernel.__getitem__)
+        for name, kernel in kernels.items()
+    }
+    told = SimpleNamespace(component=lambda name: SimpleNamespace(config=config), leaves=lambda name: leaves)
+
+    def denoise(job, watch):
+        watch.around(None, Run(latents_shape=(1, 2, 2, 2, 4), first=1, stop=5, steps=5, sigmas=None))
+        watch.finished("transformer", SimpleNamespace(attention=[of_all[job] for of_all in sums.values()]))
+
+    pipe = SimpleNamespace(checkpoint=told, denoise=denoise)
+    pipe.prepare = lambda request: SimpleNamespace(single=lambda index: index)
+    found = calibrate_heads(pipe, PROMPTS)["transformer"]
+    assert found.types.tolist() == [["spatial", "mixed", "temporal"]]
+    norms = {name: np.linalg.norm(kernel.reshape(1, 3, -1), axis=-1) for name, kernel in kernels.items()}
+    expected = sums["tokens"].mean(0) * norms["attn1"]
+    np.testing.assert_allclose(found.scores[("blocks.attn1",)], expected, rtol=1e-6)
+    assert found.scores[("blocks.attn1",)][0, 1] == 0
+    crossed = (sums["cross_text"] + sums["cross_image"]).mean(0) * norms["attn2"]
+    np.testing.assert_allclose(found.scores[("blocks.attn2",)], crossed, rtol=1e-6)
+
+
+def test_prompts_are_averaged_not_summed(text_to_video):
     pipe = load_pipeline(text_to_video[0])
     options = dict(size=(32, 32), frames=5, steps=2)
     once, twice = (calibrate_heads(pipe, prompts, seed=0, **options) for prompts in (PROMPTS[:1], PROMPTS[:1] * 2))
