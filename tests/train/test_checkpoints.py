@@ -22,10 +22,10 @@ from train.step import TrainStep, alone
 SCORES = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.2, 5: 0.4, 6: 0.5}
 
 
-def run(out, steps=6, optimizer=None, save_every=1, **options):
+def run(out, steps=6, optimizer=None, save_every=1, score_every=1, **options):
     config = RunConfig(out=str(out), steps=steps, save_every=save_every, **options)
     step = TrainStep(Line(), alone(noisy_squares, optimizer or adam(0.05)), training_mesh())
-    hook = Hook(1, lambda state, taken: {"digit": SCORES[taken]})
+    hook = Hook(score_every, lambda state, taken: {"digit": SCORES[taken]})
     return train(config, step.init(Line()), step, batch_at, (hook,))
 
 
@@ -55,6 +55,11 @@ def test_whatever_is_scored_is_saved_where_the_best_stay(tmp_path):
 def test_a_best_that_nothing_gives_is_told(tmp_path, options, sentence):
     with pytest.raises(UserError, match=sentence):
         run(tmp_path, save_every=100, **options)
+
+
+def test_checkpoints_without_a_score_are_none_of_the_best(tmp_path):
+    run(tmp_path, keep=1, keep_best=1, best="-digit", score_every=2)
+    assert steps_of(tmp_path) == [4, 6], "of 2, 4 and 6, which are scored"
 
 
 def test_without_a_score_the_last_stay(tmp_path):

@@ -22,9 +22,17 @@ from torch_twins import (
 
 from dit_jax.methods.coredit import Coredit
 from dit_jax.methods.coredit_ratios import allocate, most_skipped, next_block, ramped
-from dit_jax.models.network import NetworkCall
+from dit_jax.models.network import Attended, NetworkCall
 from dit_jax.sampling.schedules import shifted
-from train.coredit_loss import CoreditSettings, compared_blocks, coredit, gathered, sorted_coherence
+from train.coredit_loss import (
+    Compared,
+    ComparedAttention,
+    CoreditSettings,
+    compared_blocks,
+    coredit,
+    gathered,
+    sorted_coherence,
+)
 from train.losses import FlowSettings, noised
 
 # One of two samples is at a level of the last steps, and no two tokens tie where the skipped ones end.
@@ -168,6 +176,24 @@ def test_recomputed_and_of_sampled_blocks():
     assert relative(loss, expected.detach()) <= 1e-4
     assert relative(metrics["loss_attention"], distances.mean().detach()) <= 1e-4
     assert relative(gradients["student"], twin("wan", 1).gradients()) <= 1e-4
+
+
+def test_attention_outputs_in_bf16_are_compared_in_fp32_and_without_padding():
+    rng = np.random.default_rng(0)
+    outputs, teacher = (jnp.asarray(rng.standard_normal((2, 3, 9, 5)), jnp.bfloat16) for _ in range(2))
+
+    def given(attention, x, place, block, cache, aux):
+        return Attended(outputs[block]), cache
+
+    compared = ComparedAttention(given, tokens=7, count=2)
+    aux = Compared(None, jnp.array([1, 2, 0]), jnp.concatenate([teacher, 100 * teacher[:1]]))
+    total = jnp.float32(0)
+    for block, of_teacher in ((0, 1), (1, None), (0, 1)):
+        _, after = compared(None, None, None, block, total, aux)
+        error = np.asarray(outputs[block], np.float64) - np.asarray(teacher[of_teacher or 0], np.float64)
+        expected = 0 if of_teacher is None else np.mean(error[:, :7] ** 2)
+        np.testing.assert_allclose(after - total, expected, rtol=1e-5)
+        total = after
 
 
 def test_the_ramp_goes_by_the_coherence_of_the_batch():

@@ -7,6 +7,7 @@ import pytest
 
 from train.models import Source
 from train.optimizers import ADAM_BETAS, adam, adamw, muon
+from train.pare_loss import PareSettings
 from train.placement import training_mesh
 from train.recipes import coredit, ddit, finetune, pare_stage1, pare_stage2, step_distill
 
@@ -92,6 +93,7 @@ def test_what_is_not_said_is_the_papers():
     one, two, few = pare_stage1.Config(), pare_stage2.Config(), step_distill.Config()
     assert (one.steps, one.batch, one.learning_rate, one.warmup) == (7000, 4, 3e-5, 100)
     assert (two.steps, two.learning_rate, two.router_rate, two.sampled_blocks) == (7000, 3e-5, 5e-4, 4)
+    assert (PareSettings().sampled_blocks, PareSettings().outliers) == (4, 3)
     assert (few.ema_decay, few.shift, few.fake_turns) == (0.99, 5.0, 5)
     assert few.settings.timesteps == (1000, 750, 500, 250) and few.settings.guidance_scale == 3
     pruned = coredit.Config()

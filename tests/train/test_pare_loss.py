@@ -136,6 +136,17 @@ def test_features_are_of_usual_tokens_of_active_blocks(active):
     assert (outliers > 0) == (active is None), "the token of the large norm lies in a block that is not always active"
 
 
+def test_features_in_bf16_are_compared_in_fp32():
+    rng = np.random.default_rng(1)
+    outputs = (
+        rng.standard_normal((2, 9, 5)) + np.array([0, 0.01])[:, None, None, None, None] + rng.normal(size=(3, 2, 9, 5))
+    )
+    student, teacher = (jnp.asarray(each, jnp.bfloat16) for each in outputs)
+    exact, target = (np.asarray(each, np.float64) for each in (student, teacher))
+    found = feature_distance(student, teacher, tokens=9, outliers=99.0)
+    np.testing.assert_allclose(found, np.mean((exact - target) ** 2), rtol=1e-5)
+
+
 def test_a_router_with_all_blocks_on_is_stage_1():
     student, teacher, batch = twin("wan", 1, narrower=5).model, twin("wan", 0).model, as_jax(batch_of("wan"))
     plain, gradients = ours({"student": student}, {"teacher": teacher}, batch, KEY, SETTINGS)

@@ -15,7 +15,7 @@ from dit_jax.config import UserError
 from dit_jax.flops import Shape, plan_cost
 from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
-from dit_jax.methods.taylorseer import TaylorSeer
+from dit_jax.methods.taylorseer import Differenced, Predicted, TaylorSeer, TaylorStep
 from dit_jax.models.network import Attended, Dense, Place, layout, unlayout
 from dit_jax.sampling.sampler import sample, start
 from dit_jax.sampling.schedules import Shift
@@ -157,6 +157,27 @@ def test_the_work_of_a_run_begins_anew_with_an_expert():
     plan_cost(CONFIGS["wan"], shape, (taylorseer, spy), 40, stages={0: "transformer", 13: "transformer_2"})
     expected = [*taylorseer.timeline(40).full[:13], *taylorseer.timeline(40, first=13).full[13:]]
     assert shares == expected and sum(shares) == 12
+
+
+def test_differences_and_predictions_in_bf16_are_rounded_once():
+    rng = np.random.default_rng(0)
+    kept = jnp.asarray(rng.standard_normal((2, 3, 4, 9, 8)), jnp.bfloat16)  # blocks, orders, rows, tokens, width
+    output = jnp.asarray(rng.standard_normal((4, 9, 8)), jnp.bfloat16)
+    step = TaylorStep(full=jnp.array(True), apart=jnp.int32(3), made=jnp.int32(2))
+    before, now = np.asarray(kept[1], np.float64), np.asarray(output, np.float64)
+    first = (now - before[0]) / 3
+    noted = Differenced(order=2)._noted("mlp", output, jnp.int32(1), {"mlp": kept}, step)["mlp"]
+    np.testing.assert_array_equal(noted[0], kept[0])
+    predicted = Predicted(order=2)._predicted("mlp", jnp.int32(1), {"mlp": kept}, step)
+    series = before[0] + 3 * before[1] + 4.5 * before[2]
+    for found, exact in (
+        (noted[1, 0], now),
+        (noted[1, 1], first),
+        (noted[1, 2], (first - before[1]) / 3),
+        (predicted, series),
+    ):
+        nearest = np.asarray(jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16), np.float32)
+        assert found.dtype == jnp.bfloat16 and np.mean(np.asarray(found, np.float32) != nearest) < 0.01
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,14 @@ def test_relative_change_leaves_out_padding():
     np.testing.assert_allclose(rows, abs(now - before)[:, 0].sum(1) / abs(before)[:, 0].sum(1), rtol=1e-6)
 
 
+def test_relative_change_of_bf16_is_that_of_the_exact_values():
+    now = np.random.default_rng(0).standard_normal((3, 7, 5)) + 1
+    now, before = (jnp.asarray(signal, jnp.bfloat16) for signal in (now, 1.01 * now))
+    exact, last = (np.asarray(signal, np.float64) for signal in (now, before))
+    expected = abs(exact - last).mean((1, 2)) / abs(last).mean((1, 2))
+    np.testing.assert_allclose(relative_change(now, before, None), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
