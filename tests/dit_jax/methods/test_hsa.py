@@ -129,6 +129,16 @@ def test_segments_do_not_matter_and_nothing_compiles_again():
     np.testing.assert_array_equal(found, sampled(denoiser, latents, SMALL.steps))
 
 
+def test_tokens_dealt_over_shards_and_prefixes_that_are_filled_up_change_nothing():
+    """As on a mesh of five, or of a TPU's lanes, where a step's prefix holds tokens that are not due."""
+    config = CONFIGS["wan"]
+    denoiser, latents = applied(SMALL, guided(config), noise(config)), noise(config)
+    dealt_out = replace(denoiser, shards=5, multiple=10)
+    assert denoiser.ends == (14, 25, 45) and dealt_out._first(jnp.arange(45)[None], 14).shape == (1, 20)
+    found = sampled(dealt_out, latents, SMALL.steps, count=3)
+    assert relative_error(found, sampled(denoiser, latents, SMALL.steps, count=3)) < 1e-5
+
+
 @pytest.mark.parametrize("backbone", CONFIGS)
 def test_a_sample_is_ranked_by_itself_in_any_batch(backbone):
     config = CONFIGS[backbone]

@@ -1,6 +1,8 @@
 """Plans as they are built: what cannot share one is refused, whoever builds it."""
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,3 +32,16 @@ def test_a_plan_of_methods_says_so():
 def test_pairs_are_refused_however_the_plan_is_built():
     with pytest.raises(UserError, match="coredit and hsa cannot share a plan"):
         Plan((Coredit(ratios=(0.3,)), PRESETS["50"]), "coredit:0.3+hsa:50")
+
+
+def test_methods_are_applied_in_one_order_however_they_are_written():
+    """Patch sizes first, since the others count tokens; what chooses tokens after what chooses blocks."""
+    text = "coredit:0.3+routing+teacache:0.1:model=flux.1+ddit"
+    plan = parse_plan(text)
+    assert [method.name for method in plan.methods] == ["ddit", "teacache", "routing", "coredit"] and str(plan) == text
+    spies = [SimpleNamespace(name=name, solver=None, steps=None, applied=partial(_added, name)) for name in "abc"]
+    assert Plan(tuple(spies), "a+b+c").applied("plain", SimpleNamespace(parts={})) == "plain, a, b, c"
+
+
+def _added(name, denoiser, run):
+    return f"{denoiser}, {name}"
