@@ -1,10 +1,12 @@
 """`dit-calibrate` from its arguments to a file that a plan reads, on a tiny model with random weights."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from dit_jax.methods.method import Run
 from dit_jax.methods.plan import parse_plan
 from infer import calibrate, load_pipeline
 from infer.request import Request
@@ -137,6 +139,20 @@ def test_magcaches_ratios_are_measured_and_used(text_to_video, prompts, tmp_path
     pipe = load_pipeline(text_to_video[0])
     planned = pipe("a fish", plan=f"magcache:0:ratios={out}", size=(96, 80), frames=5)
     np.testing.assert_array_equal(planned.latents, pipe("a fish", steps=4, size=(96, 80), frames=5).latents)
+
+
+def test_both_experts_make_one_run_of_the_samples_that_count(monkeypatch):
+    monkeypatch.setattr(calibrate, "recording", lambda denoiser, steps: denoiser)
+    watch, norms = calibrate.ResidualWatch(), np.random.default_rng(0).random((2, 4, 6))
+    watch.samples = 2  # of three, with two branches each
+    for of_run in norms:
+        for first, stop in ((0, 3), (3, 4)):
+            run = Run(latents_shape=(3, 1, 1, 1, 1), first=first, stop=stop, steps=4, sigmas=None)
+            watch.around(SimpleNamespace(branches=2), run)
+            own = np.zeros((4, 6))
+            own[first:stop] = of_run[first:stop]
+            watch.finished("", SimpleNamespace(cache=own))
+    np.testing.assert_array_equal(watch.runs, norms[:, :, :4])
 
 
 def test_one_step_has_no_ratios(text_to_video, prompts, tmp_path, capsys):
