@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 from dit_jax.config import UserError
-from dit_jax.lora import Adapter, beside, delta, merged, merged_leaf
+from dit_jax.lora import Adapter, beside, delta, merged, merged_leaf, untrained
+from dit_jax.models.flux import Flux, FluxConfig
 from dit_jax.models.network import Conditioning, NetworkCall, layout, network
 from dit_jax.models.wan import Wan, WanConfig
 from dit_jax.parameters import named_leaves, with_leaves
@@ -115,6 +116,28 @@ def test_adapters_are_data_that_gradients_reach():
 
     gradient = jax.grad(loss)(jax.tree.map(jnp.asarray, adapter))
     assert gradient.down.shape == adapter.down.shape and np.abs(gradient.up).max() > 0
+
+
+@pytest.mark.parametrize("kind", ["wan", "flux"])
+def test_an_untrained_lora_is_of_every_linear_map_of_the_blocks_and_adds_nothing(kind):
+    flux = FluxConfig(double_blocks=2, single_blocks=3, width=32, heads=4, head_width=8, mlp_width=52, in_channels=4)
+    abstract = nnx.eval_shape(lambda: Wan(TINY, nnx.Rngs(0)) if kind == "wan" else Flux(flux, nnx.Rngs(0)))
+    made, shapes = untrained(abstract, rank=5), {name: leaf.shape for name, leaf in named_leaves(abstract)}
+    streams = {
+        "wan": ("blocks.attn1.", "blocks.attn2."),
+        "flux": ("double.image.attn.", "double.text.attn.", "single.attn."),
+    }
+    maps = [f"{stream}{name}" for stream in streams[kind] for name in ("q.linear", "k.linear", "v", "o")]
+    mlps = {"wan": ("blocks",), "flux": ("double.image", "double.text", "single")}[kind]
+    maps += [f"{stream}.mlp.{name}" for stream in mlps for name in ("up", "down")]
+    assert set(made) == {f"{name}.kernel" for name in maps}
+    for name, adapter in made.items():
+        blocks, inputs = shapes[name][0], adapter.down.shape[1:-1]
+        assert adapter.down.shape[1:-1] + adapter.up.shape[2:] == shapes[name][1:] and adapter.stacked
+        assert len(inputs) == (2 if ".o." in name else 1) and adapter.down.shape[-1] == adapter.up.shape[1] == 5
+        assert not adapter.up.any() and (adapter.alpha == 5).all() and (adapter.rank == 5).all()
+        np.testing.assert_allclose(adapter.down.std() * np.prod(inputs) ** 0.5, 1, rtol=0.2)
+        assert len(adapter.alpha) == len(adapter.down) == len(adapter.up) == blocks
 
 
 MESHES = ("fsdp=4,tensor=2", "data=2,context=4")

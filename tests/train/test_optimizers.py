@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 
+from dit_jax.models.wan import PRESETS
 from train.models import Source
 from train.optimizers import ADAM_BETAS, adam, adamw, muon
 from train.pare_loss import PareSettings
@@ -94,6 +95,9 @@ def test_what_is_not_said_is_the_papers():
     assert (one.steps, one.batch, one.learning_rate, one.warmup) == (7000, 4, 3e-5, 100)
     assert (two.steps, two.learning_rate, two.router_rate, two.sampled_blocks) == (7000, 3e-5, 5e-4, 4)
     assert (PareSettings().sampled_blocks, PareSettings().outliers) == (4, 3)
+    weights = [pare_stage1.weights_for(PRESETS[name]) for name in ("wan2.1-t2v-14b", "wan2.1-i2v-14b")]
+    assert [(each.features, each.teacher, each.data, each.motion) for each in weights] == [(10, 6, 1, 8), (10, 6, 1, 4)]
+    assert pare_stage1.PRUNED == (0.3, 0.3)
     assert (few.ema_decay, few.shift, few.fake_turns) == (0.99, 5.0, 5)
     assert few.settings.timesteps == (1000, 750, 500, 250) and few.settings.guidance_scale == 3
     pruned = coredit.Config()

@@ -183,6 +183,11 @@ def test_content_is_what_the_latents_say():
     np.testing.assert_array_equal(
         content_features("image", jnp.asarray(latents), told, 2), told.image[jnp.array([0, 4]), 0]
     )
+    # The text's embedding is that of the conditional branch.
+    pooled = jnp.arange(4 * 3.0).reshape(4, 3)
+    found = content_features("pooled", jnp.asarray(latents), told._replace(pooled=pooled), 2)
+    np.testing.assert_array_equal(found, pooled[jnp.array([0, 2])])
+    assert content_features("none", jnp.asarray(latents), told, 2).shape == (2, 0)
     still = content_features("latents", jnp.asarray(latents[:, :1]), told, 2)
     assert (np.asarray(still)[:, -1] == 0).all()
 
