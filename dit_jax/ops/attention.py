@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from dit_jax.ops import mesh as meshes
 from dit_jax.ops.linear import products_in
 
-TPU_BLOCK = 512
+TPU_BLOCK = 1024  # most queries, and most keys, of a step of the kernel
 TPU_LANES = 128
 ATTENDED = "attended"  # its results, where a gradient chooses what to keep (`models.remat`)
 CPU_SCORES = 1 << 17  # scores a CPU block holds at once: 512 KiB in fp32, about one L2 cache
@@ -118,7 +118,7 @@ def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM=None, *, scale, interpret=False):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     (_, queries, heads, width), keys = q_BNHK.shape, k_BMHK.shape[1]
-    block_q, block_k = (min(TPU_BLOCK, _round_up(length, TPU_LANES)) for length in (queries, keys))
+    block_q, block_k = tpu_block(queries), tpu_block(keys)
     pad_q, pad_k = _round_up(queries, block_q), _round_up(keys, block_k)
     if valid_BM is None and pad_k != keys:
         valid_BM = jnp.ones((q_BNHK.shape[0], keys), bool)
@@ -146,6 +146,14 @@ def _tpu(q_BNHK, k_BMHK, v_BMHK, valid_BM=None, *, scale, interpret=False):
         segments = splash.SegmentIds(q=jnp.zeros((q_BNHK.shape[0], pad_q), jnp.int32), kv=padding)
     out = jax.vmap(lambda q, k, v, segments: kernel(q, k, v, segment_ids=segments))(q, k, v, segments)
     return out.transpose(0, 2, 1, 3)[:, :queries, :, :width].astype(v_BMHK.dtype)
+
+
+def tpu_block(length: int) -> int:
+    """Queries or keys of a step of the TPU's kernel: large, as a step's fixed cost is that of many products, but such
+    that little is padded. In whole lanes."""
+    if length <= TPU_BLOCK:
+        return _round_up(length, TPU_LANES)
+    return min(range(TPU_BLOCK, TPU_BLOCK // 2, -TPU_LANES), key=lambda block: _round_up(length, block))
 
 
 def _round_up(length: int, multiple: int) -> int:

@@ -1,6 +1,8 @@
 """The three bodies of `attend` against softmax written out; the TPU's in Pallas interpret mode."""
 
 import functools
+import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dit_jax.ops import attention
-from dit_jax.ops.attention import attend
+from dit_jax.ops.attention import TPU_BLOCK, attend, tpu_block
+from dit_jax.sharding import make_mesh
+from infer.chips import tpu_devices
 
 BODIES = {
     "cpu": attention._cpu,
@@ -17,7 +21,7 @@ BODIES = {
     "tpu": functools.partial(attention._tpu, interpret=True),
 }
 # (queries, keys): odd, fewer and more than a block, lengths that differ both ways.
-LENGTHS = [(5, 5), (37, 131), (300, 1100), (530, 7)]
+LENGTHS = [(5, 5), (37, 131), (300, 1100), (1100, 300), (530, 7)]
 
 
 def operands(queries, keys, width=12, seed=0):
@@ -153,3 +157,39 @@ def test_a_long_row_does_not_hold_all_scores():
     x = jax.ShapeDtypeStruct((1, 4096, 1, 16), jnp.float32)
     memory = jax.jit(attend).lower(x, x, x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4096 * 4096 * 4 / 8
+
+
+@pytest.mark.parametrize(
+    ("length", "block"),
+    [(5, 128), (257, 384), (512, 512), (1100, 640), (4608, 768), (8192, 1024), (32768, 1024), (75648, 1024)],
+)
+def test_blocks_of_the_tpu_kernel_are_large_and_pad_little(length, block):
+    """Keys of a prompt and of FLUX's text with its picture at 1024²; tokens of Wan's videos at 480p and 720p."""
+    assert tpu_block(length) == block
+
+
+def test_a_block_of_a_long_row_is_of_whole_lanes_and_never_small():
+    for length in range(TPU_BLOCK + 1, 12_000, 77):
+        block = tpu_block(length)
+        assert block % 128 == 0
+        assert TPU_BLOCK / 2 < block <= TPU_BLOCK
+        assert -length % block <= -length % TPU_BLOCK
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("topology", "masked"), itertools.product(("v5e-4", "v5p-8", "v6e-4"), (False, True)))
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'dit-jax[dev]'"
+)
+def test_the_tpu_kernels_and_their_gradients_fit_in_on_chip_memory(topology, masked):
+    """At their largest blocks; a kernel that does not is refused by the compiler."""
+    row = jax.ShapeDtypeStruct((4, 2 * TPU_BLOCK, 1, 128), jnp.bfloat16)
+    valid = jax.ShapeDtypeStruct(row.shape[:2], bool) if masked else None
+
+    def loss(q, k, v, valid):
+        return jnp.sum(attend(q, k, v, valid).astype(jnp.float32))
+
+    with jax.set_mesh(make_mesh({"data": 4}, tpu_devices(topology))):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(row, row, row, valid).compile().as_text()
+    assert text.count("tpu_custom_call") == 3
+    assert text.count(f'\\"block_q\\": {TPU_BLOCK}') >= 3
