@@ -385,6 +385,5 @@ def _gated(x, after, gate_B1: jax.Array):
 
 
 def _pinned(x):
-    if isinstance(x, tuple):
-        return meshes.constrain_tokens(x[0]), *(meshes.constrain_rows(text) for text in x[1:])
-    return meshes.constrain_tokens(x)
+    """Tokens, and text that the blocks change too, where it divides: no chip repeats another's work on it."""
+    return jax.tree.map(meshes.constrain_tokens, x)

@@ -62,9 +62,12 @@ def constrain_rows(x_BND: jax.Array) -> jax.Array:
 
 
 def constrain_tokens(x_BND: jax.Array) -> jax.Array:
-    """Pins [B, N, ...] activations to the batch and token axes of the mesh in force."""
+    """Pins [B, N, ...] activations to the batch and token axes of the mesh in force; tokens that do not divide stay
+    whole."""
     mesh = current_mesh()
     if mesh is None:
         return x_BND
     batch_axes, token_axes = activation_axes(mesh, x_BND.shape[0])
+    if x_BND.shape[1] % axis_size(mesh, token_axes):
+        token_axes = ()
     return jax.lax.with_sharding_constraint(x_BND, PartitionSpec(batch_axes or None, token_axes or None))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dit_jax.models.flux import Flux, FluxConfig
-from dit_jax.models.network import Aux, Conditioning, NetworkCall, Place, layout, network
+from dit_jax.models.network import Aux, Conditioning, NetworkCall, Place, _pinned, layout, network
 from dit_jax.models.wan import Wan, WanConfig
 
 WAN = WanConfig(
@@ -109,6 +109,18 @@ def test_taps_cost_memory_that_does_not_grow_with_the_blocks():
     of_tokens = 4 * rows * tokens * WAN.width
     assert few <= 2.5 * (count + 1) * of_tokens
     assert many <= few + 0.1 * of_tokens, "the buffer is saved with every block"
+
+
+@pytest.mark.parametrize(("length", "parts"), [(512, ("fsdp", "context")), (77, None)])
+def test_text_that_blocks_change_is_split_like_the_tokens_where_it_divides(length, parts):
+    """Chips that share a sample share its text too, instead of each computing all of it."""
+    mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    streams = tuple(jax.ShapeDtypeStruct((1, count, 16), jnp.float32) for count in (4096, length))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.make_jaxpr(_pinned)(streams)
+    tokens, text = (equation.params["sharding"].spec for equation in traced.eqns)
+    assert tokens[1] == ("fsdp", "context")
+    assert (text[1] if len(text) > 1 else None) == parts
 
 
 def test_a_trunk_cache_is_not_tapped():
