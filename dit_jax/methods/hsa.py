@@ -98,7 +98,7 @@ class Prefix:
         if self.due < rows_RMHK.shape[1]:
             is_due = is_refreshed(rows_RMHK.shape[1], self.due, self.shards).reshape(self.shards, -1, 1)
             rows = jnp.where(is_due, rows, jax.lax.dynamic_slice(of_all, place, rows.shape))
-        return pinned(jax.lax.dynamic_update_slice(of_all, rows, place))
+        return pinned(jax.lax.dynamic_update_slice(of_all, row_major(rows), place))
 
 
 def _in_rows(x_RHZNK):
