@@ -76,14 +76,20 @@ def test_flow_matching_is_the_error_of_noise_minus_data(batch, monkeypatch):
     np.testing.assert_allclose(np.sort(np.ravel(seen["rows"])), np.sort(np.ravel(blend)), rtol=1e-5, atol=1e-6)
 
 
-def test_a_window_has_the_positions_of_its_place(batch, monkeypatch):
+def told_to_networks(monkeypatch, read):
+    """Fills up with what `read` takes from the tokens and the conditioning of every call; the velocity is zero."""
     seen = []
 
     def oracle(model, call, tokens, t_B, conditioning, state=None, aux=None):
-        seen.append(tokens.positions)
+        seen.append(read(tokens, conditioning))
         return jnp.zeros_like(tokens.rows), None
 
     monkeypatch.setattr(losses, "network", oracle)
+    return seen
+
+
+def test_a_window_has_the_positions_of_its_place(batch, monkeypatch):
+    seen = told_to_networks(monkeypatch, lambda tokens, conditioning: tokens.positions)
     model = nnx.eval_shape(lambda: Wan(TINY, nnx.Rngs(0)))
     origin = np.array([[0, 0, 0], [0, 3, 1], [0, 1, 2], [1, 0, 5]], np.int32)
     for told in (batch, batch | {"origin": origin}):
@@ -105,13 +111,7 @@ def test_the_right_velocity_has_no_loss(batch, monkeypatch):
 
 
 def test_a_guidance_distilled_model_is_told_what_the_batch_says_or_the_usual_scale(batch, monkeypatch):
-    seen = []
-
-    def oracle(model, call, tokens, t_B, conditioning, state=None, aux=None):
-        seen.append(conditioning.guidance)
-        return jnp.zeros_like(tokens.rows), None
-
-    monkeypatch.setattr(losses, "network", oracle)
+    seen = told_to_networks(monkeypatch, lambda tokens, conditioning: conditioning.guidance)
     told, dev = batch | {"pooled": np.zeros((4, 3), np.float16)}, FluxConfig(in_channels=4, out_channels=4)
     at = Noised(jnp.asarray(batch["latents"][:, :1]), jnp.zeros(()), jnp.full(4, 0.5))
     for config, more in ((dev, {}), (dev, {"guidance": np.float32([1, 2, 3, 4])}), (replace(dev, guidance=False), {})):
