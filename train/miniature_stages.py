@@ -13,6 +13,7 @@ from convert.checkpoint import open_checkpoint
 from dit_jax.methods.plan import DENSE
 from dit_jax.methods.routing import LEAST, MOST, Routing
 from train.demo_media import CAPTIONS, PROMPTS
+from train.pare_loss import TEXT_TO_VIDEO
 from train.stages import Stage
 
 SHARE = 0.69  # of the blocks, on average over a run's steps, as in the paper
@@ -126,9 +127,10 @@ def _pare(study: Study) -> Iterator[Stage]:
     if study.videos:
         narrow["stage1-unprotected"] = _pruned(study, "pruned-unprotected", "--protection", "1")
     brief_one, brief_two = (_steps(study, recipe, BRIEF) for recipe in ("pare_stage1", "pare_stage2"))
+    as_the_paper = {"steps": brief_one, "features": TEXT_TO_VIDEO.features}
     for name, pruned in narrow.items():
         yield pruned
-        yield from _student(study, name, "pare_stage1", {"steps": brief_one}, student=pruned.name)
+        yield from _student(study, name, "pare_stage1", as_the_paper, student=pruned.name)
     yield from _student(study, "stage1", "pare_stage1", {}, student="pruned")
     yield from _student(study, "stage2", "pare_stage2", study.limits, student="stage1", plan=study.routing)
     yield _scored(study, "stage2-lot", str(study.path("stage2")), plan=f"{study.routing}:choose=random", of="stage2")

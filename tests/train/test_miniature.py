@@ -67,6 +67,8 @@ def test_trainings_that_are_compared_are_as_long(tmp_path):
     assert steps["stage1"] == 240 > steps["stage1-brief"] == steps["stage1-random"] == 30
     assert steps["stage2"] > steps["stage2-brief"] == steps["stage2-time"] > steps["stage1-brief"]
     assert steps["stage2-raw"] == steps["stage1-brief"] + steps["stage2-brief"], "as long as both stages"
+    features = {name for name, words in of.items() if "features=10.0" in words}
+    assert features == {"stage1-brief", "stage1-random"}, "the paper's, as the scores that are known were reached"
 
 
 @pytest.mark.parametrize("model", ["demo-flux", "demo-wan"])

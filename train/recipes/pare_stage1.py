@@ -29,7 +29,7 @@ from train.step import Plan, Update
 
 PRUNED = (0.3, 0.3)  # shares of heads and neurons that a preset's student lacks
 
-VARIANTS = {"demo": {**DEMO, "steps": 300, "learning_rate": 5e-4}}
+VARIANTS = {"demo": {**DEMO, "steps": 300, "learning_rate": 5e-4, "features": 0.5}}
 
 
 @dataclass(frozen=True, kw_only=True)
