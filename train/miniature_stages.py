@@ -25,9 +25,9 @@ EULER = ("--solver", "euler", "--steps")
 AS_TRAINED = ()  # a few-step student's checkpoint says how it is sampled
 RANK = 16  # of the few-step students as LoRAs
 # The demo variants', but for what takes longer to learn than the rest: to do without heads and blocks, larger patches.
-STEPS = {"pare_stage1": 2400, "pare_stage2": 4800, "step_distill": 200, "coredit": 1200, "ddit": 1800}
+STEPS = {"pare_stage1": 2400, "pare_stage2": 2400, "step_distill": 200, "coredit": 1200, "ddit": 1800}
 STUDENTS = ("stage1", "stage2", "coredit", "ddit", "four-steps", "stage3")
-BRIEF = 1 / 8  # of their steps, that PARE's stages take where they are compared with a rival trained as briefly
+BRIEF = {"pare_stage1": 300, "pare_stage2": 600}  # where they are compared with a rival that is trained as briefly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def _pare(study: Study) -> Iterator[Stage]:
     narrow["stage1-random"] = _pruned(study, "pruned-random", "--choose", "random")
     if study.videos:
         narrow["stage1-unprotected"] = _pruned(study, "pruned-unprotected", "--protection", "1")
-    brief_one, brief_two = (_steps(study, recipe, BRIEF) for recipe in ("pare_stage1", "pare_stage2"))
+    brief_one, brief_two = (_steps(study, usual) for usual in BRIEF.values())
     as_the_paper = {"steps": brief_one, "features": TEXT_TO_VIDEO.features}
     for name, pruned in narrow.items():
         yield pruned
@@ -207,7 +207,8 @@ def _student(
 def _trained(study: Study, name: str, recipe: str, settings: Mapping[str, Any], student: str = "") -> Stage:
     told: dict[str, Any] = {"variant": "demo", "model": study.model, "data": study.path("data"), "seed": study.seed}
     told |= {"student": study.path(student)} if student else {}
-    told |= {"steps": _steps(study, recipe), "out": study.path("runs") / name, "export": study.path(name), **settings}
+    usual = {"steps": _steps(study, STEPS[recipe]), "out": study.path("runs") / name, "export": study.path(name)}
+    told |= usual | dict(settings)
     words = [word for key, value in told.items() for word in ("--set", f"{key}={value}")]
     return Stage(
         name=name, makes=study.path(name), command=("dit-train", recipe, *words),
@@ -215,8 +216,8 @@ def _trained(study: Study, name: str, recipe: str, settings: Mapping[str, Any], 
     )  # fmt: skip
 
 
-def _steps(study: Study, recipe: str, share: float = 1.0) -> int:
-    return max(1, round(STEPS[recipe] * study.length * share))
+def _steps(study: Study, usual: int) -> int:
+    return max(1, round(usual * study.length))
 
 
 def _scored(
