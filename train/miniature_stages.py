@@ -70,6 +70,11 @@ class Study:
         return {"least": self.blocks[0], "most": self.blocks[1]}
 
     @property
+    def routed(self) -> dict[str, Any]:
+        """Settings of stage II."""
+        return self.limits | ({} if self.videos else {"learning_rate": 1.5e-3})
+
+    @property
     def prompts(self) -> Path:
         """To calibrate on."""
         return self.path("media") / PROMPTS
@@ -132,7 +137,7 @@ def _pare(study: Study) -> Iterator[Stage]:
         yield pruned
         yield from _student(study, name, "pare_stage1", as_the_paper, student=pruned.name)
     yield from _student(study, "stage1", "pare_stage1", {}, student="pruned")
-    yield from _student(study, "stage2", "pare_stage2", study.limits, student="stage1", plan=study.routing)
+    yield from _student(study, "stage2", "pare_stage2", study.routed, student="stage1", plan=study.routing)
     yield _scored(study, "stage2-lot", str(study.path("stage2")), plan=f"{study.routing}:choose=random", of="stage2")
     rivals: dict[str, tuple[str, dict[str, Any]]] = {
         "stage2-brief": ("stage1-brief", {"steps": brief_two}),
@@ -140,7 +145,7 @@ def _pare(study: Study) -> Iterator[Stage]:
         "stage2-raw": ("pruned", {"steps": brief_one + brief_two}),
     }
     for name, (student, settings) in rivals.items():
-        told = study.limits | settings
+        told = study.routed | settings
         yield from _student(study, name, "pare_stage2", told, student=student, plan=study.routing)
 
 

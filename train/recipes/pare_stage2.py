@@ -40,8 +40,7 @@ from train.recipes.pare_stage1 import student_of
 from train.results import with_files, with_transformer
 from train.step import Plan, Update
 
-FASTER = {"learning_rate": 1.5e-3, "router_rate": 2e-3}
-VARIANTS = {name: {**settings, **FASTER} for name, settings in STAGE1.items()}
+VARIANTS = {name: {**settings, "router_rate": 2e-3} for name, settings in STAGE1.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
