@@ -11,8 +11,8 @@ is told the timestep alone (the paper's ablation).
 A new router begins with the blocks ranked: left out one after the other, each time the one without which the velocity
 stays nearest to the teacher's (ours; `ranked=False` leaves that out). A router that the student has is trained further.
 
-Reached on demo-flux in 4,800 steps behind stage I, with 5 to 10 of 12 blocks: 72.6 % of the digits right, of the
-teacher's 80.5 % and stage I's 73.8 % (1,000 prompts; docs/distillation.md).
+Reached on demo-flux in 4,800 steps behind stage I, with `learning_rate=1.5e-3` and 5 to 10 of 12 blocks: 72.6 % of the
+digits right, of the teacher's 80.5 % and stage I's 73.8 % (1,000 prompts; docs/distillation.md).
 """
 
 from __future__ import annotations
