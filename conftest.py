@@ -1,6 +1,7 @@
 """What holds for every test."""
 
 import gc
+import os
 from pathlib import Path
 
 import jax
@@ -25,8 +26,16 @@ def _programs_are_let_go():
         gc.collect()
 
 
+@pytest.fixture(scope="session")
+def _programs_of_this_run(tmp_path_factory):
+    """A folder that all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _programs_are_compiled_here():
-    """Commands called within a test turn jax's cache of programs on, for all that this process runs afterwards."""
-    jax.config.update("jax_compilation_cache_dir", None)
+def _programs_are_compiled_here(_programs_of_this_run):
+    """Once in a run of the tests, and by none before it: commands called within a test turn jax's cache on, for all
+    that this process runs afterwards."""
+    jax.config.update("jax_compilation_cache_dir", str(_programs_of_this_run))
     compilation_cache.reset_cache()

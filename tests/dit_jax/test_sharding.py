@@ -2,15 +2,13 @@
 
 import fnmatch
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from fake_devices import printed
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
@@ -21,12 +19,6 @@ from dit_jax.sharding import logical_axes, make_mesh, parse_mesh, partition, sha
 from infer.chips import tpu_devices
 
 MESHES = ("data=2,context=4", "fsdp=4,tensor=2", "tensor=4,context=2", "context=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
-
-# Eight devices, and a compiler in a hurry.
-XLA_FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
 
 
 def abstract(model, config):
@@ -161,15 +153,7 @@ def test_data_alone_crosses_the_network_between_slices():
 @pytest.fixture(scope="module")
 def eight_devices():
     """What this file prints when run on eight fake devices."""
-    environment = os.environ | {"XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("eight_devices.py"), *MESHES],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(printed(Path(__file__).with_name("eight_devices.py"), *MESHES))
 
 
 def test_same_result_on_every_mesh(eight_devices):

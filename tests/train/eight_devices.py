@@ -69,6 +69,7 @@ def held(state, name):
 
 if __name__ == "__main__":
     folder, muons = sys.argv[1], muon(1e-3, 1e-3)
+    jax.config.update("jax_compilation_cache_dir", f"{folder}/programs")  # a run that goes on has those of the first
     START = TrainStep(new_model(), alone(None, muons), make_mesh({"data": 8})).init(new_model()).params
     one = run(f"{folder}/one", 3, "fsdp=1")
     whole = {mesh: run(f"{folder}/{mesh}", 3, mesh) for mesh in MESHES}

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_devices import environment
 
 from dit_jax.config import UserError
 from train import hosts
 from train.checkpoints import load_ema, newest_step
-
-HURRY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def started(out, steps, *more, count=2):
@@ -32,14 +31,12 @@ def processes_of(script, *words, count, devices):
     folder = Path(__file__).parent
     processes = []
     for number in range(count):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": HURRY}
-        environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
-        environment |= {"PYTHONPATH": os.pathsep.join([str(folder), str(folder.parents[1])])}
+        told = environment(devices)
         if count > 1:
-            environment |= {hosts.ADDRESS: f"127.0.0.1:{port}", hosts.COUNT: str(count), hosts.NUMBER: str(number)}
+            told |= {hosts.ADDRESS: f"127.0.0.1:{port}", hosts.COUNT: str(count), hosts.NUMBER: str(number)}
         command = [sys.executable, str(folder / script), *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environment, **pipes))
+        processes.append(subprocess.Popen(command, env=told, **pipes))
     return processes
 
 

@@ -1,7 +1,6 @@
 """Kill -9 at any moment: the run that goes on is the one that was never stopped, and no checkpoint is half of one."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_devices import environment
 
 from train.checkpoints import load_ema, newest_step
 
@@ -17,12 +17,10 @@ FOLDER = Path(__file__).parent
 
 
 def start(out):
-    path = os.pathsep.join([str(FOLDER), str(FOLDER.parents[1])])
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     command = [sys.executable, str(FOLDER / "killed_run.py"), str(out), str(out / "end.npz")]
     out.mkdir(exist_ok=True)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes)
+    return subprocess.Popen(command, env=environment(1), **pipes)
 
 
 def finish(out):

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from fake_devices import printed
 from flax import nnx
 
 from dit_jax.config import UserError
@@ -293,10 +292,7 @@ print("stopped", outcome.stopped, outcome.steps)
 
 def test_sigterm_saves_and_ends_well(tmp_path):
     code = STOPPED.format(tests=str(Path(__file__).parent), out=str(tmp_path))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    word, stopped, steps = ended.stdout.split()[-3:]
+    word, stopped, steps = printed("-c", code, devices=1).split()
     assert (word, stopped) == ("stopped", "True")
     assert newest_step(tmp_path) == int(steps) < 20
 
@@ -313,11 +309,7 @@ print(*outcome.state.params["kernel"].ravel().tolist())
 
 def test_a_run_resumed_on_a_mesh_gives_the_same_weights(tmp_path):
     code = ON_A_MESH.format(tests=str(Path(__file__).parent), out=str(tmp_path / "mesh"))
-    flags = "--xla_force_host_platform_device_count=2"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    found = np.array([float(word) for word in ended.stdout.split()[-6:]])
+    found = np.array([float(word) for word in printed("-c", code, devices=2).split()])
     np.testing.assert_allclose(found, np.ravel(run(tmp_path / "one", 6).state.params["kernel"]), rtol=1e-5)
 
 

@@ -1,27 +1,15 @@
 """Training a Wan on meshes of every axis: the weights of one device, split, and resumed bit for bit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-# Eight devices, and a compiler in a hurry.
-XLA_FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
+from fake_devices import printed
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    command = [sys.executable, Path(__file__).with_name("eight_devices.py"), tmp_path_factory.mktemp("runs")]
-    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}, timeout=900)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout.splitlines()[-1])
+    return json.loads(printed(Path(__file__).with_name("eight_devices.py"), tmp_path_factory.mktemp("runs")))
 
 
 def test_a_mesh_trains_the_weights_of_one_device(report):
