@@ -16,7 +16,7 @@ def environment(devices):
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": folders}
 
 
-def printed(script, *words, devices=8, timeout=1200):
+def printed(script, *words, devices=8, timeout=900):
     """The last line that a script prints on so many devices."""
     command = [sys.executable, *map(str, (script, *words))]
     run = subprocess.run(command, env=environment(devices), capture_output=True, text=True, timeout=timeout)

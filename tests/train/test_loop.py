@@ -292,7 +292,7 @@ print("stopped", outcome.stopped, outcome.steps)
 
 def test_sigterm_saves_and_ends_well(tmp_path):
     code = STOPPED.format(tests=str(Path(__file__).parent), out=str(tmp_path))
-    word, stopped, steps = printed("-c", code, devices=1).split()
+    word, stopped, steps = printed("-c", code, devices=1, timeout=300).split()
     assert (word, stopped) == ("stopped", "True")
     assert newest_step(tmp_path) == int(steps) < 20
 
@@ -309,7 +309,7 @@ print(*outcome.state.params["kernel"].ravel().tolist())
 
 def test_a_run_resumed_on_a_mesh_gives_the_same_weights(tmp_path):
     code = ON_A_MESH.format(tests=str(Path(__file__).parent), out=str(tmp_path / "mesh"))
-    found = np.array([float(word) for word in printed("-c", code, devices=2).split()])
+    found = np.array([float(word) for word in printed("-c", code, devices=2, timeout=300).split()])
     np.testing.assert_allclose(found, np.ravel(run(tmp_path / "one", 6).state.params["kernel"]), rtol=1e-5)
 
 
