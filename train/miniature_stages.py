@@ -71,8 +71,9 @@ class Study:
 
     @property
     def routed(self) -> dict[str, Any]:
-        """Settings of stage II: demo-flux learns it faster at three times the demo's rate (docs/losses.md)."""
-        return self.limits | ({} if self.videos else {"learning_rate": 1.5e-3})
+        """Settings of stage II: demo-flux learns it faster at three times the demo's rate (docs/losses.md), demo-wan's
+        router is kept at its ranking, which it leaves for a worse one (docs/distillation.md)."""
+        return self.limits | ({"router_rate": 1e-6} if self.videos else {"learning_rate": 1.5e-3})
 
     @property
     def prompts(self) -> Path:

@@ -71,12 +71,12 @@ def test_trainings_that_are_compared_are_as_long(tmp_path):
     assert features == {"stage1-brief", "stage1-random"}, "the paper's, as the scores that are known were reached"
 
 
-def test_stage_two_learns_faster_on_demo_flux_alone(tmp_path):
-    for model in ("demo-flux", "demo-wan"):
-        of = {stage.name: stage.command for stage in stages(_study(tmp_path, model))}
-        faster = {name for name, words in of.items() if "pare_stage2" in words and "learning_rate=0.0015" in words}
-        expected = {"stage2", "stage2-brief", "stage2-time", "stage2-raw"} if model == "demo-flux" else set()
-        assert faster == expected
+@pytest.mark.parametrize(("model", "rate"), [("demo-flux", "learning_rate=0.0015"), ("demo-wan", "router_rate=1e-06")])
+def test_stage_two_learns_at_rates_of_its_model(tmp_path, model, rate):
+    of = {stage.name: stage.command for stage in stages(_study(tmp_path, model))}
+    told = {name: [word for word in words if "_rate=" in word] for name, words in of.items() if "dit-train" in words}
+    routed = {"stage2", "stage2-brief", "stage2-time", "stage2-raw"}
+    assert told == {name: [rate] * (name in routed) for name in told} and routed <= set(told)
 
 
 @pytest.mark.parametrize("model", ["demo-flux", "demo-wan"])
