@@ -4,9 +4,11 @@ import copy
 import importlib.util
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -158,6 +160,45 @@ def test_hosts_chips_and_mesh_agree(job):
     assert job["spec"]["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == chips
     mesh = next(word for word in container["args"] if word.startswith("--set=mesh="))
     assert math.prod(parse_mesh(mesh.removeprefix("--set=mesh=")).values()) == chips
+
+
+def queued_commands():
+    """The gcloud lines of docs/pods.md: (verb, name, options)."""
+    found = []
+    for line in (ROOT / "docs" / "pods.md").read_text().splitlines():
+        words = shlex.split(line) if line.startswith("    gcloud ") else []
+        if words:
+            assert words[:4] == ["gcloud", "compute", "tpus", words[3]]
+            verb, name, rest = " ".join(words[3:5]), words[5], words[6:]
+            assert all(option.startswith("--") for option in rest[::2])
+            found.append((verb, name, dict(zip(rest[::2], rest[1::2], strict=True))))
+    return found
+
+
+def test_the_queued_slice_is_the_one_that_is_set_up_and_as_large_as_the_runs_mesh():
+    (verb, _, slice_), *others = queued_commands()
+    assert verb == "queued-resources create"
+    assert slice_.keys() == {"--node-id", "--zone", "--accelerator-type", "--runtime-version"}
+    for verb, name, options in others:
+        assert (verb, name) == ("tpu-vm ssh", slice_["--node-id"])
+        assert options.keys() == {"--zone", "--worker", "--command"}
+        assert (options["--zone"], options["--worker"]) == (slice_["--zone"], "all")
+        subprocess.run(["bash", "-n", "-c", options["--command"]], check=True)
+    chip, cores = slice_["--accelerator-type"].split("-")
+    program, recipe, *words = shlex.split(others[-1][2]["--command"].partition("&& ")[2])
+    assert (chip, program) == ("v5p", "~/dit-jax/bin/dit-train") and set(words[::2]) == {"--set"}
+    config = configure(load_recipe(recipe).Config, words[1::2])
+    assert math.prod(parse_mesh(config.mesh).values()) == int(cores) / 2, "v5p is named by its cores, two a chip"
+    assert config.out.startswith("/data/") and "/data" in others[0][2]["--command"]
+
+
+def test_the_queued_hosts_install_what_a_run_needs():
+    (words,) = (options["--command"] for _, _, options in queued_commands() if "uv pip" in options.get("--command", ""))
+    extras = re.search(r"'dit-jax\[([a-z,]+)\]", words)[1].split(",")
+    offered = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"tpu", "train"} == set(extras) <= set(offered["optional-dependencies"])
+    least, taken = (re.search(r"3\.(\d+)", text)[1] for text in (offered["requires-python"], words))
+    assert int(taken) >= int(least)
 
 
 GATHERED = """

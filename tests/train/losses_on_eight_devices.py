@@ -11,23 +11,28 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from torch_twins import as_jax, batch_of, relative, router_of, twin
+from torch_twins import as_jax, batch_of, random_adapters, relative, router_of, twin
 
 from dit_jax.methods.routing import Routing
 from dit_jax.models import flux, wan
 from dit_jax.sharding import batch_shardings, make_mesh, parse_mesh, replicated, shardings
 from train.coredit_loss import CoreditSettings, coredit
+from train.ddit_loss import ddit
 from train.losses import FlowSettings
 from train.pare_loss import PareSettings, pare
-from train.step_distill_loss import StepDistillSettings, step_distill
+from train.step_distill_loss import StepDistillSettings, fake_score, step_distill
 
 CASES = (
     ("pare", "wan", "fsdp=2,context=2,tensor=2"),
     ("held", "wan", "data=2,fsdp=2,context=2"),
     ("coredit", "flux", "data=2,context=4"),
     ("step_distill", "wan", "data=2,context=4"),
+    ("fake_score", "flux", "data=2,fsdp=2,tensor=2"),
+    ("ddit", "wan", "data=2,context=2,tensor=2"),
+    ("ddit", "flux", "fsdp=2,context=4"),
 )
 AXES = {"wan": wan.AXES, "flux": flux.AXES}
+ALIKE = ("router", "adapters")
 KEY = jax.random.key(3)
 ROUTING = Routing(least=2, most=3)
 PARE = PareSettings(routing=ROUTING, sampled_blocks=2)
@@ -36,6 +41,8 @@ LOSSES = {
     "held": partial(pare, settings=replace(PARE, flow=FlowSettings(first_frame_conditioning=0.5))),
     "coredit": partial(coredit, settings=CoreditSettings()),
     "step_distill": partial(step_distill, settings=StepDistillSettings(routing=ROUTING)),
+    "fake_score": partial(fake_score, settings=StepDistillSettings(routing=ROUTING)),
+    "ddit": partial(ddit, scale=2, settings=FlowSettings()),
 }
 
 
@@ -45,15 +52,20 @@ def arguments(name, kind):
     frozen = {"teacher": twin(kind, 0).model}
     if name == "coredit":
         return student, frozen, batch | {"skipped": jnp.arange(sum(frozen["teacher"].stacks))}
+    if name == "ddit":
+        return {"adapters": random_adapters(kind)}, frozen, batch
+    routed = student | {"router": router_of(kind)}
+    if name == "fake_score":
+        return {"fake": twin(kind, 2).model}, routed, batch
     if name == "step_distill":
         frozen |= {"fake": twin(kind, 2).model}
-    return student | {"router": router_of(kind)}, frozen, batch
+    return routed, frozen, batch
 
 
 def on_mesh(kind, mesh, models):
-    """Models at their places; a router everywhere."""
+    """Models at their places; a router and adapters everywhere."""
     return {
-        name: jax.device_put(model, replicated(mesh) if name == "router" else shardings(model, AXES[kind], mesh))
+        name: jax.device_put(model, replicated(mesh) if name in ALIKE else shardings(model, AXES[kind], mesh))
         for name, model in models.items()
     }
 

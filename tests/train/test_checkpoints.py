@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -42,6 +43,28 @@ def test_the_last_and_the_best_stay(tmp_path, best, kept):
 def test_whatever_is_scored_is_saved_where_the_best_stay(tmp_path):
     run(tmp_path, keep=1, keep_best=2, best="digit", save_every=100)
     assert steps_of(tmp_path) == [2, 6]
+
+
+def test_a_run_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    named, moves = threading.Event(), []
+
+    def slow(move):
+        def moved(*args, **kwargs):
+            moves.append(move.__name__)
+            named.wait(20)
+            return move(*args, **kwargs)
+
+        return moved
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, slow(getattr(os, name)))
+    step = TrainStep(Line(), alone(noisy_squares, adam(0.05)), training_mesh())
+    checkpoints = Checkpoints(tmp_path, Kept(), {"recipe": "x", "options": {}})
+    checkpoints.save(step.init(Line()), 1, jax.random.key(0), {})
+    assert newest_step(tmp_path) is None
+    named.set()
+    checkpoints.close()
+    assert newest_step(tmp_path) == 1 and moves
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,27 @@ def test_a_short_run_reaches_its_ratio(tmp_path):
     assert told[-1].sum() == round(0.45 * 64 * 10) and told[200].sum() < told[-1].sum()
 
 
+def test_batches_of_several_shapes_go_on_from_each_others_shares(tmp_path):
+    """Lattices of 4x4, 8x8 and 4x6 tokens, where shares round and the cap of 0.6 falls differently."""
+    config = Config(**coredit.VARIANTS["demo"] | {"ramp_every": 1}, adaptive=False, ratio=0.55, out=str(tmp_path))
+    ramp = coredit.Ramp(config=config, source=source(), driven=lambda state, batch, key: batch["skipped"])
+    shapes = {16: (8, 8), 64: (16, 16), 24: (8, 12)}
+    before = np.zeros(10)
+    for step in range(400):
+        tokens = list(shapes)[step % 3]
+        latents = np.zeros((2, 1, *shapes[tokens], 16), np.float16)
+        told = ramp(None, {"latents": latents, POSITION: step}, jax.random.key(0))
+        assert told.shape == (10,) and told.max() <= 0.6 * tokens
+        np.testing.assert_allclose(told / tokens, ramp.shares, atol=0.5 / tokens + 0.04, err_msg="the cap, rounded")
+        gained = ramp.shares - before
+        assert (gained >= 0).all() and gained.sum() <= max(tokens // 64, 1) / tokens + 1e-9
+        before = ramp.shares
+    assert ramp.full and ramp.shares.mean() == pytest.approx(0.55, abs=0.02)
+    resumed = replace(ramp, shares=None, changes=[])
+    resumed(None, {"latents": latents, POSITION: 400}, jax.random.key(0))
+    np.testing.assert_array_equal(resumed.shares, ramp.shares)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("reached", [0.1, 0.44])
 def test_a_ramp_that_did_not_end_is_said(tmp_path, reached):

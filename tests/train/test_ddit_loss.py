@@ -17,6 +17,7 @@ from torch_twins import (
     counted_mean,
     flux_velocity,
     gradients_of,
+    random_adapters,
     relative,
     told_levels,
     torch_leaves,
@@ -26,7 +27,6 @@ from torch_twins import (
     wan_velocity,
 )
 
-from dit_jax.methods.patch_adapters import AdapterSettings, abstract_adapters
 from train.ddit_loss import ddit
 from train.losses import FlowSettings, noised
 
@@ -36,17 +36,6 @@ KEY = jax.random.key(3)
 @pytest.fixture(autouse=True)
 def _frequencies(monkeypatch):
     use_rounded_frequencies(monkeypatch)
-
-
-def random_adapters(kind):
-    rng = np.random.default_rng(7)
-
-    def fill(leaf):
-        fan_in = np.prod(leaf.shape[1:-1]) if leaf.ndim > 2 else leaf.shape[0] if leaf.ndim == 2 else 4
-        return jnp.asarray(rng.standard_normal(leaf.shape) / fan_in**0.5, jnp.float32)
-
-    settings = AdapterSettings(rank=3, residual_channels=5)
-    return jax.tree.map(fill, abstract_adapters(twin(kind, 0).model.config, settings))
 
 
 class Affine(torch.nn.Module):

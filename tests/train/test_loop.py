@@ -257,6 +257,15 @@ def test_the_log_of_a_fresh_run_begins_with_its_facts(tmp_path):
     assert not any("kept_heads" in line for line in lines[1:])
 
 
+def test_a_bar_shows_steps_and_the_loss(tmp_path, capsys):
+    for steps in (2, 5):
+        run(tmp_path / "named", steps)
+        bar = capsys.readouterr().err
+        last = json.loads((tmp_path / "named" / "metrics.jsonl").read_text().splitlines()[-1])
+        assert f"{steps}/{steps}" in bar and bar.lstrip("\r").startswith("named:")
+        assert f"loss={last['smooth_loss']:.4g}"[:8] in bar
+
+
 def test_tensorboard_has_what_the_log_has(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 

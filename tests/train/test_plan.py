@@ -3,11 +3,14 @@
 import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.flops import weight_bytes
 from dit_jax.models.wan import WanConfig
-from infer.chips import GIB
+from infer.chips import CHIPS, GIB
 from train import plan
 
 needs_libtpu = pytest.mark.skipif(
@@ -52,6 +55,38 @@ def test_a_sampling_plan_is_compiled_and_told(capsys):
     # 1.3e9 weights in bf16 on four chips, a quarter on each.
     assert 1.3e9 * 2 / 4 < told["arguments"] < 1.6e9 * 2 / 4
     assert told["tokens_per_second"] > 0
+
+
+SLICE = plan.Target(topology="v5e:2x2", slices=1, mesh="data=4")
+
+
+def doubled(rows, donated=False):
+    """Of a program that doubles so many rows of 16 KiB on each of four chips."""
+    mesh = SLICE.built()
+    shape = jax.ShapeDtypeStruct((4 * rows, 4096), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    traced = jax.jit(lambda x: 2 * x, donate_argnums=(0,) * donated).trace(shape)
+    return plan.report(plan.Subject(what="x", traced=traced, tokens=10, flops=4e6), SLICE, mesh)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("donated", [False, True])
+def test_what_a_program_takes_of_a_chip(donated):
+    found, size = doubled(1024, donated), 1024 * 4096 * 4
+    assert found.fits and found.arguments == size and found.moved_bytes == 2 * size
+    assert found.peak_bytes == found.temporaries + (1 if donated else 2) * size
+    assert found.memory_seconds == 2 * size / CHIPS["v5e"].hbm == found.floor_seconds
+    assert found.compute_seconds == 1e6 / CHIPS["v5e"].flops and found.network_seconds == 0
+    assert found.tokens_per_second == 10 / found.floor_seconds and found.intensity == 1e6 / (2 * size)
+
+
+@needs_libtpu
+def test_a_program_that_does_not_fit_says_by_how_much(capsys, monkeypatch):
+    found, size = doubled(2**20), 2**34
+    assert not found.fits and found.arguments is None and found.moved_bytes is None
+    assert 2 * size <= found.peak_bytes < 2.1 * size
+    monkeypatch.setattr(plan, "of_recipe", lambda name, settings, target: found)
+    assert plan.main(["finetune", "--topology", "v5e:2x2"]) == 1
+    assert f"short by {(found.peak_bytes - 15.75 * GIB) / GIB:.2f} GiB a chip" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["wan2.1-t2v-14b", "--offload-expert"], ["finetune", "--offload-expert"]])

@@ -23,6 +23,7 @@ from dit_jax.lora import merged_leaf
 from dit_jax.methods.plan import parse_plan
 from infer import load_pipeline
 from infer.adapt import main as adapt
+from infer.evaluate import evaluate, parser
 from infer.generate import main as generate
 from infer.prune import main as prune
 from infer.request import Defaults
@@ -153,6 +154,9 @@ def test_samples_on_the_way_are_those_of_the_model_that_is_exported(data, tmp_pa
     drawn, again = drawn[:, :640], {name: grid[:, :640] for name, grid in again.items()}  # the rest of the row is empty
     # What is exported is rounded to bf16.
     assert psnr(drawn, again["exported"]) > 30 > 25 > psnr(drawn, again["untrained"])
+    if not lora:
+        report = evaluate(parser().parse_args(["--model", f"{out}-model", "--samples", "2"]))
+        assert report["frechet"] == pytest.approx((lines[-2] | lines[-1])["frechet"], rel=0.02)
 
 
 def test_pare_takes_both_stages(data, pruned, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from two_experts import BUCKET, write_data, write_model
+from small_wan import BUCKET, write_data, write_model
 
 from convert.checkpoint import open_checkpoint
 from convert.method_parts import read_parts

@@ -17,6 +17,7 @@ from flax import nnx
 from convert.flux import flux_config, flux_rows
 from convert.tables import assign
 from convert.wan import wan_config, wan_rows
+from dit_jax.methods.patch_adapters import AdapterSettings, abstract_adapters
 from dit_jax.methods.routing import Content, Router, RouterConfig
 from dit_jax.models.flux import Flux
 from dit_jax.models.wan import Wan
@@ -329,3 +330,15 @@ def relative(found, expected) -> float:
 
 def as_jax(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+def random_adapters(kind: str) -> dict[str, Any]:
+    """DDiT's adapters of ordinary weights."""
+    rng = np.random.default_rng(7)
+
+    def fill(leaf):
+        fan_in = np.prod(leaf.shape[1:-1]) if leaf.ndim > 2 else leaf.shape[0] if leaf.ndim == 2 else 4
+        return jnp.asarray(rng.standard_normal(leaf.shape) / fan_in**0.5, jnp.float32)
+
+    settings = AdapterSettings(rank=3, residual_channels=5)
+    return jax.tree.map(fill, abstract_adapters(twin(kind, 0).model.config, settings))

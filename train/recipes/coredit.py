@@ -149,9 +149,11 @@ class Ramp:
         return ramped(coherence, batch[SKIPPED], ratio, most)
 
     def _turn(self, state: TrainState, batch: Mapping[str, Any], key: jax.Array, lattice: Lattice) -> None:
+        assert self.shares is not None
         more = self._more(state, batch, key, lattice)
         self.full = bool((more == batch[SKIPPED]).all())
-        self.shares = more / lattice.tokens
+        # Of blocks that go on as they are, another shape's rounding and cap change nothing.
+        self.shares = self.shares + (more - batch[SKIPPED]) / lattice.tokens
         self.changes.append((batch[POSITION], self.shares.tolist()))
         if jax.process_index() == 0:
             write_whole(Path(self.config.out) / RAMP, json.dumps(self.changes).encode())
