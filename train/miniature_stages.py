@@ -25,7 +25,7 @@ EULER = ("--solver", "euler", "--steps")
 AS_TRAINED = ()  # a few-step student's checkpoint says how it is sampled
 RANK = 16  # of the few-step students as LoRAs
 # The demo variants', but for what takes longer to learn than the rest: to do without heads and blocks, larger patches.
-STEPS = {"pare_stage1": 2400, "pare_stage2": 2400, "step_distill": 200, "coredit": 1200, "ddit": 1800}
+STEPS = {"finetune": 300, "pare_stage1": 2400, "pare_stage2": 2400, "step_distill": 200, "coredit": 1200, "ddit": 1800}
 STUDENTS = ("stage1", "stage2", "coredit", "ddit", "four-steps", "stage3")
 BRIEF = {"pare_stage1": 300, "pare_stage2": 600}  # where they are compared with a rival that is trained as briefly
 
@@ -108,7 +108,8 @@ def sampled(model: str, steps: int) -> dict[str, Any]:
 
 def stages(study: Study) -> list[Stage]:
     """All parts but the timing, each behind what it needs."""
-    return [*_data(study), *_pare(study), *_few_steps(study), *_coredit(study), *_ddit(study)]
+    tuned = _student(study, "finetune", "finetune", {})
+    return [*_data(study), *tuned, *_pare(study), *_few_steps(study), *_coredit(study), *_ddit(study)]
 
 
 def _data(study: Study) -> Iterator[Stage]:

@@ -15,7 +15,7 @@ from train.miniature_stages import Study, entries
 SCORES = {"demo-flux": ("all", "digit", "colour", "count"), "demo-wan": ("all", "digit", "colour", "direction")}
 JUDGED = "digit"  # the score that ablations are judged by
 ROWS = (
-    "teacher", "teacher-few", "teacher-few-unguided", "stage1-brief", "stage1", "stage2", "coredit",
+    "teacher", "teacher-few", "teacher-few-unguided", "finetune", "stage1-brief", "stage1", "stage2", "coredit",
     "ddit", "four-steps", "four-steps-lora", "stage3", "stage3-lora",
 )  # fmt: skip
 _Reports = Mapping[str, Mapping[str, Any]]

@@ -10,6 +10,7 @@ from train.cli import load_recipe
 DOCS = Path(__file__).parents[2] / "docs"
 MODELS = ("demo-flux", "demo-wan")
 STUDENTS = {
+    "finetune": ("finetune",),
     "pare_stage1": ("stage1",),
     "pare_stage2": ("stage2",),
     "step_distill": ("four-steps", "stage3"),
