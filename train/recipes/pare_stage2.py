@@ -12,8 +12,9 @@ A new router begins with the blocks ranked: left out one after the other, each t
 stays nearest to the teacher's (ours; `ranked=False` leaves that out). A router that the student has is trained further.
 
 Reached on demo-flux in 4,800 steps behind stage I, with `learning_rate=1.5e-3` and 5 to 10 of 12 blocks: 72.6 % of the
-digits right, of the teacher's 80.5 % and stage I's 73.8 %. On demo-wan in 2,400 steps and 5 to 8 of 10 blocks: 68.0 %,
-of 82.4 % and 78.7 % (1,000 prompts; docs/distillation.md).
+digits right, of the teacher's 80.5 % and stage I's 73.8 %. On demo-wan in 2,400 steps and 5 to 8 of 10 blocks: 74.5 %
+with `router_rate=1e-6`, which keeps the ranking, of 82.4 % and 78.7 %; with a router that learns, 68.0 % (1,000
+prompts; docs/distillation.md).
 """
 
 from __future__ import annotations
