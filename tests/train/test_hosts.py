@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_devices import environment
+from joined_processes import joined
 
 from dit_jax.config import UserError
 from train import hosts
@@ -25,19 +25,8 @@ def started(out, steps, *more, count=2):
 
 def processes_of(script, *words, count, devices):
     """That many processes of a script with so many devices each, which find each other on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = Path(__file__).parent
-    processes = []
-    for number in range(count):
-        told = environment(devices)
-        if count > 1:
-            told |= {hosts.ADDRESS: f"127.0.0.1:{port}", hosts.COUNT: str(count), hosts.NUMBER: str(number)}
-        command = [sys.executable, str(folder / script), *words]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=told, **pipes))
-    return processes
+    command = [sys.executable, str(Path(__file__).parent / script), *words]
+    return joined(command, environment(devices), count)
 
 
 def ended(processes):

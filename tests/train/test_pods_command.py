@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from joined_processes import joined
 from small_wan import tiny_wan, write_data
 
 from convert.checkpoint import open_checkpoint
 from infer.prune import main as prune
 from train.checkpoints import newest_step
-from train.hosts import ADDRESS, COUNT, NUMBER
 
 MANIFEST = Path(__file__).parents[2] / "docs" / "pods" / "jobset.yaml"
 STEPS = 300
@@ -34,15 +32,8 @@ def container_command(root):
 
 
 def start(command, root):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = []
-    for number in range(2):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "HF_HUB_OFFLINE": "1"}
-        environment |= {ADDRESS: place, COUNT: "2", NUMBER: str(number)}
-        processes.append(subprocess.Popen(command, env=environment, cwd=root, stderr=subprocess.PIPE, text=True))
-    return processes
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "HF_HUB_OFFLINE": "1"}
+    return joined(command, environment, cwd=root)
 
 
 def ended(processes):

@@ -4,14 +4,13 @@ import itertools
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from first_frames import text_or_image
+from joined_processes import joined
 from PIL import Image
 
 from convert.checkpoint import open_checkpoint
@@ -34,7 +33,6 @@ from train.checkpoints import load_ema, newest_step
 from train.cli import main as train
 from train.demo_media import main as demo_media
 from train.encode import main as encode
-from train.hosts import ADDRESS, COUNT, NUMBER
 from train.overlap import main as measure
 from train.overlap import overlap
 from train.preview import draw
@@ -303,9 +301,6 @@ def test_two_processes_run_the_command_and_one_of_them_draws_and_exports(data, t
     """As on a pod: the same command on every host, each with a device of its own."""
     (tmp_path / "prompts.txt").write_text("a red 7 moving left\n")
     samples = ["sample_every=3", f"prompts={tmp_path}/prompts.txt", "scored=2", "keep_best=1", "best=digit"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     words = [
         *(word for word in SMALL if not word.startswith("mesh")),
         "mesh=data=2",
@@ -315,12 +310,8 @@ def test_two_processes_run_the_command_and_one_of_them_draws_and_exports(data, t
         *samples,
     ]
     words += [f"export={tmp_path}/two-model"]
-    processes = []
-    for number in range(2):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-        environment |= {ADDRESS: f"127.0.0.1:{port}", COUNT: "2", NUMBER: str(number)}
-        command = [sys.executable, "-m", "train.cli", "finetune", *(w for each in words for w in ("--set", each))]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    command = [sys.executable, "-m", "train.cli", "finetune", *(w for each in words for w in ("--set", each))]
+    processes = joined(command, os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
     for process in processes:
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-3000:]
